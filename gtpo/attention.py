@@ -1,0 +1,114 @@
+"""Causal attention over packed sequences, in training and, with a key/value cache, in sampling.
+
+Both work on tokens packed in one row, [1, H, N, head_dim], with `cu_seqlens`; no padding and no [N, N] mask. Off the GPU
+each sequence is one block of the block-diagonal causal mask, and the blocks are computed one by one: the work is that of
+the blocks, where a dense block mask would pay for the whole square.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def block_causal_attention(query: Tensor, key: Tensor, value: Tensor, *, lengths: list[int], scale: float) -> Tensor:
+    """softmax(q k^T * scale) v inside each sequence, causal, nothing across sequences.
+
+    query: [1, H, N, d].  key, value: [1, H_kv, N, d], H a multiple of H_kv.  lengths: of the packed sequences, summing to N.
+    Returns [1, H, N, d].
+    """
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    blocks = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
+    outputs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale) for q, k, v in blocks]
+    return torch.cat(outputs, dim=2)
+
+
+@dataclass
+class SlotCache:
+    """Keys and values of up to `num_slots` sequences that grow at different speeds.
+
+    One step adds `new_lengths[i]` tokens to the sequence in `slots[i]`. It takes the place of a transformers cache: each
+    layer calls `update` with the packed new keys and values, then `attend` with its queries.
+    """
+
+    num_slots: int
+    max_tokens: int
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    slots: list[int] = field(default_factory=list)
+    new_lengths: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    def begin_step(self, slots: list[int], *, new_lengths: list[int], lengths: list[int], device: torch.device) -> None:
+        """`lengths` are those after the step, the new tokens included."""
+        self.slots, self.new_lengths, self.lengths = slots, new_lengths, lengths
+        token_slots, positions = [], []
+        for slot, new, total in zip(slots, new_lengths, lengths, strict=True):
+            token_slots += [slot] * new
+            positions += range(total - new, total)
+        self._token_slots = torch.tensor(token_slots, device=device)
+        self.positions = torch.tensor(positions, device=device)
+        starts = torch.tensor([0, *new_lengths], device=device).cumsum(0)
+        self.last_rows = starts[1:] - 1
+        self._decoding = [i for i, new in enumerate(new_lengths) if new == 1]
+        self._filling = [(i, int(starts[i])) for i, new in enumerate(new_lengths) if new > 1]
+        if self._decoding:
+            self._decode_slots = torch.tensor([slots[i] for i in self._decoding], device=device)
+            self._decode_rows = starts[:-1][self._decoding]
+            self._num_used = max(slots[i] for i in self._decoding) + 1
+            self._longest = max(lengths[i] for i in self._decoding)
+            ends = torch.ones(self._num_used, dtype=torch.long, device=device)
+            ends[self._decode_slots] = torch.tensor([lengths[i] for i in self._decoding], device=device)
+            self._visible = (torch.arange(self._longest, device=device) < ends[:, None])[:, None, None, :]
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Stores the new keys and values, [1, H_kv, T, d], and returns the whole buffers of the layer."""
+        if layer not in self.keys:
+            shape = (self.num_slots, key.shape[1], self.max_tokens, key.shape[3])
+            self.keys[layer], self.values[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        self.keys[layer][self._token_slots, :, self.positions] = key[0].transpose(0, 1)
+        self.values[layer][self._token_slots, :, self.positions] = value[0].transpose(0, 1)
+        return self.keys[layer], self.values[layer]
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
+        """query: [1, H, T, d], the packed new tokens; keys, values: the buffers. Returns [1, H, T, d]."""
+        output = torch.empty_like(query)
+        num_kv = keys.shape[1]
+        repeats = query.shape[1] // num_kv
+        if self._decoding:
+            # slots that are not decoding ride along and are thrown away: gathering the others would copy the cache
+            rows = query.new_zeros(self._num_used, num_kv, repeats, query.shape[3])
+            rows[self._decode_slots] = query[0].transpose(0, 1)[self._decode_rows].unflatten(1, (num_kv, repeats))
+            used = slice(0, self._num_used), slice(None), slice(0, self._longest)
+            attended = F.scaled_dot_product_attention(rows, keys[used], values[used], attn_mask=self._visible, scale=scale)
+            output[0, :, self._decode_rows] = attended[self._decode_slots].flatten(1, 2).transpose(0, 1)
+        for i, start in self._filling:
+            new, total = self.new_lengths[i], self.lengths[i]
+            q = query[:, :, start : start + new]
+            k = keys[self.slots[i], None, :, :total].repeat_interleave(repeats, dim=1)
+            v = values[self.slots[i], None, :, :total].repeat_interleave(repeats, dim=1)
+            mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
+            output[:, :, start : start + new] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return output
+
+    def move(self, source: int, destination: int) -> None:
+        """Keeps the used slots together: the sequence in `source` goes to the freed slot `destination`."""
+        for buffers in (self.keys, self.values):
+            for buffer in buffers.values():
+                buffer[destination].copy_(buffer[source])
+
+
+def flash_varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, cu_seqlens: Tensor | None, longest: int, scale: float
+) -> Tensor:
+    """`block_causal_attention` by flash-attn's varlen kernel: the same function in bfloat16 or float16 on a GPU."""
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    output: Tensor = flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scale, causal=True
+    )
+    return output.transpose(0, 1)[None]

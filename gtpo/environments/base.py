@@ -1,0 +1,127 @@
+"""What an environment is: tasks, the code that its sandbox session starts with, a grade, and a scripted demonstrator.
+
+An environment never runs a model or a tool. It says what is asked (`Task.prompt`), what the model's Python may call
+(`setup_code`), whether a printed output is what was expected, and what a final answer is worth.
+"""
+
+import hashlib
+import json
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from gtpo.types import Task
+
+Split = Literal["train", "eval"]
+
+# One line for every demo environment, so that they can be mixed: a tiny model reads it on each task.
+DEMO_SYSTEM_PROMPT = "Call tools in python. Then answer."
+
+_EVAL_BYTES = 51  # of the 256 values of a digest's first byte: 20 % of all contents are held out
+
+
+@dataclass(frozen=True)
+class Call:
+    """A demonstrator's turn that runs `code` with the python tool."""
+
+    code: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A demonstrator's last turn: its final answer."""
+
+    text: str
+
+
+# Yields the next turn, is sent the text that the tool gave back, ends after its Answer.
+Demonstration = Generator[Call | Answer, str, None]
+
+
+class Environment(ABC):
+    """Base of all environments. `name` is what `Task.environment` holds, and the key of the registry."""
+
+    name: str
+    system_prompt: str
+
+    @abstractmethod
+    def tasks(self, split: Split, num: int, seed: int) -> list[Task]:
+        """`num` tasks with unique ids, a function of (options, split, num, seed) only.
+
+        No task of split "train" has the (prompt, data) of one of split "eval", whatever the seeds are. The tasks of a
+        smaller `num` are a prefix of those of a larger one. Raises ValueError for an unknown split, a negative `num`,
+        or when the environment has not enough different tasks.
+        """
+
+    @abstractmethod
+    def grade(self, task: Task, answer: str | None) -> float:
+        """What the final answer is worth, in [0, 1]; None (no answer was given) is 0. Never raises for any answer."""
+
+    def setup_code(self, task: Task) -> str:
+        """Python source that the sandbox session runs before the first cell; it defines what the model may call.
+
+        Functions defined there can read the global int `__cell__`, the number of the running cell.
+        """
+        return ""
+
+    def oracle(self, task: Task, rng: random.Random) -> Demonstration:
+        """A scripted demonstration of `task`, for the supervised warm-up. It sees only what the model would see.
+
+        Raises ValueError where the environment has none.
+        """
+        raise ValueError(f"environment '{self.name}' has no scripted demonstrations, so it cannot warm a model up")
+
+    def expected_output(self, task: Task, code: str, output: str) -> bool | None:
+        """Whether a python call's `output` is what the task expects of `code`; None where it does not say."""
+        return None
+
+
+class GeneratedEnvironment(Environment):
+    """An environment that draws its tasks at random. Subclasses implement `draw`; the splits and ids come from here."""
+
+    @abstractmethod
+    def draw(self, rng: random.Random, position: int) -> tuple[str, str, dict[str, Any]]:
+        """One task's (prompt, answer, data). `position` is its place in the list, for families that take turns.
+
+        `data` must be JSON-serialisable and, with the prompt, must hold everything that makes two tasks different.
+        """
+
+    def tasks(self, split: Split, num: int, seed: int) -> list[Task]:
+        check_request(split, num)
+        rng = random.Random(f"{self.name}/{split}/{seed}")
+        tasks: list[Task] = []
+        for _ in range(100 * (num + 10)):
+            if len(tasks) == num:
+                return tasks
+            prompt, answer, data = self.draw(rng, len(tasks))
+            if split_of(prompt, data) == split:
+                task_id = f"{self.name}-{split}-{seed}-{len(tasks)}"
+                tasks.append(Task(id=task_id, environment=self.name, prompt=prompt, answer=answer, data=data))
+        raise ValueError(
+            f"environment '{self.name}' must have enough different tasks for {num} of split '{split}', "
+            f"got {len(tasks)}: widen its options"
+        )
+
+
+def split_of(prompt: str, data: Mapping[str, Any]) -> Split:
+    """The split that a task's content belongs to: a hash of it, so that the splits are disjoint for all seeds.
+
+    >>> split_of("get pen", {"value": 1}), split_of("get pen", {"value": 6})
+    ('train', 'eval')
+    """
+    return "eval" if content_digest(prompt, data)[0] < _EVAL_BYTES else "train"
+
+
+def content_digest(prompt: str, data: Mapping[str, Any]) -> bytes:
+    """SHA-256 of a task's content, the same for equal contents in any key order."""
+    return hashlib.sha256(json.dumps([prompt, dict(data)], sort_keys=True).encode()).digest()
+
+
+def check_request(split: str, num: int) -> None:
+    """Raise ValueError unless `split` and `num` are what `Environment.tasks` takes."""
+    if split not in get_args(Split):
+        raise ValueError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
+    if num < 0:
+        raise ValueError(f"num must be at least 0, got {num}")

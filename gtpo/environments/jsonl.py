@@ -1,0 +1,150 @@
+"""A user's own questions and answers, from a JSON Lines file."""
+
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from gtpo.environments.base import Environment, Split, check_request, content_digest
+from gtpo.types import Task
+
+PROMPT_COLUMNS = ("prompt", "question", "messages")
+ANSWER_COLUMNS = ("answer", "ground_truth")
+
+_EVAL_SHARE = 0.2
+_MAX_NUMBER_CHARS = 400
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(/\d+)?")
+
+
+class JsonlEnvironment(Environment):
+    """One task a line of `path`; the model has plain Python, and answers are compared by `same_answer`.
+
+    path: a file with one JSON object a line: a prompt (column prompt, question or messages) and an answer (answer or
+    ground_truth). A prompt is a text, or a list of chat messages: at most one system message, then one user message.
+    eval_path: a second such file for the split "eval"; without it a fifth of the different prompts of `path` is held
+    out, chosen by a hash. system_prompt: read by the model before each task.
+    Raises ValueError, with the file and line, for missing columns and empty or malformed content; for a single prompt
+    without `eval_path`, and for prompts that are in both files. FileNotFoundError.
+    """
+
+    name = "jsonl"
+
+    def __init__(
+        self,
+        path: str,
+        eval_path: str | None = None,
+        system_prompt: str = "Solve the task. You can run Python. Then give the final answer only.",
+    ) -> None:
+        self.system_prompt = system_prompt
+        rows = _read_rows(Path(path))
+        if eval_path is None:
+            # by prompt, so that two answers to one question are never on both sides
+            prompts = sorted({prompt for prompt, _ in rows}, key=lambda prompt: content_digest(prompt, {}))
+            if len(prompts) < 2:
+                raise ValueError(f"path must hold at least two different prompts to be split, got one in {path}")
+            held_out = set(prompts[: max(1, round(_EVAL_SHARE * len(prompts)))])
+            eval_rows = [row for row in rows if row[0] in held_out]
+            rows = [row for row in rows if row[0] not in held_out]
+        else:
+            eval_rows = _read_rows(Path(eval_path))
+            if shared := {prompt for prompt, _ in rows} & {prompt for prompt, _ in eval_rows}:
+                raise ValueError(f"eval_path must share no prompt with path, got {len(shared)} in both")
+        self._rows: dict[Split, list[tuple[str, str]]] = {"train": rows, "eval": eval_rows}
+
+    def tasks(self, split: Split, num: int, seed: int) -> list[Task]:
+        """Shuffled rows. Training goes through the file again, in a new order, when it is used up; "eval" does not."""
+        check_request(split, num)
+        rows = self._rows[split]
+        if split == "eval" and num > len(rows):
+            raise ValueError(f"num must be at most the {len(rows)} rows that are held out for evaluation, got {num}")
+        rng = random.Random(f"{self.name}/{split}/{seed}")
+        drawn: list[tuple[str, str]] = []
+        while len(drawn) < num:
+            drawn += rng.sample(rows, len(rows))
+        return [
+            Task(id=f"{self.name}-{split}-{seed}-{position}", environment=self.name, prompt=prompt, answer=answer)
+            for position, (prompt, answer) in enumerate(drawn[:num])
+        ]
+
+    def grade(self, task: Task, answer: str | None) -> float:
+        return float(answer is not None and same_answer(answer, task.answer))
+
+
+def same_answer(given: str, expected: str) -> bool:
+    """Whether two answers are equal: as numbers, exactly; else as texts but for case, spaces and a full stop.
+
+    >>> same_answer(" $1,200.00. ", "1200"), same_answer("1/2", "0.5"), same_answer("New  York", "new york.")
+    (True, True, True)
+    >>> same_answer("12", "120"), same_answer("", "0")
+    (False, False)
+    """
+    given_number, expected_number = _as_number(given), _as_number(expected)
+    if given_number is not None and expected_number is not None:
+        return given_number == expected_number
+    return _normalised(given) == _normalised(expected)
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(".").rstrip()
+
+
+def _as_number(text: str) -> Fraction | None:
+    text = _normalised(text).replace("$", "").replace(" ", "")
+    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", text):
+        text = text.replace(",", "")
+    if len(text) > _MAX_NUMBER_CHARS or not _NUMBER.fullmatch(text):
+        return None
+    numerator, _, denominator = text.partition("/")
+    if denominator and int(denominator) == 0:
+        return None
+    return Fraction(numerator) / int(denominator or 1)
+
+
+def _read_rows(path: Path) -> list[tuple[str, str]]:
+    """The different (prompt, answer) pairs, in the order of the file."""
+    rows: dict[tuple[str, str], None] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                rows[_parse_row(line, f"{path}, line {number}")] = None
+    if not rows:
+        raise ValueError(f"path must hold at least one row, got an empty data set in {path}")
+    return list(rows)
+
+
+def _parse_row(line: str, where: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: expected one JSON object a line, got {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    prompt = _column(row, PROMPT_COLUMNS, where)
+    answer = _column(row, ANSWER_COLUMNS, where)
+    if isinstance(prompt, list):
+        prompt = _prompt_of_messages(prompt, where)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{where}: expected a prompt that is a text or a list of messages, got {prompt!r}")
+    if not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise ValueError(f"{where}: expected an answer that is a text or a number, got {answer!r}")
+    return prompt, str(answer)
+
+
+def _column(row: Mapping[str, Any], names: Sequence[str], where: str) -> Any:
+    for name in names:
+        if name in row:
+            return row[name]
+    raise ValueError(f"{where}: expected a column among {', '.join(names)}, found {', '.join(row) or 'none'}")
+
+
+def _prompt_of_messages(messages: list[Any], where: str) -> str:
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    if roles not in (["user"], ["system", "user"]):
+        raise ValueError(f"{where}: expected one user message, a system message before it at most, got roles {roles}")
+    contents = [message.get("content") for message in messages]
+    if not all(isinstance(content, str) for content in contents):
+        raise ValueError(f"{where}: expected messages whose content is a text, got {contents!r}")
+    return "\n\n".join(contents)

@@ -1,0 +1,235 @@
+"""The model under training: loading or building it, its hidden states over a packed batch, its head, its checkpoints.
+
+With `sampler`, the only module that knows transformers. What it does not do: compute logits of a batch; that is the work
+of `gtpo_kernels.linear_gtpo_loss`.
+"""
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
+
+from gtpo.attention import SlotCache, block_causal_attention, flash_varlen_attention
+from gtpo.batch import Batch
+from gtpo.config import ModelConfig
+
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    slot_cache: SlotCache | None = None,
+    packed_lengths: list[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    use_flash: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention that transformers calls in every layer: packed training, or sampling with a `SlotCache`."""
+    if slot_cache is not None:
+        output = slot_cache.attend(query, key, value, scale=scaling)
+    elif packed_lengths is None:
+        raise ValueError("the policy's attention needs packed_lengths: call Policy.hidden_states, not the model itself")
+    elif use_flash:
+        output = flash_varlen_attention(query, key, value, cu_seqlens=cu_seqlens, longest=max(packed_lengths), scale=scaling)
+    else:
+        output = block_causal_attention(query, key, value, lengths=packed_lengths, scale=scaling)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register("gtpo_packed", _attention)
+
+
+class Policy:
+    """A causal language model and its tokenizer, ready for packed training and for sampling."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: ModelConfig) -> None:
+        _refuse_unsupported(model.config)
+        self.config = config
+        self.tokenizer = tokenizer
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+        self.model = model.to(device=self.device, dtype=getattr(torch, config.dtype))
+        self.model.set_attn_implementation("gtpo_packed")
+        self.decoder = model.get_decoder()
+        self.head: nn.Linear = model.get_output_embeddings()
+        self.use_flash = config.attention == "flash" or (
+            config.attention == "auto"
+            and self.device.type == "cuda"
+            and config.dtype == "bfloat16"
+            and importlib.util.find_spec("flash_attn") is not None
+        )
+        self._adapted: Any = None
+        if config.lora_rank:
+            self._adapted = _with_lora(model, config)
+        if config.freeze_head:
+            if self.head.weight is model.get_input_embeddings().weight:
+                raise ValueError("model.freeze_head needs a head of its own; this model ties it to the input embeddings")
+            self.head.requires_grad_(False)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # frozen embeddings would otherwise cut the graph in front of the first checkpointed layer
+            self.model.enable_input_require_grads()
+        # dropout is off in training too: the policy that samples and the one that is trained must be the same function
+        self.model.train(config.gradient_checkpointing)
+        self._dropout_off()
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Final hidden states of a packed batch, [N, D]; row i predicts `batch.targets[i]`. No attention crosses sequences."""
+        output = self.decoder(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            packed_lengths=batch.lengths,
+            cu_seqlens=batch.cu_seqlens,
+            use_flash=self.use_flash,
+        )
+        return output.last_hidden_state[0]
+
+    @torch.no_grad()
+    def extend(self, input_ids: Tensor, cache: SlotCache) -> Tensor:
+        """Logits after the last new token of every sequence of the cache's current step, [num_sequences, V] float32."""
+        output = self.decoder(
+            input_ids=input_ids[None],
+            position_ids=cache.positions[None],
+            past_key_values=cache,
+            use_cache=True,
+            slot_cache=cache,
+        )
+        return self.head(output.last_hidden_state[0][cache.last_rows]).float()
+
+    def save_model(self, folder: Path) -> None:
+        """Writes a plain Hugging Face model and tokenizer; LoRA weights are merged into a copy first."""
+        model = self.model
+        if self._adapted is not None:
+            import copy
+
+            model = copy.deepcopy(self._adapted).merge_and_unload()
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _dropout_off(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+
+
+def load_policy(config: ModelConfig, *, corpus: Iterable[str] = (), seed: int = 0) -> Policy:
+    """The policy that `config.source` names. `corpus` trains the tokenizer of a "tiny" model and is not read otherwise."""
+    if config.source == "tiny":
+        return build_tiny_policy(config, corpus=corpus, seed=seed)
+    if config.source.startswith("package:"):
+        model, tokenizer = _load_gguf_package(config.source.removeprefix("package:"))
+        return Policy(model, tokenizer, config)
+    if not Path(config.source).is_dir():
+        raise ValueError(f'model.source must be "tiny", "package:NAME" or a folder, got {config.source!r}')
+    model = transformers.AutoModelForCausalLM.from_pretrained(config.source, dtype=getattr(torch, config.dtype))
+    return Policy(model, transformers.AutoTokenizer.from_pretrained(config.source), config)
+
+
+def build_tiny_policy(config: ModelConfig, *, corpus: Iterable[str], seed: int) -> Policy:
+    """A random Qwen3-style model with a byte-level BPE tokenizer trained on `corpus`, digits kept apart."""
+    tokenizer = _train_tokenizer(corpus, config.vocab_size)
+    model_config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.Qwen3ForCausalLM(model_config)
+    return Policy(model, tokenizer, config)
+
+
+def _train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
+    control = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    least = len(control) + 256
+    if vocab_size < least:
+        raise ValueError(f"model.vocab_size must be at least {least} (all bytes and the control tokens), got {vocab_size}")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=control,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = _CHATML
+    return tokenizer
+
+
+def _load_gguf_package(name: str) -> tuple[Any, Any]:
+    # the package is located, not imported: only its file of weights is wanted, not its own inference stack
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"model.source names the Python package {name!r}, which is not installed")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(f"the Python package {name!r} must hold one .gguf file, got {[file.name for file in files]}")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
+    # a model read from GGUF still carries its quantisation config and cannot be saved; a fresh one with its weights can
+    config = type(loaded.config)(
+        **{key: value for key, value in loaded.config.to_dict().items() if key not in ("quantization_config", "dtype")}
+    )
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    return model, tokenizer
+
+
+def _with_lora(model: Any, config: ModelConfig) -> Any:
+    import peft
+
+    lora = peft.LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model, lora)
+
+
+def _refuse_unsupported(config: Any) -> None:
+    """Heads and attentions that the packed path would compute wrongly are refused, not approximated."""
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, key, None) not in (None, 1.0):
+            raise ValueError(f"models with {key} are not supported: the loss is computed from hidden states and head alone")
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layer_types != {"full_attention"}:
+        raise ValueError(f"every layer must have full causal attention, got layer types {sorted(layer_types)}")

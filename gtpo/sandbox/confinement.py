@@ -1,0 +1,265 @@
+"""The kernel's fences, one function each: namespaces, root directory, box, rlimits, identity, Landlock. Linux only.
+
+The pool's fork server enters the namespaces and builds the root once (`enter_namespaces`, `enter_root`); each keeper
+makes its box (`make_box`); each interpreter locks itself in before it reads any code (`confine`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import shutil
+import signal
+import struct
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from gtpo.sandbox import syscall_filter
+from gtpo.sandbox.contract import SandboxLimits
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+NOBODY = 65534
+BOX = "/box"
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
+    0x00020000,
+    0x04000000,
+    0x08000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
+_MNT_DETACH = 2
+_CAP_DAC_OVERRIDE, _CAP_KILL = 1, 5
+# Keepers enforce the CPU limit of a cell; this many of them end an interpreter whose keeper hangs.
+_BACKSTOP_CELLS = 100
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every session of a pool gets. `scratch` is an empty directory; `uid` is None to stay who we are."""
+
+    limits: SandboxLimits
+    namespaces: bool
+    scratch: str
+    readable: tuple[str, ...]
+    uid: int | None
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result
+
+
+def unshare(flags: int) -> None:
+    """Move this process (NEW_PID: its next children) into new namespaces."""
+    _checked(_libc.unshare(flags), f"unshare({flags:#x})")
+
+
+def return_to_namespace(descriptor: int) -> None:
+    """Have the next children start in the pid namespace that `descriptor` names."""
+    _checked(_libc.setns(descriptor, NEW_PID), "setns")
+
+
+def set_process(*, dies_with_parent: bool = False, undumpable: bool = False, no_new_privs: bool = False) -> None:
+    """Switch on the named prctl flags of this process."""
+    for wanted, option, value in ((dies_with_parent, 1, signal.SIGKILL), (undumpable, 4, 0), (no_new_privs, 38, 1)):
+        if wanted:
+            _checked(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl({option})")
+
+
+def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    result = _libc.mount(
+        source.encode(), target.encode(), kind and kind.encode(), ctypes.c_ulong(flags), options.encode()
+    )
+    _checked(result, f"mount({target})")
+
+
+def readable_paths() -> tuple[str, ...]:
+    """Files that an interpreter needs: its standard library, shared libraries, time zones. Outer directories first."""
+    stdlib = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    system = {"/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"}
+    wanted = {str(Path(path)) for path in stdlib | {os.path.realpath(p) for p in stdlib} | system}
+    return tuple(path for path in sorted(wanted) if os.path.exists(path))
+
+
+def droppable_uid(*, own_root: bool) -> int | None:
+    """NOBODY when we are root and nobody can read the standard library (or the root will be ours), else None."""
+    if os.geteuid() != 0:
+        return None
+    if own_root:
+        return NOBODY
+    stdlib = Path(sysconfig.get_path("stdlib")).resolve()
+    open_to_all = all(directory.stat().st_mode & 0o005 == 0o005 for directory in (stdlib, *stdlib.parents))
+    return NOBODY if open_to_all else None
+
+
+def enter_namespaces() -> None:
+    """Unshare pid, network, ipc and uts, with a user namespace unless we may do it without; fork to enter the first."""
+    flags = NEW_PID | NEW_NET | NEW_IPC | NEW_UTS
+    uid, gid = os.geteuid(), os.getegid()
+    if uid == 0:
+        try:
+            unshare(flags)
+            return
+        except PermissionError:
+            # Root without CAP_SYS_ADMIN, as in a container: go on like an ordinary user.
+            pass
+    unshare(flags | NEW_USER)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{NOBODY} {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"{NOBODY} {gid} 1")
+
+
+def enter_root(plan: Plan) -> None:
+    """Make a read-only root of `plan.readable`, three devices and an empty box, enter it, and let go of the old one."""
+    unshare(NEW_NS)
+    _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
+    _mount("tmpfs", plan.scratch, "tmpfs", _MS_NOSUID, "size=1m,mode=0755")
+    for path in (*plan.readable, *DEVICES):
+        target = plan.scratch + path
+        # Lies within a directory that is bound already; going on would write through it.
+        if os.path.lexists(target):
+            continue
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if os.path.islink(path):
+            os.symlink(os.readlink(path), target)
+            continue
+        if os.path.isdir(path):
+            os.mkdir(target)
+        else:
+            Path(target).touch()
+        _mount(path, target, None, _MS_BIND | _MS_REC)
+    os.mkdir(plan.scratch + BOX)
+    # mount_setattr(2), because a remount of bind mounts in a user namespace would have to repeat their locked flags.
+    attributes = struct.pack("=QQQQ", 1 | _MS_NOSUID, 0, 0, 0)
+    at_fdcwd, at_recursive = -100, 0x8000
+    result = _libc.syscall(442, at_fdcwd, plan.scratch.encode(), at_recursive, attributes, ctypes.c_size_t(32))
+    _checked(result, "mount_setattr")
+    os.chdir(plan.scratch)
+    _checked(_libc.pivot_root(b".", b"."), "pivot_root")
+    _checked(_libc.umount2(b".", _MNT_DETACH), "umount2")
+    os.chdir("/")
+    _checked(_libc.sethostname(b"sandbox", ctypes.c_size_t(7)), "sethostname")
+
+
+def make_box(plan: Plan) -> str:
+    """The session's working directory, entered: a tmpfs of `file_bytes` of its own, or a new directory in scratch."""
+    if plan.namespaces:
+        unshare(NEW_NS)
+        options = f"size={plan.limits.file_bytes},nr_inodes=4096,mode=0700,uid={NOBODY},gid={NOBODY}"
+        _mount("tmpfs", BOX, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options)
+        box = BOX
+    else:
+        box = tempfile.mkdtemp(dir=plan.scratch)
+        if plan.uid is not None:
+            os.chown(box, plan.uid, plan.uid)
+    os.chdir(box)
+    return box
+
+
+def remove_box(plan: Plan, box: str) -> None:
+    """Delete what `make_box` made, as far as the kernel does not: a tmpfs goes with its last process."""
+    if not plan.namespaces:
+        shutil.rmtree(box, ignore_errors=True)
+
+
+def keep_capabilities(*capabilities: int) -> None:
+    """Give up every capability but these."""
+    mask = sum(1 << capability for capability in capabilities)
+    version_3 = 0x20080522
+    header, data = struct.pack("=Ii", version_3, 0), struct.pack("=IIIIII", mask, mask, 0, 0, 0, 0)
+    _checked(_libc.capset(header, data), "capset")
+
+
+def confine_keeper() -> None:
+    """Leave a keeper what it needs to kill an interpreter of another user and to delete its box."""
+    keep_capabilities(*((_CAP_KILL, _CAP_DAC_OVERRIDE) if os.geteuid() == 0 else ()))
+    set_process(dies_with_parent=True, no_new_privs=True)
+
+
+def confine(plan: Plan) -> tuple[list[str], dict[str, str]]:
+    """Lock this process in, as far as the kernel can; the layers that are on, and the others with their reason."""
+    layers = ["namespaces"] if plan.namespaces else []
+    missing: dict[str, str] = {}
+    os.setsid()
+    try:
+        ruleset: int | None = _landlock_ruleset(plan.readable)
+    except OSError as failure:
+        ruleset, missing["landlock"] = None, str(failure)
+    if plan.uid is not None:
+        os.setgroups([])
+        os.setresgid(plan.uid, plan.uid, plan.uid)
+        os.setresuid(plan.uid, plan.uid, plan.uid)
+        layers.append("uid")
+    elif os.geteuid() == 0:
+        missing["uid"] = "root is kept, without capabilities: nobody else can read the interpreter"
+    keep_capabilities()
+    # After the change of user, which clears the first of them.
+    set_process(dies_with_parent=True, undumpable=True, no_new_privs=True)
+    _set_rlimits(plan.limits)
+    layers.append("rlimits")
+    if ruleset is not None:
+        _checked(_libc.syscall(446, ruleset, 0), "landlock_restrict_self")
+        os.close(ruleset)
+        layers.append("landlock")
+    try:
+        syscall_filter.install()
+        layers.append("seccomp")
+    except (OSError, ValueError) as failure:
+        missing["seccomp"] = str(failure)
+    return layers, missing
+
+
+def _set_rlimits(limits: SandboxLimits) -> None:
+    cpu_s = int(max(600, _BACKSTOP_CELLS * limits.cpu_time_s))
+    for kind, value in (
+        (resource.RLIMIT_CPU, cpu_s),
+        (resource.RLIMIT_AS, limits.memory_bytes),
+        (resource.RLIMIT_FSIZE, limits.file_bytes),
+        # The interpreter itself is the one process: it can start none, and no thread.
+        (resource.RLIMIT_NPROC, 1),
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def _landlock_ruleset(readable: tuple[str, ...]) -> int:
+    """A ruleset: read `readable` and the devices, change the working directory, connect to nothing, signal nobody."""
+    abi = _checked(_libc.syscall(444, None, ctypes.c_size_t(0), 1), "landlock_create_ruleset")
+    write, read, read_dir, truncate = 1 << 1, 1 << 2, 1 << 3, 1 << 14
+    remove_dir, remove_file, make_dir, make_file = 1 << 4, 1 << 5, 1 << 7, 1 << 8
+    # Rights that the kernel knows: 13 in ABI 1, refer in 2, truncate in 3, TCP in 4, device ioctl in 5, scopes in 6.
+    handled = (1 << (13 + (abi >= 2) + (abi >= 3))) - 1 | (1 << 15 if abi >= 5 else 0)
+    attributes = struct.pack("=QQQ", handled, 3, 3)[: 24 if abi >= 6 else 16 if abi >= 4 else 8]
+    ruleset = _checked(_libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset")
+    in_box = write | read | read_dir | truncate | remove_dir | remove_file | make_dir | make_file
+    rules = [(path, read | (read_dir if os.path.isdir(path) else 0)) for path in readable]
+    rules += [(path, read | write) for path in DEVICES] + [(".", in_box)]
+    for path, rights in rules:
+        parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = struct.pack("=Qi", rights & handled, parent)
+        _checked(_libc.syscall(445, ruleset, 1, rule, 0), f"landlock_add_rule({path})")
+        os.close(parent)
+    return ruleset
+
+
+def describe_failure(failure: OSError) -> str:
+    """The failing step, for the report.
+
+    >>> describe_failure(OSError(1, "unshare(0x6c000000): Operation not permitted"))
+    'unshare(0x6c000000): Operation not permitted'
+    """
+    return failure.strerror if failure.filename is None and failure.strerror else str(failure)

@@ -1,0 +1,62 @@
+"""Length-prefixed JSON: a 4-byte big-endian length, then UTF-8 that also carries lone surrogates."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from typing import Any
+
+# One frame must fit in the default send buffer of a Unix socket (208 KiB), because the keeper never waits for
+# an interpreter that does not read.
+MAX_FRAME_BYTES = 128 * 1024
+HEADER = struct.Struct(">I")
+# Bound here, so that a cell that replaces json.dumps in its interpreter does not break its own answers.
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_from_json = json.JSONDecoder().decode
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """`message` as one frame; ValueError when it is longer than MAX_FRAME_BYTES.
+
+    >>> encode({"a": 1})
+    b'\\x00\\x00\\x00\\x07{"a":1}'
+    """
+    body = _to_json(message).encode("utf-8", "surrogatepass")
+    if len(body) > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame must have at most {MAX_FRAME_BYTES} bytes, got {len(body)}")
+    return HEADER.pack(len(body)) + body
+
+
+def decode(body: bytes) -> dict[str, Any]:
+    """The message of a frame without its header; ValueError for anything but a JSON object."""
+    try:
+        message = _from_json(body.decode("utf-8", "surrogatepass"))
+    except RecursionError:
+        raise ValueError("frame nested too deeply") from None
+    if not isinstance(message, dict):
+        raise ValueError(f"a frame must hold a JSON object, got {type(message).__name__}")
+    return message
+
+
+def body_length(header: bytes) -> int:
+    """The length that `header` announces; ValueError when it is more than MAX_FRAME_BYTES."""
+    length: int = HEADER.unpack(header)[0]
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame must have at most {MAX_FRAME_BYTES} bytes, got {length}")
+    return length
+
+
+def read_frame(receive: Callable[[int], bytes]) -> dict[str, Any]:
+    """The next message from a blocking `receive(num_bytes)`; EOFError at the end of the stream."""
+
+    def exactly(count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            piece = receive(count - len(data))
+            if not piece:
+                raise EOFError("the other end closed the stream")
+            data += piece
+        return data
+
+    return decode(exactly(body_length(exactly(HEADER.size))))

@@ -1,0 +1,103 @@
+"""Supervised warm-up: demonstrations of the tool protocol by the environment's oracle, and cross-entropy on its turns."""
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from gtpo.batch import PackedSequence, pack, split_by_tokens
+from gtpo.environments import Answer
+from gtpo.policy import Policy
+from gtpo.rollout import Rollout
+from gtpo.sampler import Completion
+from gtpo.types import Task, Trajectory
+from gtpo_kernels import linear_token_logprobs
+
+
+async def demonstrate(rollout: Rollout, tasks: Sequence[Task], *, seed: int, max_concurrent: int) -> list[Trajectory]:
+    """One demonstration a task, played by the oracle against the real tools."""
+    limit = asyncio.Semaphore(max_concurrent)
+
+    async def one(position: int, task: Task) -> Trajectory:
+        async with limit:
+            return await demonstrate_one(rollout, task, rng=random.Random(f"{seed}/{position}"))
+
+    return list(await asyncio.gather(*(one(position, task) for position, task in enumerate(tasks))))
+
+
+async def demonstrate_one(rollout: Rollout, task: Task, *, rng: random.Random) -> Trajectory:
+    """The oracle writes through the same loop as the policy: its text becomes ids, its calls run, its outputs are real."""
+    oracle = rollout.environment.oracle(task, rng)
+    started = False
+
+    async def write(_: list[int], observation: str, max_new_tokens: int) -> Completion:
+        nonlocal started
+        step = oracle.send(observation) if started else next(oracle)
+        started = True
+        chat = rollout.chat
+        text = chat.render_answer(step.text) if isinstance(step, Answer) else chat.render_code_call(step.code)
+        ids = chat.completion_ids(text)
+        return Completion(ids[:max_new_tokens], [0.0] * min(len(ids), max_new_tokens), finished=len(ids) <= max_new_tokens)
+
+    return await rollout.play(task, 0, write)
+
+
+def to_demonstration_sequence(trajectory: Trajectory) -> PackedSequence:
+    """The oracle's turns are what is learned; prompt and tool tokens are context."""
+    turn_ids = trajectory.turn_index_of_tokens()
+    return PackedSequence(
+        token_ids=trajectory.token_ids(),
+        turn_ids=turn_ids,
+        advantages=[0.0] * len(turn_ids),
+        loss_mask=[turn >= 0 for turn in turn_ids],
+        rollout_logprobs=[0.0] * len(turn_ids),
+    )
+
+
+def sft_batch(demonstrations: Sequence[PackedSequence], *, step: int, batch_size: int, seed: int) -> list[PackedSequence]:
+    """The batch of one step: drawn without replacement, a function of (seed, step) only."""
+    rng = np.random.default_rng([seed, step])
+    chosen = rng.choice(len(demonstrations), size=min(batch_size, len(demonstrations)), replace=False)
+    return [demonstrations[i] for i in chosen]
+
+
+def accumulate_sft_gradient(policy: Policy, sequences: Sequence[PackedSequence], *, micro_batch_tokens: int) -> float:
+    """Adds the gradient of -1/num_loss_tokens * sum of log-probs of the oracle's tokens; returns that loss."""
+    num_loss_tokens = sum(sum(sequence.loss_mask[1:]) for sequence in sequences)
+    total = 0.0
+    for group in split_by_tokens(sequences, max_tokens=micro_batch_tokens):
+        batch = pack(group, device=policy.device)
+        hidden = policy.hidden_states(batch)[batch.loss_mask]
+        logprobs = linear_token_logprobs(
+            hidden, policy.head.weight, batch.targets[batch.loss_mask], bias=policy.head.bias
+        ).logprobs
+        loss = -logprobs.sum() / num_loss_tokens
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def run_sft(
+    policy: Policy,
+    demonstrations: Sequence[PackedSequence],
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    micro_batch_tokens: int,
+    optimizer: torch.optim.Optimizer,
+    set_learning_rate: Callable[[int], None],
+    max_grad_norm: float,
+    on_step: Callable[[int, float], None],
+) -> None:
+    """The warm-up loop; `on_step(step, loss)` after each optimizer step."""
+    for step in range(steps):
+        set_learning_rate(step)
+        sequences = sft_batch(demonstrations, step=step, batch_size=batch_size, seed=seed)
+        loss = accumulate_sft_gradient(policy, sequences, micro_batch_tokens=micro_batch_tokens)
+        torch.nn.utils.clip_grad_norm_(policy.trainable().values(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        on_step(step, loss)

@@ -1,0 +1,95 @@
+"""Any typed Python function as a tool."""
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gtpo.tools.base import NO_OUTPUT
+from gtpo.tools.signature import CallSignature
+from gtpo.types import ToolResult, ToolStatus
+
+
+class FunctionTool:
+    """A tool that calls `fn`, sync (in a thread of its own) or async, with arguments checked against its schema.
+
+    fn: a function with type hints and a Google-style docstring. timeout_s: seconds after which the model is told that
+    the call timed out. An async `fn` is cancelled then. A thread cannot be stopped: it is left to end by itself, as a
+    daemon that does not hold up the end of the program, so a sync `fn` should bound its own work.
+    Arguments that do not fit, and exceptions of `fn` ("TypeName: message"), are results of status ERROR.
+    Raises ValueError for timeout_s <= 0 and what `CallSignature` refuses.
+    """
+
+    def __init__(self, fn: Callable[..., Any], *, timeout_s: float = 10.0) -> None:
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be above 0, got {timeout_s}")
+        self._signature = CallSignature(fn)
+        self.name = self._signature.name
+        self.schema = self._signature.schema
+        self._fn = fn
+        self._timeout_s = timeout_s
+
+    async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
+        try:
+            parsed = self._signature.parse(arguments)
+        except ValueError as fault:
+            return ToolResult(ToolStatus.ERROR, str(fault))
+        start = time.perf_counter()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                status, text = await self._run(parsed)
+        except TimeoutError:
+            status, text = ToolStatus.TIMEOUT, f"TimeoutError: {self.name} took longer than {self._timeout_s:g} seconds"
+        return ToolResult(status, text, seconds=time.perf_counter() - start)
+
+    async def _run(self, arguments: dict[str, Any]) -> tuple[ToolStatus, str]:
+        """The function's outcome. Its own exceptions end here, so that a TimeoutError outside is always ours."""
+        if not inspect.iscoroutinefunction(self._fn):
+            return await _in_daemon_thread(functools.partial(_outcome, self._fn, arguments))
+        try:
+            return ToolStatus.OK, _text_of(await self._fn(**arguments))
+        except Exception as error:
+            return ToolStatus.ERROR, _describe_exception(error)
+
+
+def _outcome(fn: Callable[..., Any], arguments: dict[str, Any]) -> tuple[ToolStatus, str]:
+    try:
+        return ToolStatus.OK, _text_of(fn(**arguments))
+    except BaseException as error:  # SystemExit too: it would end the thread without an outcome
+        return ToolStatus.ERROR, _describe_exception(error)
+
+
+async def _in_daemon_thread(work: Callable[[], tuple[ToolStatus, str]]) -> tuple[ToolStatus, str]:
+    """`work()` in a new daemon thread.
+
+    Not `asyncio.to_thread`: its pool is bounded, so a few calls that hang would starve all others, and the event loop
+    and the interpreter wait for its threads before they end.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[tuple[ToolStatus, str]] = loop.create_future()
+
+    def deliver(outcome: tuple[ToolStatus, str]) -> None:
+        if not future.done():
+            future.set_result(outcome)
+
+    def target() -> None:
+        outcome = work()
+        # after a time-out nobody waits, and the loop may be closed
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(deliver, outcome)
+
+    threading.Thread(target=target, daemon=True).start()
+    return await future
+
+
+def _text_of(value: object) -> str:
+    return NO_OUTPUT if value is None or value == "" else str(value)
+
+
+def _describe_exception(error: BaseException) -> str:
+    message = str(error)
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -1,0 +1,29 @@
+"""Fused PyTorch ops for turn-level policy optimisation.  Needs torch only.
+
+Each op is `gtpo_kernels/<family>/op.py`: `reference.py` beside it is its definition, `kernel_<backend>.py` its implementations.
+"""
+
+from gtpo_kernels.backend import BackendUnavailable
+from gtpo_kernels.clipped_loss.op import clipped_loss
+from gtpo_kernels.clipped_loss.reference import ClippedLoss, LossMetrics
+from gtpo_kernels.gtpo_loss.op import gtpo_loss, linear_gtpo_loss
+from gtpo_kernels.token_logprobs.op import linear_token_logprobs, token_logprobs
+from gtpo_kernels.token_logprobs.reference import TokenLogprobs
+from gtpo_kernels.turn_advantages.op import TurnCredit, turn_advantages, turn_returns
+from gtpo_kernels.turn_advantages.reference import TurnAdvantages
+
+__all__ = [
+    "BackendUnavailable",
+    "ClippedLoss",
+    "LossMetrics",
+    "TokenLogprobs",
+    "TurnAdvantages",
+    "TurnCredit",
+    "clipped_loss",
+    "gtpo_loss",
+    "linear_gtpo_loss",
+    "linear_token_logprobs",
+    "token_logprobs",
+    "turn_advantages",
+    "turn_returns",
+]

@@ -1,0 +1,79 @@
+"""Which implementation of an op runs.  An explicit backend never falls back to another.
+
+A backend is a file: `gtpo_kernels/<family>/kernel_<backend>.py`, imported when it is first used, and one row of `BACKENDS`.
+`reference` is the definition and runs as plain autograd; every other backend runs inside a registered `torch.library` op.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FAMILIES = frozenset({"token_logprobs", "turn_advantages", "clipped_loss", "gtpo_loss"})
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend that was asked for by name cannot run here; the message says why."""
+
+
+def _runs_everywhere(device: torch.device) -> str | None:
+    return None
+
+
+def _needs_compiled_cpu_module(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"runs on the CPU only, got tensors on {device}"
+    # finding a module does not load it
+    if importlib.util.find_spec("gtpo_kernels._cpu") is None:
+        return "needs the compiled module gtpo_kernels._cpu: install the package with pip, editable where you work on it"
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the registry.
+
+    families: the op families it implements.
+    why_unavailable: device -> None where it can run, else the reason, which ends the sentence "backend='x' ...".
+    """
+
+    families: frozenset[str] = FAMILIES
+    why_unavailable: Callable[[torch.device], str | None] = _runs_everywhere
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(),
+    "torch": Backend(),
+    "cpp": Backend(frozenset({"turn_advantages"}), _needs_compiled_cpu_module),
+}
+DEFAULT_BACKEND = "torch"
+
+
+def select_backend(family: str, requested: str | None, device: torch.device) -> str:
+    """The backend that runs `family` on `device`: `requested`, or the default where it is None.
+
+    Raises ValueError for a name that is not registered, BackendUnavailable where the named backend cannot run.
+
+    >>> select_backend("gtpo_loss", None, torch.device("cpu"))
+    'torch'
+    """
+    name = DEFAULT_BACKEND if requested is None else requested
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {requested!r}")
+    backend = BACKENDS[name]
+    if family not in backend.families:
+        raise BackendUnavailable(f"backend={name!r} has no kernel for {family}")
+    reason = backend.why_unavailable(device)
+    if reason is not None:
+        raise BackendUnavailable(f"backend={name!r} {reason}")
+    return name
+
+
+def run_kernel(family: str, backend: str, function: str, device: torch.device, *args: Any) -> Any:
+    """Call `function` of the family's kernel file, outside autocast: an op states its own dtypes."""
+    module = importlib.import_module(f"gtpo_kernels.{family}.kernel_{backend}")
+    with torch.autocast(device.type, enabled=False):
+        return getattr(module, function)(*args)

@@ -1,0 +1,81 @@
+"""Checks at the door: shapes, dtypes, devices and values, each refused with the argument's name, what was expected, what came."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["float", "int", "bool"]
+
+_KINDS: dict[str, tuple[torch.dtype, ...]] = {
+    "float": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "int": (torch.int32, torch.int64),
+    "bool": (torch.bool,),
+}
+
+
+def check_tensor(
+    name: str, tensor: Tensor, *, layout: str, shape: Sequence[int | None], kind: Kind, device: torch.device | None = None
+) -> None:
+    """Refuse a tensor of another rank, size, dtype kind or device.  `layout` ("[N, V]") is for the message; None in `shape` is any size.
+
+    >>> check_tensor("logits", torch.zeros(3), layout="[N, V]", shape=(None, None), kind="float")
+    Traceback (most recent call last):
+    ...
+    ValueError: logits must be [N, V], got shape (3,)
+    """
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor {layout}, got {type(tensor).__name__}")
+    # Sharded parameters look like plain ones, but a row of the softmax needs the whole vocabulary.
+    if type(tensor).__name__ == "DTensor":
+        raise ValueError(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor()")
+    wrong_rank = tensor.dim() != len(shape)
+    if wrong_rank or any(want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)):
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        wanted = layout if wrong_rank or all(size is None for size in shape) else f"{layout} = [{sizes}]"
+        raise ValueError(f"{name} must be {wanted}, got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in _KINDS[kind]:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _KINDS[kind])
+        raise ValueError(f"{name} must be {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def check_values(holds: Tensor, message: str) -> None:
+    """Refuse values: ValueError on a CPU; elsewhere a device-side assertion, because reading `holds` would wait for the device."""
+    if holds.device.type == "cpu":
+        if not bool(holds):
+            raise ValueError(message)
+    else:
+        torch._assert_async(holds, message)
+
+
+def check_targets(targets: Tensor, vocab: int) -> None:
+    """Refuse target ids outside [0, vocab)."""
+    inside = ((targets >= 0) & (targets < vocab)).all()
+    if targets.device.type == "cpu" and not bool(inside):
+        low, high = targets.min().item(), targets.max().item()
+        raise ValueError(f"targets must lie in [0, {vocab}), got values from {low} to {high}")
+    check_values(inside, f"targets must lie in [0, {vocab})")
+
+
+def split_temperature(temperature: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+    """(one temperature for all rows, or 1.0) and (None, or one temperature a row).  `like`: the [N, ...] tensor that it divides."""
+    if isinstance(temperature, Tensor):
+        check_tensor("temperature", temperature, layout="[N]", shape=(like.shape[0],), kind="float", device=like.device)
+        return 1.0, temperature
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    return temperature, None
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a name that is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and results: float64 for float64 inputs, float32 for every other."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,230 @@
+"""`gtpo_loss` and `linear_gtpo_loss`: the public functions, and their registration with torch.library."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtpo_kernels.backend import run_kernel, select_backend
+from gtpo_kernels.checks import accumulator_dtype, check_targets, check_tensor, split_temperature
+from gtpo_kernels.clipped_loss.op import (
+    MetricsChoice,
+    check_loss_arguments,
+    check_num_loss_tokens,
+    empty_loss,
+    keep_gradients,
+    scale_gradients,
+    unpack_metrics,
+)
+from gtpo_kernels.clipped_loss.reference import ClippedLoss
+from gtpo_kernels.gtpo_loss.reference import LossInputs, gtpo_loss_reference, linear_gtpo_loss_reference
+from gtpo_kernels.token_logprobs.op import check_head, empty_head_gradients
+from gtpo_kernels.turn_advantages.op import TurnCredit
+
+FAMILY = "gtpo_loss"
+
+
+def gtpo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor | TurnCredit,
+    *,
+    loss_mask: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    num_loss_tokens: float | Tensor | None = None,
+    metrics: MetricsChoice = "active",
+    backend: str | None = None,
+) -> ClippedLoss:
+    """`clipped_loss(token_logprobs(logits, targets).logprobs, advantages)` in one pass, gradient included.
+
+    logits: [N, V] float32, float64, bfloat16 or float16, where row i predicts targets[i].  targets: [N] int32 or int64.
+    advantages: [N] float, or a `TurnCredit` from which they are computed; its tokens are then the default loss mask.
+    temperature: a positive number or [N]; divides the logits.
+    loss_mask, old_logprobs, clip_low, clip_high, num_loss_tokens, metrics: as for `clipped_loss`.
+    Returns (loss, metrics), see `LossMetrics`.  Rows outside the loss mask, and those of advantage 0, are never read.
+    With gradients on, the forward pass allocates d_logits beside the logits.  One backward pass only: it scales that in place.
+    Raises ValueError for other shapes, dtypes, devices or values; BackendUnavailable for a backend that cannot run here.
+    Source: arXiv 2511.14846.
+
+    >>> logits = torch.zeros(2, 4, requires_grad=True)
+    >>> loss, metrics = gtpo_loss(logits, torch.tensor([0, 1]), torch.tensor([1.0, -1.0]))
+    >>> loss.backward()
+    >>> logits.grad[0].tolist()
+    [-0.375, 0.125, 0.125, 0.125]
+    """
+    check_tensor("logits", logits, layout="[N, V]", shape=(None, None), kind="float")
+    name = select_backend(FAMILY, backend, logits.device)
+    inputs = _loss_inputs(
+        logits, targets, advantages, loss_mask, old_logprobs, temperature, num_loss_tokens, clip_low, clip_high, metrics, backend
+    )
+    if name == "reference":
+        return gtpo_loss_reference(logits, inputs)
+    need = torch.is_grad_enabled() and logits.requires_grad
+    loss, packed, _ = _gtpo_loss(logits, *inputs, need, name)
+    return ClippedLoss(loss, unpack_metrics(packed, has_entropy=True))
+
+
+def linear_gtpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor | TurnCredit,
+    *,
+    bias: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    num_loss_tokens: float | Tensor | None = None,
+    metrics: MetricsChoice = "active",
+    chunk_rows: int | None = None,
+    backend: str | None = None,
+) -> ClippedLoss:
+    """`gtpo_loss(hidden @ weight.T + bias, ...)` that never holds the [N, V] logits.
+
+    hidden: [N, D] float32, float64, bfloat16 or float16.  weight: [V, D] and bias: [V], of the same dtype.
+    chunk_rows: rows projected at once; None chooses by memory.  The result does not depend on it beyond rounding.
+    Everything else: as for `gtpo_loss`.
+    Each chunk of logits is projected once and turned into its own gradient (6NVD floating-point operations with backward), so the
+    forward pass does the work and backward only scales.  Inputs that need no gradient get none allocated.
+
+    >>> hidden, weight = torch.eye(2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
+    >>> loss, metrics = linear_gtpo_loss(hidden, weight, torch.tensor([0, 1]), torch.tensor([1.0, -1.0]))
+    >>> loss.backward()
+    >>> weight.grad.tolist()[:2]
+    [[-0.375, -0.125], [0.125, 0.375]]
+    """
+    check_head(hidden, weight, bias, chunk_rows)
+    name = select_backend(FAMILY, backend, hidden.device)
+    inputs = _loss_inputs(
+        hidden, targets, advantages, loss_mask, old_logprobs, temperature, num_loss_tokens, clip_low, clip_high, metrics, backend
+    )
+    if name == "reference":
+        return linear_gtpo_loss_reference(hidden, weight, bias, inputs)
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    loss, packed, *_ = _linear_gtpo_loss(hidden, weight, bias, *inputs, chunk_rows, *needs, name)
+    return ClippedLoss(loss, unpack_metrics(packed, has_entropy=True))
+
+
+def _loss_inputs(
+    like: Tensor,
+    targets: Tensor,
+    advantages: Tensor | TurnCredit,
+    loss_mask: Tensor | None,
+    old_logprobs: Tensor | None,
+    temperature: float | Tensor,
+    num_loss_tokens: float | Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    metrics: MetricsChoice,
+    backend: str | None,
+) -> LossInputs:
+    """The checked inputs of both losses.  like: [N, ...], the logits or hidden states."""
+    check_tensor("targets", targets, layout="[N]", shape=like.shape[:1], kind="int", device=like.device)
+    value, per_row = split_temperature(temperature, like)
+    if isinstance(advantages, TurnCredit):
+        loss_mask = advantages.turn_ids >= 0 if loss_mask is None else loss_mask
+        advantages = advantages.advantages(backend=backend)
+    mask, denominator = check_loss_arguments(
+        like, advantages, loss_mask, old_logprobs, clip_low, clip_high, num_loss_tokens, metrics
+    )
+    return LossInputs(
+        targets, advantages, mask, old_logprobs, value, per_row, denominator, clip_low, clip_high, metrics == "all"
+    )
+
+
+@torch.library.custom_op("gtpo_kernels::gtpo_loss", mutates_args=())
+def _gtpo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    old_logprobs: Tensor | None,
+    temperature: float,
+    row_temperature: Tensor | None,
+    num_loss_tokens: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    all_metrics: bool,
+    need_logits: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_num_loss_tokens(num_loss_tokens)
+    inputs = LossInputs(
+        targets,
+        advantages,
+        loss_mask,
+        old_logprobs,
+        temperature,
+        row_temperature,
+        num_loss_tokens,
+        clip_low,
+        clip_high,
+        all_metrics,
+    )
+    outputs: tuple[Tensor, Tensor, Tensor] = run_kernel(
+        FAMILY, backend, "gtpo_loss", logits.device, logits, inputs, need_logits
+    )
+    return outputs
+
+
+@_gtpo_loss.register_fake
+def _(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    need_logits = rest[-2]
+    return *empty_loss(logits), logits.new_empty(logits.shape if need_logits else (0,))
+
+
+_gtpo_loss.register_autograd(scale_gradients, setup_context=keep_gradients)
+
+
+@torch.library.custom_op("gtpo_kernels::linear_gtpo_loss", mutates_args=())
+def _linear_gtpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    old_logprobs: Tensor | None,
+    temperature: float,
+    row_temperature: Tensor | None,
+    num_loss_tokens: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    all_metrics: bool,
+    chunk_rows: int | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_num_loss_tokens(num_loss_tokens)
+    inputs = LossInputs(
+        targets,
+        advantages,
+        loss_mask,
+        old_logprobs,
+        temperature,
+        row_temperature,
+        num_loss_tokens,
+        clip_low,
+        clip_high,
+        all_metrics,
+    )
+    needs = (need_hidden, need_weight, need_bias)
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run_kernel(
+        FAMILY, backend, "linear_gtpo_loss", hidden.device, hidden, weight, bias, inputs, chunk_rows, needs
+    )
+    return outputs
+
+
+@_linear_gtpo_loss.register_fake
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return *empty_loss(hidden), *empty_head_gradients(hidden, weight, rest[-4:-1])
+
+
+_linear_gtpo_loss.register_autograd(scale_gradients, setup_context=keep_gradients)

@@ -1,0 +1,56 @@
+"""The definition of `gtpo_loss` and `linear_gtpo_loss`: the per-token op, then the clipped loss.  One formula each, written there."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from gtpo_kernels.clipped_loss.reference import ClippedLoss, clipped_loss_reference, counted_tokens
+from gtpo_kernels.token_logprobs.reference import project, token_logprobs_reference
+
+
+class LossInputs(NamedTuple):
+    """What the losses from logits and from hidden states share; see `gtpo_kernels.gtpo_loss`.
+
+    temperature: for all rows, or 1.0 where row_temperature [N] is given.
+    num_loss_tokens: scalar tensor, or None for the size of the loss mask.
+    """
+
+    targets: Tensor
+    advantages: Tensor
+    loss_mask: Tensor
+    old_logprobs: Tensor | None
+    temperature: float
+    row_temperature: Tensor | None
+    num_loss_tokens: Tensor | None
+    clip_low: float
+    clip_high: float
+    all_metrics: bool
+
+
+def gtpo_loss_reference(logits: Tensor, inputs: LossInputs) -> ClippedLoss:
+    """`gtpo_loss` as its definition; see `gtpo_kernels.gtpo_loss`."""
+    i = inputs
+    skipped = ~counted_tokens(i.advantages, i.loss_mask, i.all_metrics)
+    token = token_logprobs_reference(
+        logits.masked_fill(skipped[:, None], 0.0),
+        i.targets.masked_fill(skipped, 0),
+        i.temperature if i.row_temperature is None else i.row_temperature.masked_fill(skipped, 1.0),
+    )
+    return clipped_loss_reference(
+        token.logprobs,
+        i.advantages,
+        i.loss_mask,
+        i.old_logprobs,
+        token.entropy,
+        i.num_loss_tokens,
+        i.clip_low,
+        i.clip_high,
+        i.all_metrics,
+    )
+
+
+def linear_gtpo_loss_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: LossInputs) -> ClippedLoss:
+    """`linear_gtpo_loss` as its definition; see `gtpo_kernels.linear_gtpo_loss`."""
+    # the weight gradient of a row is d_logits x hidden, so what a skipped row holds must not reach it
+    skipped = ~counted_tokens(inputs.advantages, inputs.loss_mask, inputs.all_metrics)
+    return gtpo_loss_reference(project(hidden.masked_fill(skipped[:, None], 0.0), weight, bias), inputs)

@@ -1,0 +1,244 @@
+"""The `torch` backend of the per-token ops: rows in chunks, logits in place, nothing of size [N, V] but what the caller gave or gets.
+
+The softmax of a row is kept as the pair (row_max, log_sum): log p = (x - row_max) - log_sum.  Their sum, the public lse, has lost the
+small term at large logits, so it enters no gradient.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gtpo_kernels.checks import accumulator_dtype
+from gtpo_kernels.token_logprobs.reference import RowStatistics
+
+# Elements of one elementwise block: on a CPU a block and its exponentials stay in a core's cache; a GPU wants long launches instead.
+BLOCK_ELEMENTS_CPU = 1 << 17
+BLOCK_ELEMENTS_GPU = 1 << 26
+# Bytes of the logits that are projected at once.
+CHUNK_BYTES_CPU = 1 << 24
+CHUNK_BYTES_GPU = 1 << 30
+# Far below the logarithm of the smallest float64, so exp() gives 0 as it does for -inf, but 0 * LOG_ZERO is 0 and not NaN.
+LOG_ZERO = -1e5
+
+
+class RowSoftmax(NamedTuple):
+    """The softmax of a block of rows.  Each [n] but `weights` [n, V] = exp(x - row_max), whose row sum is 1 / inverse_sum."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+    weights: Tensor
+    inverse_sum: Tensor
+
+
+class Temperature(NamedTuple):
+    """One temperature for all rows, or (1.0, one a row [N])."""
+
+    value: float
+    per_row: Tensor | None
+
+    def divide_(self, x: Tensor, rows: Tensor | slice) -> Tensor:
+        """x [n, V] or [n] / temperature, in place.  rows: the rows of the batch that x holds."""
+        if self.per_row is not None:
+            divisor = self.per_row[rows].to(x.dtype)
+            return x.div_(divisor if x.dim() == 1 else divisor[:, None])
+        return x if self.value == 1.0 else x.div_(self.value)
+
+
+def row_blocks(num_rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    """0 .. num_rows in pieces of one elementwise block each."""
+    elements = BLOCK_ELEMENTS_CPU if device.type == "cpu" else BLOCK_ELEMENTS_GPU
+    step = max(1, elements // vocab)
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+def row_softmax_(x: Tensor, targets: Tensor) -> RowSoftmax:
+    """The softmax of every row of x [n, V]; x itself becomes x - row_max, with LOG_ZERO for what lies below that."""
+    row_max = x.amax(dim=1)
+    # a row of all -inf must give -inf, not NaN, so the shift is 0 there
+    dead = row_max == -float("inf")
+    x.sub_(row_max.masked_fill(dead, 0.0)[:, None])
+    target = x.gather(1, targets[:, None]).squeeze(1)
+    weights = x.exp()
+    sum_weights = weights.sum(dim=1).masked_fill(dead, 1.0)
+    log_sum = sum_weights.log()
+    x.clamp_(min=LOG_ZERO)
+    entropy = log_sum - torch.linalg.vecdot(weights, x) / sum_weights
+    return RowSoftmax(target - log_sum, entropy, row_max, log_sum, weights, sum_weights.reciprocal())
+
+
+def empty_statistics(like: Tensor) -> RowStatistics:
+    """Room for the statistics of N rows.  like: [N, ...]."""
+    dtype = accumulator_dtype(like.dtype)
+    return RowStatistics(*(like.new_empty(like.shape[0], dtype=dtype) for _ in range(4)))
+
+
+def store_statistics(statistics: RowStatistics, rows: Tensor | slice, softmax: RowSoftmax) -> None:
+    """Write a block's results to their rows."""
+    for whole, part in zip(statistics, softmax[:4], strict=True):
+        whole[rows] = part
+
+
+def rows_with_gradient(grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+    """Indices of the rows that something flows back to; the others are never read, whatever they hold."""
+    flows = [grad != 0 for grad in (grad_logprobs, grad_entropy) if grad is not None]
+    return torch.stack(flows).any(dim=0).nonzero().squeeze(1)
+
+
+def turn_into_d_logits_(
+    x: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    temperature: Temperature,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: RowStatistics,
+) -> None:
+    """x [n, V]: the logits of `rows`, overwritten by their gradient ((g (1[v = target] - p_v) - h p_v (log p_v + H)) / temperature).
+
+    targets [n].  grad_logprobs (g), grad_entropy (h) and the statistics are [N].
+    """
+    temperature.divide_(x, rows)
+    row_max, logprobs = statistics.row_max[rows], statistics.logprobs[rows]
+    infinite = -float("inf")
+    x.sub_(row_max.masked_fill(row_max == infinite, 0.0)[:, None]).sub_(statistics.log_sum[rows][:, None])
+    g = temperature.divide_(grad_logprobs[rows].to(x.dtype).masked_fill(logprobs == infinite, 0.0), rows)
+    if grad_entropy is None:
+        x.exp_().mul_(-g[:, None])
+    else:
+        h = temperature.divide_(grad_entropy[rows].to(x.dtype), rows)
+        p = x.exp()
+        x.clamp_(min=LOG_ZERO).add_(statistics.entropy[rows][:, None]).mul_(-h[:, None]).sub_(g[:, None]).mul_(p)
+    x.scatter_add_(1, targets[:, None], g[:, None])
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float, row_temperature: Tensor | None) -> RowStatistics:
+    """Statistics of every row of logits [N, V]."""
+    targets = targets.long()
+    divisor = Temperature(temperature, row_temperature)
+    statistics = empty_statistics(logits)
+    for rows in row_blocks(*logits.shape, logits.device):
+        x = logits[rows].to(statistics.logprobs.dtype, copy=True)
+        store_statistics(statistics, rows, row_softmax_(divisor.divide_(x, rows), targets[rows]))
+    return statistics
+
+
+def token_logprobs_backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    statistics: RowStatistics,
+) -> Tensor:
+    """d_logits [N, V] in the logits' dtype."""
+    targets = targets.long()
+    divisor = Temperature(temperature, row_temperature)
+    d_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    active = rows_with_gradient(grad_logprobs, grad_entropy)
+    for block in row_blocks(len(active), logits.shape[1], logits.device):
+        rows = active[block]
+        x = logits[rows].to(statistics.logprobs.dtype)
+        turn_into_d_logits_(x, rows, targets[rows], divisor, grad_logprobs, grad_entropy, statistics)
+        d_logits[rows] = x.to(d_logits.dtype)
+    return d_logits
+
+
+class Head:
+    """logits = hidden @ weight.T + bias, a chunk of rows at a time, and the gradients of that projection.
+
+    Chunks share one buffer.  Gradients are accumulated in the accumulator dtype; one that is not needed has size 0.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int | None) -> None:
+        self.dtype = accumulator_dtype(hidden.dtype)
+        self.hidden = hidden
+        # one upcast of the weight: products of rounded logits would leave the error budget
+        self.weight = weight.to(self.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype)
+        if chunk_rows is None:
+            chunk_bytes = CHUNK_BYTES_CPU if hidden.device.type == "cpu" else CHUNK_BYTES_GPU
+            chunk_rows = max(1, chunk_bytes // (self.dtype.itemsize * weight.shape[0]))
+        self.chunk_rows = chunk_rows
+        self.d_hidden = self.d_weight = self.d_bias = hidden.new_empty(0, dtype=self.dtype)
+
+    def allocate_gradients(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
+        """Zeros for the gradients that are needed; separate empty tensors for the others."""
+        shapes = (
+            self.hidden.shape if need_hidden else (0,),
+            self.weight.shape if need_weight else (0,),
+            self.weight.shape[:1] if need_bias else (0,),
+        )
+        self.d_hidden, self.d_weight, self.d_bias = (self.hidden.new_zeros(shape, dtype=self.dtype) for shape in shapes)
+
+    def chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(row indices [n], their hidden states [n, D], their logits [n, V]); the logits are the caller's until the next chunk."""
+        vocab = self.weight.shape[0]
+        buffer = self.hidden.new_empty((min(self.chunk_rows, len(rows)), vocab), dtype=self.dtype)
+        for chunk in rows.split(self.chunk_rows) if len(rows) else ():
+            hidden = self.hidden[chunk].to(self.dtype)
+            logits = buffer[: len(chunk)]
+            if self.bias is None:
+                torch.mm(hidden, self.weight.t(), out=logits)
+            else:
+                torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+            yield chunk, hidden, logits
+
+    def accumulate(self, chunk: Tensor, hidden: Tensor, d_logits: Tensor) -> None:
+        """Add a chunk's share to the gradients that were allocated."""
+        if self.d_hidden.numel():
+            self.d_hidden[chunk] = d_logits @ self.weight
+        if self.d_weight.numel():
+            self.d_weight.addmm_(d_logits.t(), hidden)
+        if self.d_bias.numel():
+            self.d_bias.add_(d_logits.sum(dim=0))
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    chunk_rows: int | None,
+) -> RowStatistics:
+    """Statistics of every row of hidden @ weight.T + bias."""
+    targets = targets.long()
+    divisor = Temperature(temperature, row_temperature)
+    statistics = empty_statistics(hidden)
+    for chunk, _, logits in Head(hidden, weight, bias, chunk_rows).chunks(torch.arange(len(hidden), device=hidden.device)):
+        for block in row_blocks(*logits.shape, logits.device):
+            rows = chunk[block]
+            store_statistics(statistics, rows, row_softmax_(divisor.divide_(logits[block], rows), targets[rows]))
+    return statistics
+
+
+def linear_token_logprobs_backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    chunk_rows: int | None,
+    statistics: RowStatistics,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_hidden [N, D], d_weight [V, D], d_bias [V]) in the accumulator dtype, size 0 where not needed; the logits are projected anew."""
+    targets = targets.long()
+    divisor = Temperature(temperature, row_temperature)
+    head = Head(hidden, weight, bias, chunk_rows)
+    head.allocate_gradients(*needs)
+    for chunk, hidden_rows, logits in head.chunks(rows_with_gradient(grad_logprobs, grad_entropy)):
+        for block in row_blocks(*logits.shape, logits.device):
+            rows = chunk[block]
+            turn_into_d_logits_(logits[block], rows, targets[rows], divisor, grad_logprobs, grad_entropy, statistics)
+        head.accumulate(chunk, hidden_rows, logits)
+    return head.d_hidden, head.d_weight, head.d_bias

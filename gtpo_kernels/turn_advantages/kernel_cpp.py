@@ -1,0 +1,40 @@
+"""The `cpp` backend of turn credit: compiled loops over turns and tokens, float64 throughout, on the CPU."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gtpo_kernels import _cpu
+from gtpo_kernels.checks import accumulator_dtype
+from gtpo_kernels.turn_advantages.reference import CreditRule, TurnAdvantages
+
+
+def turn_returns(turn_rewards: Tensor, cu_turns: Tensor, gamma: float) -> Tensor:
+    """[K] float64; see `gtpo_kernels.turn_returns`."""
+    returns = _cpu.turn_returns(_buffer(turn_rewards, torch.float64), _buffer(cu_turns, torch.int64), gamma)
+    return torch.from_numpy(returns)
+
+
+def turn_advantages(
+    turn_rewards: Tensor, cu_turns: Tensor, group_ids: Tensor, turn_ids: Tensor, rule: CreditRule
+) -> TurnAdvantages:
+    """See `gtpo_kernels.turn_advantages`."""
+    outputs = _cpu.turn_advantages(
+        _buffer(turn_rewards, torch.float64),
+        _buffer(cu_turns, torch.int64),
+        _buffer(group_ids, torch.int64),
+        _buffer(turn_ids, torch.int64),
+        gamma=rule.gamma,
+        scope=getattr(_cpu.Scope, rule.scope),
+        population=getattr(_cpu.Population, rule.population),
+        ddof=rule.ddof,
+        eps=rule.eps,
+    )
+    dtype = accumulator_dtype(turn_rewards.dtype)
+    advantages, turn_level, returns = (torch.from_numpy(output).to(dtype) for output in outputs)
+    return TurnAdvantages(advantages, turn_level, returns)
+
+
+def _buffer(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """The tensor's memory where dtype and layout already fit, else a converted copy."""
+    return tensor.detach().to(dtype).contiguous().numpy()

@@ -1,0 +1,155 @@
+"""A user's own data set."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gtpo.environments import JsonlEnvironment
+from gtpo.environments.jsonl import same_answer
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write_rows(*rows: object, name: str = "tasks.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write_rows
+
+
+def numbered(num: int) -> list[dict[str, object]]:
+    return [{"question": f"question {n}", "answer": n} for n in range(num)]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        ({"prompt": "2 + 2?", "answer": "4"}, "2 + 2?", "4"),
+        ({"question": "2 + 2?", "ground_truth": 4, "level": 1}, "2 + 2?", "4"),
+        ({"messages": [{"role": "user", "content": "2 + 2?"}], "answer": 0.5}, "2 + 2?", "0.5"),
+        (
+            {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], "answer": "yes"},
+            "Be brief.\n\nHi",
+            "yes",
+        ),
+    ],
+)
+def test_columns(write: Write, row: object, prompt: str, answer: str) -> None:
+    environment = JsonlEnvironment(write(row), eval_path=write({"prompt": "x", "answer": "y"}, name="eval.jsonl"))
+    (task,) = environment.tasks("train", 1, seed=0)
+    assert (task.prompt, task.answer, task.environment) == (prompt, answer, "jsonl")
+    assert [task.prompt for task in environment.tasks("eval", 1, seed=0)] == ["x"]
+
+
+def test_a_fifth_of_the_prompts_is_held_out(write: Write) -> None:
+    environment = JsonlEnvironment(write(*numbered(50)))
+    held_out = environment.tasks("eval", 10, seed=0)
+    train = environment.tasks("train", 40, seed=0)
+    assert {task.prompt for task in held_out} | {task.prompt for task in train} == {
+        f"question {n}" for n in range(50)
+    }
+    with pytest.raises(ValueError, match="at most the 10 rows that are held out for evaluation, got 11"):
+        environment.tasks("eval", 11, seed=0)
+
+
+def test_split_does_not_depend_on_the_order_of_the_file(write: Write) -> None:
+    forward = JsonlEnvironment(write(*numbered(20))).tasks("eval", 4, seed=0)
+    backward = JsonlEnvironment(write(*reversed(numbered(20)))).tasks("eval", 4, seed=0)
+    assert {task.prompt for task in forward} == {task.prompt for task in backward}
+
+
+def test_repeated_prompts_stay_on_one_side(write: Write) -> None:
+    rows = [{"question": f"question {n % 10}", "answer": n} for n in range(20)]
+    environment = JsonlEnvironment(write(*rows, *rows))
+    held_out = environment.tasks("eval", 4, seed=0)
+    assert len({task.prompt for task in held_out}) == 2
+    train = environment.tasks("train", 16, seed=0)
+    assert not {task.prompt for task in train} & {task.prompt for task in held_out}
+    assert len({(task.prompt, task.answer) for task in train}) == 16
+
+
+def test_training_goes_through_the_file_again_in_a_new_order(write: Write) -> None:
+    tasks = JsonlEnvironment(write(*numbered(10))).tasks("train", 24, seed=0)
+    epochs = [[task.prompt for task in tasks[start : start + 8]] for start in (0, 8, 16)]
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert len(set(epochs[0])) == 8
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "at least one row, got an empty data set"),
+        (["\n\n"], "at least one row, got an empty data set"),
+        ([{"prompt": "a", "answer": "b"}], "at least two different prompts to be split, got one"),
+        (
+            [{"prompt": "a", "answer": "b"}, {"text": "a", "label": "b"}],
+            "line 2: expected a column among prompt, question, messages, found text, label",
+        ),
+        ([{"question": "a", "label": 1}], "expected a column among answer, ground_truth, found question, label"),
+        ([{}], "found none"),
+        (["{\n"], "line 1: expected one JSON object a line, got"),
+        (["[1]\n"], "expected a JSON object, got list"),
+        ([{"prompt": " ", "answer": "b"}], "expected a prompt that is a text or a list of messages, got ' '"),
+        ([{"prompt": 3, "answer": "b"}], "expected a prompt that is a text or a list of messages, got 3"),
+        ([{"prompt": "a", "answer": None}], "expected an answer that is a text or a number, got None"),
+        ([{"prompt": "a", "answer": ["b"]}], r"expected an answer that is a text or a number, got \['b'\]"),
+        ([{"prompt": "a", "answer": ""}], "expected an answer that is a text or a number, got ''"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "answer": "b"}],
+            r"expected one user message, .* got roles \['user', 'assistant'\]",
+        ),
+        ([{"messages": ["a"], "answer": "b"}], r"got roles \[None\]"),
+        ([{"messages": [{"role": "user"}], "answer": "b"}], "expected messages whose content is a text"),
+    ],
+)
+def test_bad_files(write: Write, rows: list[object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        JsonlEnvironment(write(*rows))
+
+
+def test_training_prompt_in_the_evaluation_file(write: Write) -> None:
+    path = write(*numbered(5))
+    with pytest.raises(ValueError, match="eval_path must share no prompt with path, got 2 in both"):
+        JsonlEnvironment(path, eval_path=write(*numbered(2), name="eval.jsonl"))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        JsonlEnvironment(str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("42", "42.0"),
+        ("+42", "42"),
+        ("-0", "0"),
+        ("1,234,567.5", "1234567.50"),
+        ("$ 12", "12"),
+        ("3/4", "0.75"),
+        ("6/8", "3/4"),
+        (".5", "0.5"),
+        ("42.", "42"),
+        ("Paris", " paris. "),
+        ("a  b\nc", "A B C"),
+        ("9" * 300, "9" * 300 + ".0"),
+    ],
+)
+def test_equal_answers(given: str, expected: str) -> None:
+    assert same_answer(given, expected)
+    assert same_answer(expected, given)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("1,2", "12"), ("1/0", "0"), ("1e3", "1000"), ("42 km", "42"), ("0.333", "1/3"), ("9" * 500, "9" * 499), ("", "0")],
+)
+def test_different_answers(given: str, expected: str) -> None:
+    assert not same_answer(given, expected)
+    assert not same_answer(expected, given)

@@ -1,0 +1,74 @@
+"""Mixture: proportions, order, dispatch."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gtpo.environments import Environment, JsonlEnvironment, Mixture, ReasoningGymEnvironment, RetryEnvironment
+from gtpo.types import Task
+
+
+def mixture(*weights: float) -> Mixture:
+    return Mixture([RetryEnvironment(), ReasoningGymEnvironment(["lcm"])], weights)
+
+
+def test_order_follows_the_weights() -> None:
+    names = [task.environment for task in mixture(3, 1).tasks("train", 8, seed=0)]
+    assert names == ["retry", "retry", "reasoning_gym", "retry"] * 2
+
+
+@pytest.mark.parametrize("num", [1, 7, 100])
+def test_counts_are_within_one_of_the_shares(num: int) -> None:
+    names = [task.environment for task in mixture(0.7, 0.3).tasks("eval", num, seed=0)]
+    assert abs(names.count("retry") - 0.7 * num) < 1
+
+
+def test_tasks_are_those_of_the_members() -> None:
+    tasks = mixture(1, 1).tasks("eval", 6, seed=4)
+    assert tasks[0::2] == RetryEnvironment().tasks("eval", 3, seed=4)
+    assert tasks[1::2] == ReasoningGymEnvironment(["lcm"]).tasks("eval", 3, seed=4)
+
+
+def test_each_task_is_served_by_its_own_environment(play: Callable) -> None:
+    environment = mixture(1, 1)
+    tasks = environment.tasks("train", 10, seed=0)
+    members: dict[str, Environment] = {
+        "retry": RetryEnvironment(),
+        "reasoning_gym": ReasoningGymEnvironment(["lcm"]),
+    }
+    for task in tasks:
+        assert environment.setup_code(task) == members[task.environment].setup_code(task)
+        assert next(environment.oracle(task, random.Random(1))) == next(
+            members[task.environment].oracle(task, random.Random(1))
+        )
+    for episode in play(environment, tasks, max_turns=9):
+        assert environment.grade(episode.task, episode.answer) == 1.0
+        last = episode.results[-1].text
+        assert environment.expected_output(episode.task, episode.codes[-1], last) is True
+
+
+def test_unknown_task() -> None:
+    task = Task(id="t", environment="webshop", prompt="", answer="")
+    with pytest.raises(ValueError, match=r"task\.environment must be one of retry, reasoning_gym, got 'webshop'"):
+        mixture(1, 1).grade(task, "")
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")], [1, 1, 1]])
+def test_bad_weights(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights must be 2 positive numbers"):
+        mixture(*weights)
+
+
+def test_members_that_do_not_mix(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one environment"):
+        Mixture([], [])
+    with pytest.raises(ValueError, match="different names, got retry, retry"):
+        Mixture([RetryEnvironment(), RetryEnvironment(num_items=3)], [1, 1])
+    path = tmp_path / "tasks.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n')
+    with pytest.raises(ValueError, match="share one system prompt"):
+        Mixture([RetryEnvironment(), JsonlEnvironment(str(path))], [1, 1])
+    shared = JsonlEnvironment(str(path), system_prompt=RetryEnvironment.system_prompt)
+    assert Mixture([RetryEnvironment(), shared], [1, 1]).system_prompt == RetryEnvironment.system_prompt

@@ -1,0 +1,195 @@
+"""What a cell's result says, and what lasts from cell to cell."""
+
+import asyncio
+import json
+
+import pytest
+
+from gtpo.sandbox import CellResult, CellStatus, SandboxLimits, SandboxPool
+
+
+def test_variables_last_and_cells_are_counted(cage):
+    setup = "def where(): return __cell__\nbefore = where()"
+    results = cage.cells("x = 41", "print(x + 1, where(), before)", "import os\nprint(where())", setup=setup)
+    assert [r.stdout for r in results] == ["", "42 2 0\n", "3\n"]
+    assert all(r.status is CellStatus.OK and not r.state_lost and r.error == "" for r in results)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "line"),
+    [
+        ("y = 1\nprint(x)", "NameError: name 'x' is not defined", 2),
+        ("def f():\n    return 1 / 0\nf()", "ZeroDivisionError: division by zero", 2),
+        ("a = (1,\nb = 2", "SyntaxError: '(' was never closed", 1),
+        ("{}['k']", "KeyError: 'k'", 1),
+        ("import json\njson.loads('{')", None, 2),
+        ("raise SystemExit(0)", "SystemExit: 0", 1),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt", 1),
+        ("class E(BaseException): pass\nraise E('x')", "E: x", 2),
+        ("raise ValueError(object())", "ValueError: <object object at 0x0>", 1),
+        ("class E(Exception):\n    def __str__(self): raise self\nraise E", "the cell raised an exception that", None),
+        ("input()", "EOFError: EOF when reading a line", 1),
+        ("helper()", "ValueError: told you", 1),
+        ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded", 1),
+        ("print('\\ud800')\nraise ValueError('\\ud800')", "ValueError: \\ud800", 2),
+        ("x = '\ud800'", "UnicodeEncodeError: ", None),
+        ("a = 1\x00", "SyntaxError: source code string cannot contain null bytes", None),
+        ("(" * 5000, "SyntaxError: too many nested parentheses", 1),
+        ("import numpy", "ModuleNotFoundError: No module named 'numpy'", 1),
+    ],
+)
+def test_errors_are_the_last_line_and_the_cells_own_line(cage, code, error, line):
+    setup = "def helper(): raise ValueError('told you')"
+    first, again = cage.cells(code, setup=setup)[0], cage.cells(code, setup=setup)[0]
+    assert first.status is CellStatus.ERROR and not first.state_lost
+    assert first.error.startswith(error or "json.decoder.JSONDecodeError: Expecting property name")
+    assert first.error_line == line
+    assert (first.stdout, first.error) == (again.stdout, again.error)
+
+
+def test_the_session_goes_on_after_an_error(cage):
+    _, error, after = cage.cells("x = 1", "x = 2; 1/0", "print(x)")
+    assert error.status is CellStatus.ERROR and after.stdout == "2\n"
+
+
+def test_the_cpu_limit_ends_the_cell_and_the_next_one_starts_afresh(cage):
+    _, timeout, after = cage.cells(
+        "x = 1", "print('in')\nwhile True: pass", "print('x' in globals(), s, __cell__)", setup="s = 7"
+    )
+    assert timeout.status is CellStatus.TIMEOUT and timeout.state_lost
+    assert (timeout.stdout, timeout.error) == ("in\n", "CPU time limit of 0.3 s exceeded")
+    assert timeout.cpu_time_s >= 0.3
+    assert after.status is CellStatus.OK and after.stdout == "False 7 3\n"
+
+
+def test_the_wall_limit_ends_a_sleeping_cell():
+    async def run() -> tuple[CellResult, CellResult]:
+        async with SandboxPool(SandboxLimits(wall_time_s=0.3)) as pool:
+            session = await pool.open()
+            return await session.run("print('in')\nimport time\ntime.sleep(99)"), await session.run("print(1)")
+
+    timeout, after = asyncio.run(run())
+    assert (timeout.status, timeout.error) == (CellStatus.TIMEOUT, "wall time limit of 0.3 s exceeded")
+    assert timeout.stdout == "in\n" and timeout.wall_time_s >= 0.3 and timeout.cpu_time_s < 0.3
+    assert after.stdout == "1\n"
+
+
+def test_time_is_counted_per_cell(cage):
+    burn = "import time\nend = time.process_time() + 0.15\nwhile time.process_time() < end: pass"
+    results = cage.cells(burn, burn, burn)
+    assert [r.status for r in results] == [CellStatus.OK] * 3
+    assert all(0.1 < r.cpu_time_s < 0.3 for r in results)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import os\nprint('a', flush=True)\nos._exit(0)", "the interpreter exited with status 0"),
+        ("import os\nprint('a', flush=True)\nos._exit(3)", "the interpreter exited with status 3"),
+        ("print('a')\nimport ctypes\nctypes.string_at(0)", "the interpreter was killed by SIGSEGV"),
+        ("print('a')\nimport signal\nsignal.alarm(1)\nsignal.pause()", "the interpreter was killed by SIGALRM"),
+    ],
+)
+def test_a_crash_loses_the_state_and_no_output(cage, code, error):
+    _, crash, after = cage.cells("x = 1", code, "print('x' in globals())")
+    assert (crash.status, crash.stdout, crash.error) == (CellStatus.CRASH, "a\n", error)
+    assert crash.state_lost and after.stdout == "False\n" and not after.state_lost
+
+
+def test_output_is_taken_from_the_descriptors_and_cut(cage):
+    code = "import os, sys\nprint('a')\nprint('b', file=sys.stderr)\nos.write(1, b'c\\xff\\n')\nsys.stdout = None"
+    flood = "print('é' * 100_000)"
+    first, second, third = cage.cells(code, flood, "print('still here')")
+    assert first.stdout == "a\nb\nc\\xff\n" and not first.output_truncated
+    assert second.status is CellStatus.OK and second.output_truncated
+    assert second.stdout == "é" * 2048 + "\n[output cut after 4096 bytes]"
+    assert third.stdout == "still here\n"
+
+
+def test_a_flood_ends_with_the_cpu_limit(cage):
+    (flood,) = cage.cells("while True: print('x' * 1000)")
+    assert flood.status is CellStatus.TIMEOUT and len(flood.stdout) < 4200 and flood.output_truncated
+
+
+def test_same_code_same_output_in_every_session(cage):
+    code = """
+import random, uuid, os
+print(random.random(), hash('a'), {'a', 'b', 'c', 'd'}, object(), lambda: 0, sorted(os.environ))
+print(list(os.listdir('.')))
+"""
+    outputs = {cage.cells(code)[0].stdout for _ in range(3)}
+    assert len(outputs) == 1 and "at 0x0>" in outputs.pop()
+
+
+def test_files_of_the_working_directory_last_and_are_private(cage):
+    write = "with open('a.txt', 'w') as f: f.write('hi')\nimport tempfile\ntempfile.TemporaryFile().write(b'x')"
+    assert cage.cells(write, "print(open('a.txt').read())")[1].stdout == "hi\n"
+    assert cage.cells("open('a.txt')")[0].error == "FileNotFoundError: [Errno 2] No such file or directory: 'a.txt'"
+
+
+def test_a_failing_setup_raises(cage):
+    with pytest.raises(RuntimeError, match="setup_code: NameError: name 'nope' is not defined"):
+        cage.cells("print(1)", setup="nope")
+
+
+def test_a_cell_that_is_too_long_is_an_error(cage):
+    ok, long, after = cage.cells("#" + "x" * 100_000, "#" + "x" * 200_000, "print(1)")
+    assert ok.status is CellStatus.OK and after.stdout == "1\n"
+    assert long.status is CellStatus.ERROR and long.error.startswith("SyntaxError: cell too long")
+
+
+def test_a_cancelled_cell_loses_the_state_only(cage):
+    async def cancel() -> str:
+        session = await cage.pool.open()
+        await session.run("x = 1")
+        running = asyncio.ensure_future(session.run("import time; time.sleep(4)"))
+        await asyncio.sleep(0.05)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        result = await session.run("print('x' in globals())")
+        await session.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await session.run("1")
+        return result.stdout
+
+    assert cage.do(cancel()) == "False\n"
+
+
+@pytest.mark.parametrize("max_concurrent", [3, 32])
+def test_cells_of_many_sessions_overlap_up_to_the_bound(max_concurrent):
+    code = "import time, json\na = time.monotonic()\ntime.sleep(0.3)\nprint(json.dumps([a, time.monotonic(), me]))"
+
+    async def run() -> list[list[float]]:
+        async with SandboxPool(max_concurrent=max_concurrent) as pool:
+            sessions = await asyncio.gather(*(pool.open(f"me = {i}") for i in range(32)))
+            num_running = 32 if max_concurrent == 32 else 9
+            results = await asyncio.gather(*(session.run(code) for session in sessions[:num_running]))
+        return [json.loads(result.stdout) for result in results]
+
+    spans = asyncio.run(run())
+    most = max(sum(start <= begin < end for start, end, _ in spans) for begin, _, _ in spans)
+    assert [who for _, _, who in spans] == list(range(len(spans)))
+    assert most <= max_concurrent and (most > 3 or max_concurrent == 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"wall_time_s": 0.0}, "wall_time_s must be positive, got 0.0"),
+        ({"memory_bytes": 1}, "memory_bytes must be at least 67108864, got 1"),
+        ({"output_bytes": 10**6}, "output_bytes must be at most 16384, got 1000000"),
+    ],
+)
+def test_bad_limits_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SandboxLimits(**arguments)
+
+
+def test_bad_pool_arguments_are_refused():
+    with pytest.raises(ValueError, match=r"min_tier must be one of .* got 'jail'"):
+        SandboxPool(min_tier="jail")
+    with pytest.raises(ValueError, match="max_concurrent must be at least 1, got 0"):
+        SandboxPool(max_concurrent=0)
+    with pytest.raises(RuntimeError, match="not started"):
+        asyncio.run(SandboxPool().open())

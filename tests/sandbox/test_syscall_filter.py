@@ -1,0 +1,73 @@
+"""The BPF program, interpreted here, for the machine that runs the tests and for the other one."""
+
+import errno
+import struct
+
+import pytest
+
+from gtpo.sandbox import syscall_filter
+
+ALLOW, KILL = 0x7FFF0000, 0x80000000
+EPERM, ENOSYS = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
+ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+
+def verdict(machine: str, number: int, *, arch: int | None = None, arguments: tuple[int, ...] = ()) -> int:
+    """What the filter for `machine` answers to a system call."""
+    data = struct.pack("=iIQ6Q", number, arch or ARCH[machine], 0, *(arguments + (0,) * (6 - len(arguments))))
+    program = list(struct.iter_unpack("=HBBI", syscall_filter.build(machine)))
+    accumulator = position = 0
+    while True:
+        code, if_true, if_false, value = program[position]
+        position += 1
+        if code == 0x20:
+            (accumulator,) = struct.unpack_from("=I", data, value)
+        elif code == 0x15:
+            position += if_true if accumulator == value else if_false
+        else:
+            assert code == 0x06
+            return value
+
+
+@pytest.mark.parametrize(
+    ("machine", "numbers"),
+    # read, write, openat, mmap, exit_group
+    [("x86_64", (0, 1, 257, 9, 231)), ("aarch64", (63, 64, 56, 222, 94))],
+)
+def test_ordinary_calls_pass(machine, numbers):
+    assert {verdict(machine, number) for number in numbers} == {ALLOW}
+
+
+@pytest.mark.parametrize(
+    ("machine", "numbers"),
+    # socket, clone, execve, kill, ptrace, unshare, mount, io_uring_setup, bpf, a call of the future, an x32 call
+    [
+        ("x86_64", (41, 56, 59, 62, 101, 272, 165, 425, 321, 4095, 0x40000000)),
+        ("aarch64", (198, 220, 221, 129, 117, 97, 40, 425, 280, 4095, 0x40000000)),
+    ],
+)
+def test_dangerous_and_unknown_calls_fail(machine, numbers):
+    assert {verdict(machine, number) for number in numbers} == {EPERM}
+    assert verdict(machine, 435) == ENOSYS
+
+
+@pytest.mark.parametrize(("machine", "fcntl", "ioctl", "prlimit"), [("x86_64", 72, 16, 302), ("aarch64", 25, 29, 261)])
+def test_arguments_decide_for_some_calls(machine, fcntl, ioctl, prlimit):
+    get_flags, set_owner, terminal, inject = 3, 8, 0x5401, 0x5412
+    assert verdict(machine, fcntl, arguments=(0, get_flags)) == ALLOW
+    assert verdict(machine, fcntl, arguments=(0, set_owner)) == EPERM
+    assert verdict(machine, ioctl, arguments=(0, terminal)) == ALLOW
+    assert verdict(machine, ioctl, arguments=(0, inject)) == EPERM
+    assert verdict(machine, prlimit, arguments=(0,)) == ALLOW
+    assert verdict(machine, prlimit, arguments=(1,)) == EPERM
+
+
+@pytest.mark.parametrize("machine", ARCH)
+def test_a_call_of_another_architecture_kills(machine):
+    i386 = 0x40000003
+    assert verdict(machine, 0, arch=i386) == KILL
+
+
+def test_an_unknown_machine_is_refused():
+    with pytest.raises(ValueError, match=r"one of \['aarch64', 'x86_64'\], got 'riscv64'"):
+        syscall_filter.build("riscv64")
