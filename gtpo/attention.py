@@ -1,8 +1,8 @@
 """Causal attention over packed sequences, in training and, with a key/value cache, in sampling.
 
-Both work on tokens packed in one row, [1, H, N, head_dim], with `cu_seqlens`; no padding and no [N, N] mask. Off the GPU
-each sequence is one block of the block-diagonal causal mask, and the blocks are computed one by one: the work is that of
-the blocks, where a dense block mask would pay for the whole square.
+Both work on tokens packed in one row, [1, H, N, head_dim], with `cu_seqlens`; no padding and no [N, N] mask. Off the
+GPU each sequence is one block of the block-diagonal causal mask, and the blocks are computed one by one: the work is
+that of the blocks, where a dense block mask would pay for the whole square.
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ from torch import Tensor
 def block_causal_attention(query: Tensor, key: Tensor, value: Tensor, *, lengths: list[int], scale: float) -> Tensor:
     """softmax(q k^T * scale) v inside each sequence, causal, nothing across sequences.
 
-    query: [1, H, N, d].  key, value: [1, H_kv, N, d], H a multiple of H_kv.  lengths: of the packed sequences, summing to N.
-    Returns [1, H, N, d].
+    query: [1, H, N, d].  key, value: [1, H_kv, N, d], H a multiple of H_kv.  lengths: of the packed sequences, summing
+    to N.  Returns [1, H, N, d].
     """
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
@@ -30,8 +30,8 @@ def block_causal_attention(query: Tensor, key: Tensor, value: Tensor, *, lengths
 class SlotCache:
     """Keys and values of up to `num_slots` sequences that grow at different speeds.
 
-    One step adds `new_lengths[i]` tokens to the sequence in `slots[i]`. It takes the place of a transformers cache: each
-    layer calls `update` with the packed new keys and values, then `attend` with its queries.
+    One step adds `new_lengths[i]` tokens to the sequence in `slots[i]`. It takes the place of a transformers cache:
+    each layer calls `update` with the packed new keys and values, then `attend` with its queries.
     """
 
     num_slots: int
@@ -45,7 +45,8 @@ class SlotCache:
     def begin_step(self, slots: list[int], *, new_lengths: list[int], lengths: list[int], device: torch.device) -> None:
         """`lengths` are those after the step, the new tokens included."""
         self.slots, self.new_lengths, self.lengths = slots, new_lengths, lengths
-        token_slots, positions = [], []
+        token_slots: list[int] = []
+        positions: list[int] = []
         for slot, new, total in zip(slots, new_lengths, lengths, strict=True):
             token_slots += [slot] * new
             positions += range(total - new, total)
@@ -83,7 +84,9 @@ class SlotCache:
             rows = query.new_zeros(self._num_used, num_kv, repeats, query.shape[3])
             rows[self._decode_slots] = query[0].transpose(0, 1)[self._decode_rows].unflatten(1, (num_kv, repeats))
             used = slice(0, self._num_used), slice(None), slice(0, self._longest)
-            attended = F.scaled_dot_product_attention(rows, keys[used], values[used], attn_mask=self._visible, scale=scale)
+            attended = F.scaled_dot_product_attention(
+                rows, keys[used], values[used], attn_mask=self._visible, scale=scale
+            )
             output[0, :, self._decode_rows] = attended[self._decode_slots].flatten(1, 2).transpose(0, 1)
         for i, start in self._filling:
             new, total = self.new_lengths[i], self.lengths[i]

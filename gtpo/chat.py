@@ -43,7 +43,9 @@ class Chat:
         schemas: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("the model's tokenizer must have a chat template, got none; set tokenizer.chat_template and save it")
+            raise ValueError(
+                "the model's tokenizer must have a chat template, got none; set tokenizer.chat_template and save it"
+            )
         if tokenizer.eos_token_id is None:
             raise ValueError("the model's tokenizer must have an end-of-turn token (eos_token), got none")
         self.tokenizer = tokenizer
@@ -92,7 +94,7 @@ class Chat:
         return f"answer: {answer}"
 
     def parse(self, text: str) -> ParsedTurn:
-        """Reads the calls, or else the answer, out of a completion. Never raises: a malformed call carries its error."""
+        """Reads the calls, or else the answer, out of a completion. Never raises: a malformed call has its error."""
         calls = _fenced_calls(text) if self.call_format == "code" else _json_calls(text)
         if calls:
             return ParsedTurn(calls=calls, answer=None)
@@ -115,12 +117,16 @@ class Chat:
                 f"expected a conversation starting with {prefix!r}, got {one!r}"
             )
         if one.count(_MARK) != 1 or two.count(_MARK) != 2:
-            raise ValueError(f"the chat template drops messages of role {self.tool_role!r}; set rollout.tool_role = \"user\"")
+            raise ValueError(
+                f'the chat template drops messages of role {self.tool_role!r}; set rollout.tool_role = "user"'
+            )
         before, after = one[len(prefix) :].split(_MARK)
         return before, two[len(prefix) :].split(_MARK)[1], after
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
 
     def _encode(self, text: str, *, control: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"])
@@ -148,8 +154,11 @@ def _json_call(body: str) -> ToolCall:
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     except json.JSONDecodeError as error:
         return _malformed(f"the call is not valid JSON: {error.msg} at character {error.pos}")
-    except (KeyError, RecursionError):
+    except KeyError:
         return _malformed('the call must have the keys "name" and "arguments"')
+    except (ValueError, RecursionError) as error:
+        # a number of thousands of digits, or brackets nested as deep
+        return _malformed(f"the call is not JSON that can be read: {error}")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
         return _malformed('the call must be {"name": a string, "arguments": an object}')
     return ToolCall(name=call["name"], arguments=arguments)

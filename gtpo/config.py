@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Method:
-    """What a method of the family does, as data. Source of the presets: arXiv 2511.14846; readings of it in docs/log.md.
+    """What a method of the family does, as data. Source of the presets: arXiv 2511.14846, read as docs/log.md says.
 
     reward: "turn" gives r_ij = outcome or similarity credit on the last turn + format and execution terms of the turn;
     "outcome" gives one terminal reward, 1 if the answer is right and no turn has a format fault, else 0.
@@ -49,16 +49,14 @@ class Method:
 METHODS: dict[str, Method] = {
     "gtpo": Method(),
     "gtpo_dense": Method(execution_bonus=0.05, execution_penalty=0.05),
-    "grpo": Method(
-        reward="outcome", gamma=1.0, population="trajectories", format_penalty=0.0, similarity_alpha=0.0
-    ),
+    "grpo": Method(reward="outcome", gamma=1.0, population="trajectories", format_penalty=0.0, similarity_alpha=0.0),
 }
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`source`: "tiny" builds a small random Qwen3-style model with its own tokenizer; "package:NAME" takes the GGUF file
-    that a Python package carries; anything else is a folder that `from_pretrained` reads."""
+    """`source`: "tiny" builds a small random Qwen3-style model with its own tokenizer; "package:NAME" takes the GGUF
+    file that a Python package carries; anything else is a folder that `from_pretrained` reads."""
 
     source: str = "tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -73,7 +71,7 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     freeze_head: bool = False
     lora_rank: int = 0
-    lora_alpha: float = 16.0
+    lora_alpha: int = 16
     gradient_checkpointing: bool = False
 
 
@@ -96,8 +94,8 @@ class TasksConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Rollouts. A tool's result joins its trajectory `tool_join_steps` decoding steps after the call, whenever it came: so
-    the schedule, and with it every bit of the run, does not depend on how fast the tools were. -1 joins at once."""
+    """Rollouts. A tool's result joins its trajectory `tool_join_steps` decoding steps after the call, whenever it came:
+    so the schedule, and with it every bit of the run, does not depend on how fast the tools were. -1 joins at once."""
 
     tasks_per_step: int = 16
     group_size: int = 8
@@ -118,7 +116,7 @@ class RolloutConfig:
 class SandboxConfig:
     """Limits of one session of model-written code; `min_tier` is the least isolation that the run accepts."""
 
-    min_tier: str = "rlimits"
+    min_tier: Literal["none", "rlimits", "landlock", "namespaces"] = "landlock"
     cpu_time_s: float = 2.0
     wall_time_s: float = 30.0
     memory_bytes: int = 512 * 1024 * 1024
@@ -128,8 +126,9 @@ class SandboxConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The policy-gradient phase. `micro_batch_tokens` bounds one forward pass; gradients accumulate over the micro-batches
-    of an optimizer step under one denominator. `updates_per_rollout` above 1 splits a rollout into as many optimizer steps."""
+    """The policy-gradient phase. `micro_batch_tokens` bounds one forward pass; gradients accumulate over the
+    micro-batches of an optimizer step under one denominator. `updates_per_rollout` above 1 splits a rollout into as
+    many optimizer steps."""
 
     steps: int = 100
     learning_rate: float = 2e-4
@@ -209,7 +208,9 @@ def _check(config: Config) -> None:
         raise ValueError("environments must name at least one environment, got none")
     names = [environment.name for environment in config.environments]
     if any(environment.weight <= 0 for environment in config.environments):
-        raise ValueError(f"every environment's weight must be above 0, got {dict(zip(names, config.environments, strict=True))}")
+        raise ValueError(
+            f"every environment's weight must be above 0, got {dict(zip(names, config.environments, strict=True))}"
+        )
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> Config:
@@ -262,7 +263,11 @@ def describe_keys() -> Iterator[tuple[str, Any, str]]:
         value = getattr(default, entry.name)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             for sub in dataclasses.fields(value):
-                yield f"{entry.name}.{sub.name}", getattr(value, sub.name), " ".join((type(value).__doc__ or "").split())
+                yield (
+                    f"{entry.name}.{sub.name}",
+                    getattr(value, sub.name),
+                    " ".join((type(value).__doc__ or "").split()),
+                )
         else:
             yield entry.name, value, " ".join((Config.__doc__ or "").split())
 
@@ -270,9 +275,15 @@ def describe_keys() -> Iterator[tuple[str, Any, str]]:
 def _refuse_unknown_keys(raw: Mapping[str, Any], cls: type, *, prefix: str) -> None:
     known = {entry.name: entry for entry in dataclasses.fields(cls)}
     tables = {
-        "credit": Method, "model": ModelConfig, "tasks": TasksConfig, "rollout": RolloutConfig, "sandbox": SandboxConfig,
-        "sft": SftConfig, "train": TrainConfig, "eval": EvalConfig,
-    }  # fmt: skip
+        "credit": Method,
+        "model": ModelConfig,
+        "tasks": TasksConfig,
+        "rollout": RolloutConfig,
+        "sandbox": SandboxConfig,
+        "sft": SftConfig,
+        "train": TrainConfig,
+        "eval": EvalConfig,
+    }
     for key, value in raw.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)

@@ -23,8 +23,10 @@ class Credit:
     advantages: list[float]
 
 
-def assign_credit(groups: Sequence[Sequence[Trajectory]], rewards: Sequence[Sequence[TurnRewards]], method: Method) -> list[list[Credit]]:
-    """Returns and advantages of all groups of a rollout. Lost trajectories are not among them: a group has its true size."""
+def assign_credit(
+    groups: Sequence[Sequence[Trajectory]], rewards: Sequence[Sequence[TurnRewards]], method: Method
+) -> list[list[Credit]]:
+    """Returns and advantages of all groups of a rollout, lost trajectories left out: a group has its true size."""
     trajectories = [trajectory for group in groups for trajectory in group]
     flat_rewards = [reward for group in rewards for trajectory in group for reward in trajectory.rewards]
     num_turns = [len(trajectory.turns) for trajectory in trajectories]
@@ -56,8 +58,8 @@ def assign_credit(groups: Sequence[Sequence[Trajectory]], rewards: Sequence[Sequ
 def to_sequence(
     trajectory: Trajectory, credit: Credit, *, first_turn_id: int, mask_truncated: bool, mask_void_turns: bool
 ) -> PackedSequence:
-    """The trajectory as training sees it. Masked out of the loss: prompt and tool tokens, and on demand all of a truncated
-    trajectory or of one with a void turn; these keep their place in the group's statistics."""
+    """The trajectory as training sees it. Masked out of the loss: prompt and tool tokens, and on demand all of a
+    truncated trajectory or of one with a void turn; these keep their place in the group's statistics."""
     is_masked = (mask_truncated and trajectory.stop is StopReason.TRUNCATED) or (
         mask_void_turns and any(is_void_turn(trajectory, turn) for turn in range(len(trajectory.turns)))
     )

@@ -9,7 +9,7 @@ from gtpo.types import StopReason, Trajectory
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over trajectories, but `pass_at_k`, which is a mean over tasks. Lost trajectories are counted, not scored."""
+    """Means over trajectories; `pass_at_k` is a mean over tasks. Lost trajectories are counted, not scored."""
 
     num_tasks: int
     samples: int

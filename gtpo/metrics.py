@@ -13,7 +13,9 @@ from gtpo.types import StopReason, ToolStatus, Trajectory
 Groups = Sequence[Sequence[Trajectory]]
 
 
-def rollout_metrics(groups: Groups, rewards: Sequence[Sequence[TurnRewards]], credit: Sequence[Sequence[Credit]]) -> dict[str, float]:
+def rollout_metrics(
+    groups: Groups, rewards: Sequence[Sequence[TurnRewards]], credit: Sequence[Sequence[Credit]]
+) -> dict[str, float]:
     """Metrics of trajectories, rewards and credit. `groups` are without lost trajectories."""
     trajectories = [trajectory for group in groups for trajectory in group]
     flat_rewards = [reward for group in rewards for reward in group]
@@ -39,7 +41,9 @@ def rollout_metrics(groups: Groups, rewards: Sequence[Sequence[TurnRewards]], cr
         "turns/max": float(max(len(t.turns) for t in trajectories)),
         "turns/void_ratio": _mean([float(is_void_turn(t, i)) for t in trajectories for i in range(len(t.turns))]),
         "turn_reward/mean": _mean([value for reward in flat_rewards for value in reward.rewards]),
-        "turn_reward/format_fault_ratio": _mean([float(has_format_fault(t, i)) for t in trajectories for i in range(len(t.turns))]),
+        "turn_reward/format_fault_ratio": _mean(
+            [float(has_format_fault(t, i)) for t in trajectories for i in range(len(t.turns))]
+        ),
         "turn_return/mean": _mean([value for item in flat_credit for value in item.returns]),
         "turn_return/std": _std([value for item in flat_credit for value in item.returns]),
         "turn_advantage/abs_max": max(abs(value) for item in flat_credit for value in item.advantages),

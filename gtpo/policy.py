@@ -1,7 +1,7 @@
 """The model under training: loading or building it, its hidden states over a packed batch, its head, its checkpoints.
 
-With `sampler`, the only module that knows transformers. What it does not do: compute logits of a batch; that is the work
-of `gtpo_kernels.linear_gtpo_loss`.
+With `sampler`, the only module that knows transformers. What it does not do: compute logits of a batch; that is the
+work of `gtpo_kernels.linear_gtpo_loss`.
 """
 
 import importlib.util
@@ -45,7 +45,9 @@ def _attention(
     elif packed_lengths is None:
         raise ValueError("the policy's attention needs packed_lengths: call Policy.hidden_states, not the model itself")
     elif use_flash:
-        output = flash_varlen_attention(query, key, value, cu_seqlens=cu_seqlens, longest=max(packed_lengths), scale=scaling)
+        output = flash_varlen_attention(
+            query, key, value, cu_seqlens=cu_seqlens, longest=max(packed_lengths), scale=scaling
+        )
     else:
         output = block_causal_attention(query, key, value, lengths=packed_lengths, scale=scaling)
     return output.transpose(1, 2), None
@@ -61,7 +63,9 @@ class Policy:
         _refuse_unsupported(model.config)
         self.config = config
         self.tokenizer = tokenizer
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+        self.device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        )
         self.model = model.to(device=self.device, dtype=getattr(torch, config.dtype))
         self.model.set_attn_implementation("gtpo_packed")
         self.decoder = model.get_decoder()
@@ -77,14 +81,15 @@ class Policy:
             self._adapted = _with_lora(model, config)
         if config.freeze_head:
             if self.head.weight is model.get_input_embeddings().weight:
-                raise ValueError("model.freeze_head needs a head of its own; this model ties it to the input embeddings")
+                raise ValueError(
+                    "model.freeze_head needs a head of its own; this model ties it to the input embeddings"
+                )
             self.head.requires_grad_(False)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             # frozen embeddings would otherwise cut the graph in front of the first checkpointed layer
             self.model.enable_input_require_grads()
         # dropout is off in training too: the policy that samples and the one that is trained must be the same function
-        self.model.train(config.gradient_checkpointing)
         self._dropout_off()
 
     @property
@@ -95,7 +100,12 @@ class Policy:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Final hidden states of a packed batch, [N, D]; row i predicts `batch.targets[i]`. No attention crosses sequences."""
+        """Final hidden states of a packed batch, [N, D]; row i predicts `batch.targets[i]`.
+
+        No attention crosses sequences.
+        """
+        # transformers checkpoints in training mode only, and drops the cache that `extend` needs while it does
+        self.model.train(self.config.gradient_checkpointing)
         output = self.decoder(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
@@ -109,6 +119,8 @@ class Policy:
     @torch.no_grad()
     def extend(self, input_ids: Tensor, cache: SlotCache) -> Tensor:
         """Logits after the last new token of every sequence of the cache's current step, [num_sequences, V] float32."""
+        if self.model.training:
+            self.model.eval()
         output = self.decoder(
             input_ids=input_ids[None],
             position_ids=cache.positions[None],
@@ -137,7 +149,7 @@ class Policy:
 
 
 def load_policy(config: ModelConfig, *, corpus: Iterable[str] = (), seed: int = 0) -> Policy:
-    """The policy that `config.source` names. `corpus` trains the tokenizer of a "tiny" model and is not read otherwise."""
+    """The policy that `config.source` names. `corpus` trains the tokenizer of a "tiny" model, and of no other."""
     if config.source == "tiny":
         return build_tiny_policy(config, corpus=corpus, seed=seed)
     if config.source.startswith("package:"):
@@ -176,7 +188,9 @@ def _train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
     control = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
     least = len(control) + 256
     if vocab_size < least:
-        raise ValueError(f"model.vocab_size must be at least {least} (all bytes and the control tokens), got {vocab_size}")
+        raise ValueError(
+            f"model.vocab_size must be at least {least} (all bytes and the control tokens), got {vocab_size}"
+        )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -229,7 +243,9 @@ def _refuse_unsupported(config: Any) -> None:
     """Heads and attentions that the packed path would compute wrongly are refused, not approximated."""
     for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1.0):
-            raise ValueError(f"models with {key} are not supported: the loss is computed from hidden states and head alone")
+            raise ValueError(
+                f"models with {key} are not supported: the loss is computed from hidden states and head alone"
+            )
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layer_types != {"full_attention"}:
         raise ValueError(f"every layer must have full causal attention, got layer types {sorted(layer_types)}")

@@ -44,10 +44,13 @@ def turn_rewards(group: Sequence[Trajectory], method: Method) -> list[TurnReward
     credits = similarity_credits(group, alpha=method.similarity_alpha, similarity=SIMILARITIES[method.similarity])
     rewards = []
     for trajectory, credit in zip(group, credits, strict=True):
-        format_terms = [_format_term(trajectory, turn, penalty=method.format_penalty) for turn in range(len(trajectory.turns))]
+        format_terms = [
+            _format_term(trajectory, turn, penalty=method.format_penalty) for turn in range(len(trajectory.turns))
+        ]
         execution_terms = _execution_terms(trajectory, method)
         totals = [
-            min(form, run) if min(form, run) < 0 else run for form, run in zip(format_terms, execution_terms, strict=True)
+            min(form, run) if min(form, run) < 0 else run
+            for form, run in zip(format_terms, execution_terms, strict=True)
         ]
         totals[-1] += trajectory.outcome if trajectory.outcome > 0 else credit
         rewards.append(TurnRewards(totals, trajectory.outcome, credit, format_terms, execution_terms))
@@ -148,7 +151,7 @@ def _tokens(code: str) -> list[str]:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return code.split()
-    # a walk in source order, so that layout and comments do not count
+    # of the tree and not of the text, so that layout and comments do not count
     return [token for node in ast.walk(tree) for token in _node_tokens(node)]
 
 
@@ -160,7 +163,7 @@ def _node_tokens(node: ast.AST) -> list[str]:
             return [name]
         case ast.Constant(value=value):
             return [repr(value)]
-        case ast.expr_context():
+        case ast.expr_context() | ast.Module():
             return []
         case _:
             return [type(node).__name__]
@@ -168,5 +171,7 @@ def _node_tokens(node: ast.AST) -> list[str]:
 
 def _ngrams(tokens: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
     return Counter(
-        tuple(tokens[start : start + length]) for length in range(1, order + 1) for start in range(len(tokens) - length + 1)
+        tuple(tokens[start : start + length])
+        for length in range(1, order + 1)
+        for start in range(len(tokens) - length + 1)
     )

@@ -48,7 +48,10 @@ class Rollout:
         seed: Sequence[int],
         on_finished: Callable[[], None] = lambda: None,
     ) -> list[list[Trajectory]]:
-        """`group_size` trajectories for each task, in the tasks' order. Sample s of task t draws from the stream [*seed, t, s]."""
+        """`group_size` trajectories for each task, in the tasks' order.
+
+        Sample s of the task at position t draws from the stream [*seed, t, s].
+        """
         attempts = [(position, sample) for position in range(len(tasks)) for sample in range(group_size)]
 
         async def start(sequence: SampledSequence) -> Trajectory:
@@ -110,7 +113,9 @@ class Rollout:
         trajectory.outcome = self.environment.grade(task, trajectory.answer)
         return trajectory
 
-    async def _write_turn(self, write: Writer, new_ids: list[int], observation: str, num_tokens: int) -> tuple[Turn, bool]:
+    async def _write_turn(
+        self, write: Writer, new_ids: list[int], observation: str, num_tokens: int
+    ) -> tuple[Turn, bool]:
         started = time.perf_counter()
         room = min(self.config.max_completion_tokens, self.config.max_trajectory_tokens - num_tokens)
         completion = await write(new_ids, observation, room)

@@ -3,7 +3,8 @@
 Every decoding step is one packed forward pass over the sequences that have something to do: one sampled token each, or
 a whole prompt or tool output. Each sequence draws from its own stream of uniforms, one a token, by inverting the
 cumulative distribution: what it samples does not depend on which others run beside it (up to floating-point rounding).
-The order of events is a function of step numbers alone (see `RolloutConfig.tool_join_steps`), so a run repeats bit for bit.
+The order of events is a function of step numbers alone (see `RolloutConfig.tool_join_steps`), so a run repeats bit for
+bit.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ class Completion:
 
 @dataclass
 class SampledSequence:
-    """A sequence in the sampler. `number` is its place in the batch; `length` counts its tokens, pending ones included."""
+    """A sequence in the sampler. `number` is its place in the batch; `length` counts its tokens, pending ones too."""
 
     number: int
     uniforms: np.ndarray
@@ -61,6 +62,12 @@ class SampledSequence:
             raise ValueError("new_ids must hold at least one token for a new sequence, got none")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        capacity = len(self.uniforms) - 1
+        if self.length + len(new_ids) + max_new_tokens > capacity:
+            raise ValueError(
+                f"a sequence must fit the sampler's max_tokens = {capacity}, got {self.length} tokens so far, "
+                f"{len(new_ids)} new ones and max_new_tokens = {max_new_tokens}"
+            )
         assert self._changed is not None
         self.pending += new_ids
         self.length += len(new_ids)
@@ -99,7 +106,9 @@ class Sampler:
         self._changed = asyncio.Event()
         self._cache = SlotCache(self.num_slots, self.max_tokens)
         self._step = 0
-        waiting = [SampledSequence(i, _uniforms(seed, self.max_tokens), _changed=self._changed) for i, seed in enumerate(seeds)]
+        waiting = [
+            SampledSequence(i, _uniforms(seed, self.max_tokens), _changed=self._changed) for i, seed in enumerate(seeds)
+        ]
         waiting.reverse()
         self._running: list[SampledSequence] = []
         tasks: list[asyncio.Task[T]] = []
@@ -113,7 +122,9 @@ class Sampler:
                     tasks.append(asyncio.create_task(self._drive(start, sequence, on_finished)))
                 await self._settle(tasks)
                 self._release_closed()
-                ready = [sequence for sequence in self._running if sequence.wants_tokens and sequence.due_step <= self._step]
+                ready = [
+                    sequence for sequence in self._running if sequence.wants_tokens and sequence.due_step <= self._step
+                ]
                 if ready:
                     self._advance(ready)
                     await asyncio.sleep(0)
@@ -126,7 +137,10 @@ class Sampler:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _drive(
-        self, start: Callable[[SampledSequence], Awaitable[T]], sequence: SampledSequence, on_finished: Callable[[], None]
+        self,
+        start: Callable[[SampledSequence], Awaitable[T]],
+        sequence: SampledSequence,
+        on_finished: Callable[[], None],
     ) -> T:
         try:
             return await start(sequence)
@@ -195,7 +209,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tu
 
     logits: [B, V].  uniforms: [B] float64 in [0, 1).  Returns (token ids [B], their log-probs [B] float32).
 
-    >>> sample_tokens(torch.tensor([[0.0, 0.0, -torch.inf]]).expand(2, 3), torch.tensor([0.2, 0.7]).double(), temperature=1.0)[0]
+    >>> logits = torch.tensor([[0.0, 0.0, -torch.inf]]).expand(2, 3)
+    >>> sample_tokens(logits, torch.tensor([0.2, 0.7]).double(), temperature=1.0)[0]
     tensor([0, 1])
     """
     logprobs = torch.log_softmax(logits / temperature, dim=-1)

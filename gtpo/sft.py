@@ -1,4 +1,4 @@
-"""Supervised warm-up: demonstrations of the tool protocol by the environment's oracle, and cross-entropy on its turns."""
+"""Supervised warm-up: demonstrations of the tool protocol by the environment's oracle, cross-entropy on its turns."""
 
 import asyncio
 import random
@@ -8,27 +8,38 @@ import numpy as np
 import torch
 
 from gtpo.batch import PackedSequence, pack, split_by_tokens
+from gtpo.config import SftConfig
 from gtpo.environments import Answer
 from gtpo.policy import Policy
 from gtpo.rollout import Rollout
 from gtpo.sampler import Completion
+from gtpo.schedule import learning_rate
 from gtpo.types import Task, Trajectory
 from gtpo_kernels import linear_token_logprobs
 
 
-async def demonstrate(rollout: Rollout, tasks: Sequence[Task], *, seed: int, max_concurrent: int) -> list[Trajectory]:
+async def demonstrate(
+    rollout: Rollout,
+    tasks: Sequence[Task],
+    *,
+    seed: int,
+    max_concurrent: int,
+    on_finished: Callable[[], None] = lambda: None,
+) -> list[Trajectory]:
     """One demonstration a task, played by the oracle against the real tools."""
     limit = asyncio.Semaphore(max_concurrent)
 
     async def one(position: int, task: Task) -> Trajectory:
         async with limit:
-            return await demonstrate_one(rollout, task, rng=random.Random(f"{seed}/{position}"))
+            trajectory = await demonstrate_one(rollout, task, rng=random.Random(f"{seed}/{position}"))
+            on_finished()
+            return trajectory
 
     return list(await asyncio.gather(*(one(position, task) for position, task in enumerate(tasks))))
 
 
 async def demonstrate_one(rollout: Rollout, task: Task, *, rng: random.Random) -> Trajectory:
-    """The oracle writes through the same loop as the policy: its text becomes ids, its calls run, its outputs are real."""
+    """The oracle writes through the policy's own loop: its text becomes ids, its calls run, its outputs are real."""
     oracle = rollout.environment.oracle(task, rng)
     started = False
 
@@ -39,7 +50,9 @@ async def demonstrate_one(rollout: Rollout, task: Task, *, rng: random.Random) -
         chat = rollout.chat
         text = chat.render_answer(step.text) if isinstance(step, Answer) else chat.render_code_call(step.code)
         ids = chat.completion_ids(text)
-        return Completion(ids[:max_new_tokens], [0.0] * min(len(ids), max_new_tokens), finished=len(ids) <= max_new_tokens)
+        return Completion(
+            ids[:max_new_tokens], [0.0] * min(len(ids), max_new_tokens), finished=len(ids) <= max_new_tokens
+        )
 
     return await rollout.play(task, 0, write)
 
@@ -56,7 +69,9 @@ def to_demonstration_sequence(trajectory: Trajectory) -> PackedSequence:
     )
 
 
-def sft_batch(demonstrations: Sequence[PackedSequence], *, step: int, batch_size: int, seed: int) -> list[PackedSequence]:
+def sft_batch(
+    demonstrations: Sequence[PackedSequence], *, step: int, batch_size: int, seed: int
+) -> list[PackedSequence]:
     """The batch of one step: drawn without replacement, a function of (seed, step) only."""
     rng = np.random.default_rng([seed, step])
     chosen = rng.choice(len(demonstrations), size=min(batch_size, len(demonstrations)), replace=False)
@@ -83,19 +98,20 @@ def run_sft(
     policy: Policy,
     demonstrations: Sequence[PackedSequence],
     *,
-    steps: int,
-    batch_size: int,
+    config: SftConfig,
     seed: int,
     micro_batch_tokens: int,
-    optimizer: torch.optim.Optimizer,
-    set_learning_rate: Callable[[int], None],
     max_grad_norm: float,
     on_step: Callable[[int, float], None],
 ) -> None:
-    """The warm-up loop; `on_step(step, loss)` after each optimizer step."""
-    for step in range(steps):
-        set_learning_rate(step)
-        sequences = sft_batch(demonstrations, step=step, batch_size=batch_size, seed=seed)
+    """The warm-up loop, with an optimizer of its own; `on_step(step, loss)` after each step."""
+    optimizer = torch.optim.AdamW(policy.trainable().values(), betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(
+                step, total=config.steps, base=config.learning_rate, warmup=config.warmup_steps, schedule="linear"
+            )
+        sequences = sft_batch(demonstrations, step=step, batch_size=config.batch_size, seed=seed)
         loss = accumulate_sft_gradient(policy, sequences, micro_batch_tokens=micro_batch_tokens)
         torch.nn.utils.clip_grad_norm_(policy.trainable().values(), max_grad_norm)
         optimizer.step()

@@ -65,7 +65,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a call gave back. `text` is what the model reads; `seconds` is wall time, without the wait for a free slot."""
+    """What a call gave back. `text` is what the model reads; `seconds` is wall time without the wait for a slot."""
 
     status: ToolStatus
     text: str
@@ -82,8 +82,8 @@ class Turn:
     """One completion and the tool output that it caused.
 
     completion_ids: sampled ids, the end-of-turn id included when it was sampled. tool_ids: inserted ids, template glue
-    included; empty on the last turn. rollout_logprobs: one for each completion id, after temperature. as_expected: whether
-    the tools printed what the task expects; None where the task does not say.
+    included; empty on the last turn. rollout_logprobs: one for each completion id, after temperature. as_expected:
+    whether the tools printed what the task expects; None where the task does not say.
     """
 
     completion_ids: list[int]
@@ -102,7 +102,7 @@ class Turn:
 
 @dataclass
 class Trajectory:
-    """All turns of one attempt at a task. `sample` is its index in the group; `outcome` is the unshaped success in [0, 1]."""
+    """All turns of one attempt at a task. `sample`: its index in the group. `outcome`: unshaped success in [0, 1]."""
 
     task: Task
     sample: int

@@ -70,6 +70,18 @@ def split_temperature(temperature: float | Tensor, like: Tensor) -> tuple[float,
     return temperature, None
 
 
+def check_row_temperature(row_temperature: Tensor) -> None:
+    """Refuse temperatures, one a row, of which some divide by 0 or turn the distribution over."""
+    holds = ((row_temperature > 0) & row_temperature.isfinite()).all()
+    check_values(holds, "temperature must be positive and finite in every row, got values that are not")
+
+
+def check_vocab(name: str, tensor: Tensor, dim: int) -> None:
+    """Refuse a vocabulary of nothing: it has no softmax."""
+    if tensor.shape[dim] == 0:
+        raise ValueError(f"{name} must have a vocabulary of at least 1, got shape {tuple(tensor.shape)}")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a name that is not one of `choices`."""
     if value not in choices:

@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("environments",),
     ("attention", "batch", "rewards"),
     ("credit", "policy"),
-    ("sampler",),
+    ("sampler", "schedule"),
     ("rollout",),
     ("sft", "evaluation", "metrics", "checkpoint", "run_folder"),
     ("report",),

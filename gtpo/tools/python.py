@@ -58,11 +58,6 @@ class PythonTool:
 
 
 def observation_of(result: "CellResult") -> str:
-    """What the model reads of a cell: its output, a note where that was cut, the error, a note where state was lost."""
-    parts = [
-        result.stdout.rstrip(),
-        "(output truncated)" if result.output_truncated else "",
-        result.error.strip(),
-        _STATE_LOST if result.state_lost else "",
-    ]
+    """What the model reads of a cell: its output (the sandbox notes a cut), the error, a note where state was lost."""
+    parts = [result.stdout.rstrip(), result.error.strip(), _STATE_LOST if result.state_lost else ""]
     return "\n".join(part for part in parts if part) or NO_OUTPUT

@@ -57,6 +57,7 @@ def clipped_loss(
     name = select_backend(FAMILY, backend, logprobs.device)
     rows = (logprobs, advantages, mask, old_logprobs, entropy, denominator)
     if name == "reference":
+        check_num_loss_tokens(denominator)
         return clipped_loss_reference(*rows, clip_low, clip_high, metrics == "all")
     need = torch.is_grad_enabled() and logprobs.requires_grad
     loss, packed, _ = _clipped_loss(*rows, clip_low, clip_high, metrics == "all", need, name)

@@ -7,7 +7,7 @@ needed: logits -> softmax -> slope -> d_logits -> d_hidden and d_weight, a chunk
 import torch
 from torch import Tensor
 
-from gtpo_kernels.checks import accumulator_dtype, check_targets
+from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.clipped_loss.kernel_torch import clipped_loss, loss_slope
 from gtpo_kernels.clipped_loss.reference import loss_denominator
 from gtpo_kernels.gtpo_loss.reference import LossInputs
@@ -17,7 +17,7 @@ from gtpo_kernels.token_logprobs.kernel_torch import Head, Temperature, row_bloc
 class LossPass:
     """One pass over the rows: what it needs to turn logits into gradients, and the per-row results that become loss and metrics."""
 
-    def __init__(self, inputs: LossInputs, vocab: int, dtype: torch.dtype) -> None:
+    def __init__(self, inputs: LossInputs, dtype: torch.dtype) -> None:
         mask, advantages = inputs.loss_mask, inputs.advantages
         self.inputs = inputs
         self.dtype = dtype
@@ -28,7 +28,6 @@ class LossPass:
         self.forward_only_rows = silent.nonzero().squeeze(1) if inputs.all_metrics else self.active_rows[:0]
         self.logprobs = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         self.entropy = torch.zeros_like(self.logprobs)
-        check_targets(inputs.targets[torch.cat([self.active_rows, self.forward_only_rows])], vocab)
 
     def run_block_(self, x: Tensor, rows: Tensor, gradient: bool) -> None:
         """x [n, V]: the logits of `rows`; their results are kept, and x becomes d_logits if `gradient`, else is spent."""
@@ -69,7 +68,7 @@ def gtpo_loss(logits: Tensor, inputs: LossInputs, need_logits: bool) -> tuple[Te
     """(loss [], metrics [11], d_logits [N, V] in the logits' dtype, or [0] where not needed)."""
     vocab = logits.shape[1]
     accumulator = accumulator_dtype(logits.dtype)
-    state = LossPass(inputs, vocab, accumulator)
+    state = LossPass(inputs, accumulator)
     d_logits = logits.new_zeros(logits.shape if need_logits else (0,))
     for every, gradient in ((state.active_rows, need_logits), (state.forward_only_rows, False)):
         for block in row_blocks(len(every), vocab, logits.device):
@@ -92,7 +91,7 @@ def linear_gtpo_loss(
     """(loss [], metrics [11], d_hidden [N, D], d_weight [V, D], d_bias [V]), gradients in the accumulator dtype, [0] where not needed."""
     head = Head(hidden, weight, bias, chunk_rows)
     head.allocate_gradients(*needs)
-    state = LossPass(inputs, weight.shape[0], head.dtype)
+    state = LossPass(inputs, head.dtype)
     for every, gradient in ((state.active_rows, any(needs)), (state.forward_only_rows, False)):
         for chunk, hidden_rows, logits in head.chunks(every):
             for block in row_blocks(*logits.shape, logits.device):

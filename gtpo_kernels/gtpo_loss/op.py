@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gtpo_kernels.backend import run_kernel, select_backend
-from gtpo_kernels.checks import accumulator_dtype, check_targets, check_tensor, split_temperature
+from gtpo_kernels.checks import check_row_temperature, check_targets, check_tensor, check_vocab, split_temperature
 from gtpo_kernels.clipped_loss.op import (
     MetricsChoice,
     check_loss_arguments,
@@ -16,7 +16,7 @@ from gtpo_kernels.clipped_loss.op import (
     scale_gradients,
     unpack_metrics,
 )
-from gtpo_kernels.clipped_loss.reference import ClippedLoss
+from gtpo_kernels.clipped_loss.reference import ClippedLoss, counted_tokens
 from gtpo_kernels.gtpo_loss.reference import LossInputs, gtpo_loss_reference, linear_gtpo_loss_reference
 from gtpo_kernels.token_logprobs.op import check_head, empty_head_gradients
 from gtpo_kernels.turn_advantages.op import TurnCredit
@@ -56,11 +56,13 @@ def gtpo_loss(
     [-0.375, 0.125, 0.125, 0.125]
     """
     check_tensor("logits", logits, layout="[N, V]", shape=(None, None), kind="float")
+    check_vocab("logits", logits, dim=1)
     name = select_backend(FAMILY, backend, logits.device)
     inputs = _loss_inputs(
         logits, targets, advantages, loss_mask, old_logprobs, temperature, num_loss_tokens, clip_low, clip_high, metrics, backend
     )
     if name == "reference":
+        _check_row_values(inputs, logits.shape[1])
         return gtpo_loss_reference(logits, inputs)
     need = torch.is_grad_enabled() and logits.requires_grad
     loss, packed, _ = _gtpo_loss(logits, *inputs, need, name)
@@ -104,6 +106,7 @@ def linear_gtpo_loss(
         hidden, targets, advantages, loss_mask, old_logprobs, temperature, num_loss_tokens, clip_low, clip_high, metrics, backend
     )
     if name == "reference":
+        _check_row_values(inputs, weight.shape[0])
         return linear_gtpo_loss_reference(hidden, weight, bias, inputs)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     loss, packed, *_ = _linear_gtpo_loss(hidden, weight, bias, *inputs, chunk_rows, *needs, name)
@@ -137,6 +140,15 @@ def _loss_inputs(
     )
 
 
+def _check_row_values(inputs: LossInputs, vocab: int) -> None:
+    """Refuse values that the rows to be computed cannot have; what the other rows hold is never looked at."""
+    check_num_loss_tokens(inputs.num_loss_tokens)
+    skipped = ~counted_tokens(inputs.advantages, inputs.loss_mask, inputs.all_metrics)
+    check_targets(inputs.targets.masked_fill(skipped, 0), vocab)
+    if inputs.row_temperature is not None:
+        check_row_temperature(inputs.row_temperature.masked_fill(skipped, 1.0))
+
+
 @torch.library.custom_op("gtpo_kernels::gtpo_loss", mutates_args=())
 def _gtpo_loss(
     logits: Tensor,
@@ -153,7 +165,6 @@ def _gtpo_loss(
     need_logits: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_num_loss_tokens(num_loss_tokens)
     inputs = LossInputs(
         targets,
         advantages,
@@ -166,6 +177,7 @@ def _gtpo_loss(
         clip_high,
         all_metrics,
     )
+    _check_row_values(inputs, logits.shape[1])
     outputs: tuple[Tensor, Tensor, Tensor] = run_kernel(
         FAMILY, backend, "gtpo_loss", logits.device, logits, inputs, need_logits
     )
@@ -202,7 +214,6 @@ def _linear_gtpo_loss(
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_num_loss_tokens(num_loss_tokens)
     inputs = LossInputs(
         targets,
         advantages,
@@ -215,6 +226,7 @@ def _linear_gtpo_loss(
         clip_high,
         all_metrics,
     )
+    _check_row_values(inputs, weight.shape[0])
     needs = (need_hidden, need_weight, need_bias)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run_kernel(
         FAMILY, backend, "linear_gtpo_loss", hidden.device, hidden, weight, bias, inputs, chunk_rows, needs

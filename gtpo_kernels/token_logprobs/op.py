@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from gtpo_kernels.backend import run_kernel, select_backend
-from gtpo_kernels.checks import accumulator_dtype, check_targets, check_tensor, split_temperature
+from gtpo_kernels.checks import (
+    accumulator_dtype,
+    check_row_temperature,
+    check_targets,
+    check_tensor,
+    check_vocab,
+    split_temperature,
+)
 from gtpo_kernels.token_logprobs.reference import (
     RowStatistics,
     TokenLogprobs,
@@ -38,11 +45,14 @@ def token_logprobs(
     ([-0.6931, 0.0], [0.6931, 0.0])
     """
     check_tensor("logits", logits, layout="[N, V]", shape=(None, None), kind="float")
+    check_vocab("logits", logits, dim=1)
     check_tensor("targets", targets, layout="[N]", shape=(logits.shape[0],), kind="int", device=logits.device)
     value, per_row = split_temperature(temperature, logits)
     name = select_backend(FAMILY, backend, logits.device)
     if name == "reference":
         check_targets(targets, logits.shape[1])
+        if per_row is not None:
+            check_row_temperature(per_row)
         return token_logprobs_reference(logits, targets, temperature)
     logprobs, entropy, row_max, log_sum = _token_logprobs(logits, targets, value, per_row, name)
     return TokenLogprobs(logprobs, entropy, (row_max + log_sum).detach())
@@ -78,6 +88,8 @@ def linear_token_logprobs(
     name = select_backend(FAMILY, backend, hidden.device)
     if name == "reference":
         check_targets(targets, weight.shape[0])
+        if per_row is not None:
+            check_row_temperature(per_row)
         return linear_token_logprobs_reference(hidden, weight, targets, bias, temperature)
     logprobs, entropy, row_max, log_sum = _linear_token_logprobs(
         hidden, weight, bias, targets, value, per_row, chunk_rows, name
@@ -90,6 +102,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: 
     check_tensor("hidden", hidden, layout="[N, D]", shape=(None, None), kind="float")
     device = hidden.device
     check_tensor("weight", weight, layout="[V, D]", shape=(None, hidden.shape[1]), kind="float", device=device)
+    check_vocab("weight", weight, dim=0)
     if bias is not None:
         check_tensor("bias", bias, layout="[V]", shape=(weight.shape[0],), kind="float", device=device)
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -104,6 +117,8 @@ def _token_logprobs(
     logits: Tensor, targets: Tensor, temperature: float, row_temperature: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_targets(targets, logits.shape[1])
+    if row_temperature is not None:
+        check_row_temperature(row_temperature)
     arguments = (logits, targets, temperature, row_temperature)
     return tuple(run_kernel(FAMILY, backend, "token_logprobs", logits.device, *arguments))  # type: ignore[return-value]
 
@@ -179,6 +194,8 @@ def _linear_token_logprobs(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_targets(targets, weight.shape[0])
+    if row_temperature is not None:
+        check_row_temperature(row_temperature)
     arguments = (hidden, weight, bias, targets, temperature, row_temperature, chunk_rows)
     return tuple(run_kernel(FAMILY, backend, "linear_token_logprobs", hidden.device, *arguments))  # type: ignore[return-value]
 

@@ -33,7 +33,10 @@ def numbered(num: int) -> list[dict[str, object]]:
         ({"question": "2 + 2?", "ground_truth": 4, "level": 1}, "2 + 2?", "4"),
         ({"messages": [{"role": "user", "content": "2 + 2?"}], "answer": 0.5}, "2 + 2?", "0.5"),
         (
-            {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], "answer": "yes"},
+            {
+                "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+                "answer": "yes",
+            },
             "Be brief.\n\nHi",
             "yes",
         ),
@@ -50,9 +53,7 @@ def test_a_fifth_of_the_prompts_is_held_out(write: Write) -> None:
     environment = JsonlEnvironment(write(*numbered(50)))
     held_out = environment.tasks("eval", 10, seed=0)
     train = environment.tasks("train", 40, seed=0)
-    assert {task.prompt for task in held_out} | {task.prompt for task in train} == {
-        f"question {n}" for n in range(50)
-    }
+    assert {task.prompt for task in held_out} | {task.prompt for task in train} == {f"question {n}" for n in range(50)}
     with pytest.raises(ValueError, match="at most the 10 rows that are held out for evaluation, got 11"):
         environment.tasks("eval", 11, seed=0)
 
@@ -148,7 +149,15 @@ def test_equal_answers(given: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("1,2", "12"), ("1/0", "0"), ("1e3", "1000"), ("42 km", "42"), ("0.333", "1/3"), ("9" * 500, "9" * 499), ("", "0")],
+    [
+        ("1,2", "12"),
+        ("1/0", "0"),
+        ("1e3", "1000"),
+        ("42 km", "42"),
+        ("0.333", "1/3"),
+        ("9" * 500, "9" * 499),
+        ("", "0"),
+    ],
 )
 def test_different_answers(given: str, expected: str) -> None:
     assert not same_answer(given, expected)

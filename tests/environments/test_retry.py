@@ -89,10 +89,10 @@ def test_getters_answer_fail_and_allow_one_call_a_cell(run_cells: RunCells) -> N
     assert results[-1].text.startswith("NameError: name 'box_e' is not defined")
 
 
-def test_values_are_in_no_global(run_cells: RunCells) -> None:
-    code = "print([name for name, value in globals().items() if '42' in repr(value) or 'box_c' in repr(value)])"
+def test_no_global_holds_the_values(run_cells: RunCells) -> None:
+    code = "print(sorted(name for name in globals() if not name.startswith('__')))"
     (result,) = run_cells(RetryEnvironment(), TASK, [code])
-    assert result.text == "['box_c']" or "function" in result.text
+    assert result.text == "['box_a', 'box_b', 'box_c', 'box_d']"
 
 
 @pytest.mark.parametrize("answer", ["17 42", "42", "42 17 42", "4217", "42, 17", "42 18", "pen cup"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gtpo_kernels import BackendUnavailable, turn_advantages, turn_returns
 from gtpo_kernels.backend import select_backend
+from gtpo_kernels.testing import assert_within_budget
 
 CPU = torch.device("cpu")
 RULES = [
@@ -45,17 +46,6 @@ def random_batch(seed: int, *, reward_dtype: torch.dtype, id_dtype: torch.dtype)
         torch.tensor([generator.choice([-4, 0, 7]) for _ in lengths], dtype=id_dtype),
         torch.tensor(turn_ids, dtype=id_dtype),
     )
-
-
-def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """max|actual - exact| <= 2 max|plain - exact| + 4 eps max|exact|, plain and actual of one dtype, exact float64."""
-    assert actual.dtype == plain.dtype
-    assert actual.shape == plain.shape
-    assert actual.isfinite().all()
-    if actual.numel():
-        plain_error = (plain.double() - exact).abs().max()
-        allowed = 2 * plain_error + 4 * torch.finfo(actual.dtype).eps * exact.abs().max()
-        assert (actual.double() - exact).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("reward_dtype", [torch.float32, torch.float64, torch.bfloat16])

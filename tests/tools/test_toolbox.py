@@ -25,9 +25,7 @@ def test_faulty_calls_become_results_beside_good_ones() -> None:
     unknown = ToolCall("calculate", {"expression": "1"})
     unfit = ToolCall("calculator", {"expresion": "1"})
     failing = ToolCall("calculator", {"expression": "1 / 0"})
-    results = asyncio.run(
-        Toolbox([FunctionTool(calculator)]).execute([malformed, unknown, unfit, failing, CALCULATE])
-    )
+    results = asyncio.run(Toolbox([FunctionTool(calculator)]).execute([malformed, unknown, unfit, failing, CALCULATE]))
     assert [(result.status, result.text) for result in results] == [
         (ToolStatus.MALFORMED, "expected JSON, got 'x'"),
         (ToolStatus.UNKNOWN_TOOL, "Unknown tool 'calculate'. Known tools: calculator."),

@@ -1,0 +1,157 @@
+"""The command line: `gtpo train`, `gtpo sft`, `gtpo eval`, `gtpo config`."""
+
+import argparse
+import dataclasses
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from gtpo.config import METHODS, Config, describe_keys, load_config
+
+_DESCRIPTION = """\
+Train tool-using language models with one reward a turn (GTPO, arXiv 2511.14846).
+
+  gtpo train examples/demo.toml                     warm-up, evaluation, GTPO, evaluation
+  gtpo train examples/demo.toml --method grpo       the same with the GRPO baseline
+  gtpo train examples/demo.toml --train.steps 20    any key of the config can be set as --table.key value
+  gtpo eval examples/demo.toml --checkpoint runs/demo/checkpoints/last
+  gtpo config                                       every key with its default
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 if it did its work, 2 for a mistake of the caller, said in one line."""
+    parser = _parser()
+    options, overrides = parser.parse_known_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(options.run(options, overrides))
+    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+        print(f"gtpo: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gtpo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="{train,sft,eval,config}")
+    for name, run, text in (
+        ("train", _train, "warm up (if sft.steps > 0), evaluate, train with the method, evaluate again"),
+        ("sft", _sft, "only the supervised warm-up on the environments' demonstrations"),
+        ("eval", _eval, "evaluate a checkpoint on the held-out tasks: success, avg@k, pass@k, turns, calls"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text}.",
+            epilog="Any config key: --table.key value, e.g. --rollout.group_size 4. `gtpo config` lists them.",
+            allow_abbrev=False,
+        )
+        command.add_argument("config", metavar="CONFIG.toml", help="the run's configuration")
+        command.set_defaults(run=run)
+        if name == "eval":
+            command.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a Hugging Face model folder")
+        else:
+            command.add_argument("--overwrite", action="store_true", help="delete what output_dir holds and start anew")
+        if name == "train":
+            command.add_argument("--resume", action="store_true", help="go on from the last checkpoint of output_dir")
+    listing = commands.add_parser("config", help="list every config key with its default")
+    listing.set_defaults(run=_list_keys)
+    return parser
+
+
+def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    # heavy imports wait until the arguments are known to be right
+    config = load_config(options.config, overrides)
+    from gtpo.report.plot import plot_run
+    from gtpo.report.table import before_after_table
+    from gtpo.run_folder import read_rows, write_json
+    from gtpo.trainer import Trainer
+
+    started = time.perf_counter()
+    with Trainer(config, resume=options.resume, overwrite=options.overwrite) as trainer:
+        _say(trainer.describe())
+        before, after = trainer.train()
+        summary = trainer.summary(before, after) | {
+            "seconds": {"total": time.perf_counter() - started, **trainer.seconds},
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+    folder = trainer.run.path
+    table = before_after_table(before, after)
+    (folder / "table.md").write_text(table + "\n")
+    plot_run(read_rows(folder / "metrics.jsonl"), folder / "plot.png")
+    write_json(folder / "summary.json", summary)
+    print(f"\n{config.method}, seed {config.seed}\n{table}")
+    print(f"\n{_split(summary['seconds'])}\nresults: {folder}/summary.json, table.md, plot.png, turns.jsonl, checkpoints/last")
+    return 0
+
+
+def _sft(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = load_config(options.config, overrides)
+    if config.sft.steps < 1:
+        raise ValueError(f"sft.steps must be at least 1 for `gtpo sft`, got {config.sft.steps}")
+    from gtpo.trainer import Trainer
+
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=0))
+    with Trainer(config, overwrite=options.overwrite) as trainer:
+        _say(trainer.describe())
+        evaluation = trainer.warm_up_only()
+    print(f"success {evaluation.success:.1%} on {evaluation.num_tasks} held-out tasks")
+    print(f"results: {trainer.run.path}/checkpoints/last")
+    return 0
+
+
+def _eval(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    config = load_config(options.config, overrides)
+    if not Path(options.checkpoint).is_dir():
+        raise ValueError(f"--checkpoint must be a Hugging Face model folder, got {options.checkpoint!r}")
+    from gtpo.trainer import Trainer
+
+    model = dataclasses.replace(config.model, source=options.checkpoint, lora_rank=0)
+    folder = Path(config.output_dir) / "eval"
+    config = dataclasses.replace(config, model=model, output_dir=str(folder))
+    with Trainer(config, overwrite=True) as trainer:
+        _say(trainer.describe())
+        evaluation = trainer.evaluate(step=0)
+    result = dataclasses.asdict(evaluation)
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{evaluation.num_tasks} tasks, k = {evaluation.samples}: avg@k {evaluation.success:.1%}, pass@k {evaluation.pass_at_k:.1%}, "
+          f"{evaluation.turns:.2f} turns, {evaluation.calls:.2f} calls, {evaluation.invalid_calls:.3f} invalid")  # fmt: skip
+    print(f"results: {folder}/evaluation.json")
+    return 0
+
+
+def _list_keys(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if overrides:
+        raise ValueError(f"`gtpo config` takes no arguments, got {' '.join(overrides)}")
+    previous = ""
+    for key, value, purpose in describe_keys():
+        table = key.rpartition(".")[0]
+        if table != previous:
+            print(f"\n[{table}]  {purpose}")
+            previous = table
+        print(f"  {key} = {value!r}")
+    print(f"\nmethods: {', '.join(METHODS)}; the keys of [credit] default to those of the method")
+    return 0
+
+
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def _split(seconds: dict[str, float]) -> str:
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
+    return f"{seconds['total']:.0f} s ({parts}; tools run beside generation)"
+
+
+__all__ = ["Config", "main"]
+
+if __name__ == "__main__":
+    sys.exit(main())

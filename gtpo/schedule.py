@@ -1,0 +1,41 @@
+"""What happens when, as pure functions of the step: learning rate, order of tasks, split of a rollout into updates."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def learning_rate(
+    step: int, *, total: int, base: float, warmup: int, schedule: Literal["linear", "cosine", "constant"]
+) -> float:
+    """Rate of step `step`, counted from 0: a linear rise over `warmup` steps, then the schedule down to 0 at `total`.
+
+    >>> [learning_rate(s, total=4, base=1.0, warmup=2, schedule="linear") for s in range(4)]
+    [0.5, 1.0, 1.0, 0.5]
+    """
+    if step < warmup:
+        return base * (step + 1) / warmup
+    if schedule == "constant":
+        return base
+    progress = (step - warmup) / max(total - warmup, 1)
+    return base * (1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def epoch_order(num_tasks: int, *, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch visits the tasks: a permutation that depends on (seed, epoch) only."""
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(num_tasks).tolist()
+    return order
+
+
+def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
+    """At most `parts` runs of neighbours, none empty, sizes differing by at most one.
+
+    >>> split_evenly([1, 2, 3, 4, 5], 2)
+    [[1, 2], [3, 4, 5]]
+    """
+    bounds = [len(items) * part // parts for part in range(parts + 1)]
+    return [list(items[start:end]) for start, end in zip(bounds, bounds[1:], strict=False) if end > start]

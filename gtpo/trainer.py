@@ -1,0 +1,456 @@
+"""The trainer: warm-up, then policy-gradient steps, with evaluation and checkpoints around them.
+
+The step reads in the method's verbs: sample groups, reward turns, assign credit, pack, update. All randomness derives
+from (seed, phase, step, task, sample), so nothing but weights, optimizer and step number has to survive a restart.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gtpo.batch import Batch, PackedSequence, pack, split_by_tokens
+from gtpo.chat import Chat
+from gtpo.config import Config
+from gtpo.credit import Credit, assign_credit, to_sequence
+from gtpo.environments import Environment, Mixture, make_environment
+from gtpo.evaluation import Evaluation, evaluate_groups
+from gtpo.metrics import rollout_metrics
+from gtpo.policy import Policy, load_policy
+from gtpo.report.progress import Progress
+from gtpo.rewards import TurnRewards, turn_rewards
+from gtpo.rollout import Rollout, offered_schemas
+from gtpo.run_folder import RunFolder
+from gtpo.sampler import Sampler
+from gtpo.sandbox import SandboxLimits, SandboxPool
+from gtpo.schedule import epoch_order, learning_rate, split_evenly
+from gtpo.sft import demonstrate, run_sft, to_demonstration_sequence
+from gtpo.types import StopReason, Task, Trajectory
+from gtpo_kernels import LossMetrics, linear_gtpo_loss, linear_token_logprobs
+from gtpo_kernels.backend import select_backend
+
+# first component of the seed of a sampled trajectory, so that no two phases share a stream
+_TRAIN, _EVAL = 0, 1
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient is NaN or infinite; the offending batch was saved."""
+
+
+class Trainer:
+    """Everything of one run. Use as a context manager: the sandbox and the logs are closed at the end."""
+
+    def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.environment = make_mixture(config)
+        self.train_tasks = self.environment.tasks("train", config.tasks.num_train, config.seed)
+        self.eval_tasks = self.environment.tasks("eval", config.tasks.num_eval, config.seed)
+        offered_schemas(config.rollout.tools)
+        self.policy = load_policy(config.model, corpus=_corpus(self.environment, self.train_tasks), seed=config.seed)
+        self.chat = make_chat(self.policy, config)
+        self.run = RunFolder(config, resume=resume, overwrite=overwrite)
+        self.progress = Progress()
+        self.seconds = {"sft": 0.0, "generate": 0.0, "train": 0.0, "eval": 0.0, "tools": 0.0}
+        self.num_tokens = {"sampled": 0, "trained": 0}
+        self.best_success = -1.0
+        self._resources = contextlib.ExitStack()
+
+    def __enter__(self) -> "Trainer":
+        self._resources.callback(self.run.close)
+        self._loop = self._resources.enter_context(asyncio.Runner())
+        self.sandbox = make_sandbox(self.config)
+        self._loop.run(self.sandbox.start())
+        self._resources.callback(lambda: self._loop.run(self.sandbox.close()))
+        self.rollout = Rollout(self.environment, self.chat, self.sandbox, self.config.rollout)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+        self._resources.close()
+
+    def train(self) -> tuple[Evaluation, Evaluation]:
+        """The whole job; returns the evaluations before and after the policy-gradient steps."""
+        optimizer = torch.optim.AdamW(
+            self.policy.trainable().values(), betas=(0.9, 0.95), weight_decay=self.config.train.weight_decay
+        )
+        state = self.run.load_state()
+        if state is None:
+            self._warm_up()
+            before, first_step = self.evaluate(step=0), 0
+            self._checkpoint(0, optimizer, before)
+        else:
+            before, first_step = self._restore(state, optimizer)
+        with self.progress.phase("training", total=self.config.train.steps, done=first_step) as advance:
+            for step in range(first_step, self.config.train.steps):
+                metrics = self.step(step, optimizer)
+                advance(f"reward {metrics['reward']:.2f}  success {metrics['success']:.0%}  turns {metrics['turns/mean']:.1f}")
+                self._evaluate_and_checkpoint(step + 1, optimizer, before)
+        after = self.evaluate(step=self.config.train.steps)
+        if after.success > self.best_success:
+            self.best_success = after.success
+            self._checkpoint(self.config.train.steps, optimizer, before, best=True)
+        return before, after
+
+    def warm_up_only(self) -> Evaluation:
+        """The warm-up, an evaluation and a checkpoint."""
+        optimizer = torch.optim.AdamW(self.policy.trainable().values())
+        self._warm_up()
+        evaluation = self.evaluate(step=0)
+        self._checkpoint(0, optimizer, evaluation)
+        return evaluation
+
+    def describe(self) -> list[str]:
+        """What a run says of itself before it starts."""
+        config, policy = self.config, self.policy
+        return [
+            f"method {config.method}, seed {config.seed}: {config.train.steps} steps of {config.rollout.tasks_per_step} tasks x "
+            f"{config.rollout.group_size} trajectories",
+            f"model {config.model.source}: {policy.num_parameters / 1e6:.2f} M parameters, {config.model.dtype} on {policy.device}, "
+            f"{torch.get_num_threads()} threads, loss backend {select_backend('gtpo_loss', None, policy.device)}",
+            f"sandbox tier: {self.sandbox.tier.name.lower()}",
+            f"run folder: {self.run.path}",
+        ]
+
+    def summary(self, before: Evaluation, after: Evaluation) -> dict[str, Any]:
+        return {
+            "method": self.config.method,
+            "seed": self.config.seed,
+            **{f"{name}_before": getattr(before, name) for name in ("success", "turns", "calls", "invalid_calls")},
+            **{f"{name}_after": getattr(after, name) for name in ("success", "turns", "calls", "invalid_calls")},
+            "num_tokens": self.num_tokens,
+        }
+
+    def step(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """One step of the method: sample groups, reward their turns, assign credit, update the policy."""
+        started = time.perf_counter()
+        groups = self.sample_groups(self._tasks_of_step(step), seed=[self.config.seed, _TRAIN, step])
+        num_lost = sum(t.stop is StopReason.LOST for group in groups for t in group)
+        groups = [present for group in groups if (present := [t for t in group if t.stop is not StopReason.LOST])]
+        if not groups:
+            raise RuntimeError(f"all trajectories of step {step} were lost to infrastructure errors; see turns.jsonl")
+        rewards = [turn_rewards(group, self.config.credit) for group in groups]
+        credit = assign_credit(groups, rewards, self.config.credit)
+        sampled = time.perf_counter()
+        update = self.update(to_sequences(groups, credit, self.config), optimizer, step=step)
+        row = {
+            "phase": "train",
+            "step": step + 1,
+            **rollout_metrics(groups, rewards, credit),
+            "stop/lost": float(num_lost),
+            **update,
+            "time/generate_s": sampled - started,
+            "time/train_s": time.perf_counter() - sampled,
+            "time/step_s": time.perf_counter() - started,
+        }
+        self.seconds["generate"] += row["time/generate_s"]
+        self.seconds["train"] += row["time/train_s"]
+        self._log_turns(step + 1, groups, rewards, credit)
+        self.run.log(row)
+        return row
+
+    def update(self, sequences: list[PackedSequence], optimizer: torch.optim.Optimizer, *, step: int) -> dict[str, float]:
+        """`updates_per_rollout` optimizer steps on one rollout; gradients accumulate over micro-batches under one denominator."""
+        config = self.config.train
+        parts = split_evenly(sequences, config.updates_per_rollout)
+        batches = [self._micro_batches(part) for part in parts]
+        if len(batches) > 1:
+            # the policy moves between the parts: the log-probs of the policy that sampled are taken before the first step
+            batches = [[self._with_old_logprobs(batch) for batch in part] for part in batches]
+        rate = learning_rate(
+            step, total=config.steps, base=config.learning_rate, warmup=config.warmup_steps, schedule=config.schedule
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        collected: list[tuple[float, LossMetrics]] = []
+        losses, norms = [], []
+        for part in batches:
+            num_loss_tokens = sum(batch.num_loss_tokens for batch in part)
+            if num_loss_tokens == 0:
+                continue
+            loss = 0.0
+            for batch in part:
+                value, metrics = self.accumulate_gradient(batch, num_loss_tokens=num_loss_tokens)
+                loss += value
+                collected.append((batch.num_loss_tokens, metrics))
+            norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable().values(), config.max_grad_norm)
+            self._refuse_non_finite(loss, float(norm), part, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss)
+            norms.append(float(norm))
+        self.num_tokens["trained"] += sum(len(sequence.token_ids) for sequence in sequences)
+        return {"learning_rate": rate, "loss": _mean(losses), "grad_norm": _mean(norms), **_merge(collected)}
+
+    def accumulate_gradient(self, batch: Batch, *, num_loss_tokens: int) -> tuple[float, LossMetrics]:
+        """Adds the gradient of one micro-batch to the parameters; the sum over micro-batches is that of the whole batch."""
+        hidden = self.policy.hidden_states(batch)
+        loss, metrics = linear_gtpo_loss(
+            hidden,
+            self.policy.head.weight,
+            batch.targets,
+            batch.advantages,
+            bias=self.policy.head.bias,
+            loss_mask=batch.loss_mask,
+            old_logprobs=batch.old_logprobs,
+            temperature=self.config.rollout.temperature,
+            clip_low=self.config.credit.clip_low,
+            clip_high=self.config.credit.clip_high,
+            num_loss_tokens=float(num_loss_tokens),
+        )
+        loss.backward()
+        return float(loss.detach()), metrics
+
+    def sample_groups(self, tasks: Sequence[Task], *, seed: list[int]) -> list[list[Trajectory]]:
+        """`group_size` trajectories for each task at the training temperature."""
+        rollout = self.config.rollout
+        return self._sample(tasks, group_size=rollout.group_size, temperature=rollout.temperature, seed=seed, label="generating")
+
+    def evaluate(self, *, step: int) -> Evaluation:
+        """Success on the held-out tasks, logged as a row of phase "eval"."""
+        started = time.perf_counter()
+        temperature = self.config.eval.temperature or self.config.rollout.temperature
+        groups = self._sample(
+            self.eval_tasks,
+            group_size=self.config.eval.samples,
+            temperature=temperature,
+            seed=[self.config.seed, _EVAL],
+            label="evaluating",
+        )
+        evaluation = evaluate_groups(groups)
+        seconds = time.perf_counter() - started
+        self.seconds["eval"] += seconds
+        self.run.log({"phase": "eval", "step": step, **dataclasses.asdict(evaluation), "time/eval_s": seconds})
+        return evaluation
+
+    def _sample(
+        self, tasks: Sequence[Task], *, group_size: int, temperature: float, seed: list[int], label: str
+    ) -> list[list[Trajectory]]:
+        config = self.config.rollout
+        sampler = Sampler(
+            self.policy,
+            num_slots=min(config.max_concurrent, len(tasks) * group_size),
+            max_tokens=config.max_trajectory_tokens,
+            temperature=temperature,
+            stop_id=self.chat.end_of_turn_id,
+            join_steps=config.tool_join_steps,
+        )
+        tool_seconds = self.rollout.tool_seconds
+        with self.progress.phase(label, total=len(tasks) * group_size) as advance:
+            groups = self._loop.run(
+                self.rollout.sample_groups(sampler, tasks, group_size=group_size, seed=seed, on_finished=advance)
+            )
+        self.num_tokens["sampled"] += sampler.num_sampled_tokens
+        self.seconds["tools"] += self.rollout.tool_seconds - tool_seconds
+        return groups
+
+    def _warm_up(self) -> None:
+        config = self.config.sft
+        if not config.steps:
+            return
+        started = time.perf_counter()
+        tasks = self.environment.tasks("train", config.num_demonstrations, self.config.seed + 1)
+        with self.progress.phase("demonstrations", total=len(tasks)) as advance:
+            played = self._loop.run(
+                demonstrate(
+                    self.rollout, tasks, seed=self.config.seed, max_concurrent=self.config.rollout.max_concurrent, on_finished=advance
+                )
+            )
+        kept = [t for t in played if t.stop is StopReason.FINISHED and (t.outcome == 1 or not config.only_successful)]
+        if not kept:
+            raise RuntimeError("no demonstration can be learned from: the oracle finished none within the rollout's limits")
+        with self.progress.phase("warm-up", total=config.steps) as advance:
+
+            def on_step(step: int, loss: float) -> None:
+                self.run.log({"phase": "sft", "step": step + 1, "loss": loss})
+                advance(f"loss {loss:.3f}")
+
+            run_sft(
+                self.policy,
+                [to_demonstration_sequence(trajectory) for trajectory in kept],
+                config=config,
+                seed=self.config.seed,
+                micro_batch_tokens=self.config.train.micro_batch_tokens,
+                max_grad_norm=self.config.train.max_grad_norm,
+                on_step=on_step,
+            )
+        self.seconds["sft"] += time.perf_counter() - started
+
+    def _tasks_of_step(self, step: int) -> list[Task]:
+        """Tasks in a seeded order, epoch after epoch: a function of the step alone."""
+        size, count = self.config.rollout.tasks_per_step, len(self.train_tasks)
+        positions = range(step * size, (step + 1) * size)
+        orders = {epoch: epoch_order(count, seed=self.config.seed, epoch=epoch) for epoch in {p // count for p in positions}}
+        return [self.train_tasks[orders[p // count][p % count]] for p in positions]
+
+    def _micro_batches(self, sequences: Sequence[PackedSequence]) -> list[Batch]:
+        groups = split_by_tokens(sequences, max_tokens=self.config.train.micro_batch_tokens)
+        return [pack(group, device=self.policy.device) for group in groups]
+
+    @torch.no_grad()
+    def _with_old_logprobs(self, batch: Batch) -> Batch:
+        logprobs: Tensor = linear_token_logprobs(
+            self.policy.hidden_states(batch),
+            self.policy.head.weight,
+            batch.targets,
+            bias=self.policy.head.bias,
+            temperature=self.config.rollout.temperature,
+        ).logprobs
+        return dataclasses.replace(batch, old_logprobs=logprobs)
+
+    def _refuse_non_finite(self, loss: float, norm: float, batches: list[Batch], step: int) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        path = self.run.path / f"nonfinite_batch_step_{step + 1}.pt"
+        torch.save({"step": step + 1, "batches": [dataclasses.asdict(batch) for batch in batches]}, path)
+        raise NonFiniteLoss(f"step {step + 1}: loss {loss}, gradient norm {norm}; the batch is in {path}, the last good weights in the last checkpoint")
+
+    def _evaluate_and_checkpoint(self, step: int, optimizer: torch.optim.Optimizer, before: Evaluation) -> None:
+        config = self.config.train
+        is_best = False
+        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+            success = self.evaluate(step=step).success
+            is_best, self.best_success = success > self.best_success, max(success, self.best_success)
+        if is_best or step % config.checkpoint_every == 0 or step == config.steps:
+            self._checkpoint(step, optimizer, before, best=is_best)
+
+    def _checkpoint(self, step: int, optimizer: torch.optim.Optimizer, before: Evaluation, *, best: bool = False) -> None:
+        state = {
+            "step": step,
+            "before": dataclasses.asdict(before),
+            "best_success": self.best_success,
+            "trainable": {name: parameter.detach() for name, parameter in self.policy.trainable().items()},
+            "optimizer": optimizer.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "seconds": self.seconds,
+            "num_tokens": self.num_tokens,
+        }
+        self.run.save_checkpoint(step, state, self.policy.save_model, best=best)
+
+    def _restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> tuple[Evaluation, int]:
+        trainable = self.policy.trainable()
+        with torch.no_grad():
+            for name, value in state["trainable"].items():
+                trainable[name].copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["torch_rng"])
+        self.best_success = state["best_success"]
+        self.seconds, self.num_tokens = dict(state["seconds"]), dict(state["num_tokens"])
+        return Evaluation(**state["before"]), int(state["step"])
+
+    def _log_turns(
+        self,
+        step: int,
+        groups: Sequence[Sequence[Trajectory]],
+        rewards: Sequence[Sequence[TurnRewards]],
+        credit: Sequence[Sequence[Credit]],
+    ) -> None:
+        for group, group_rewards, group_credit in zip(groups, rewards, credit, strict=True):
+            for trajectory, reward, assigned in zip(group, group_rewards, group_credit, strict=True):
+                for number, turn in enumerate(trajectory.turns):
+                    self.run.log_turn(
+                        {
+                            "step": step,
+                            "task": trajectory.task.id,
+                            "trajectory": trajectory.sample,
+                            "turn": number,
+                            "text": turn.text,
+                            "tools": [call.name for call in turn.calls],
+                            "results": [{"status": r.status.value, "text": r.text} for r in turn.results],
+                            "tokens": len(turn.completion_ids),
+                            "reward": reward.rewards[number],
+                            "return": assigned.returns[number],
+                            "advantage": assigned.advantages[number],
+                            "outcome": trajectory.outcome,
+                            "stop": trajectory.stop.value,
+                            "seconds": turn.seconds,
+                        }
+                    )
+
+
+def make_mixture(config: Config) -> Environment:
+    """The environments of the configuration as one. Raises ValueError for an unknown name or option."""
+    made = [make_environment(item.name, **item.options) for item in config.environments]
+    return made[0] if len(made) == 1 else Mixture(made, [item.weight for item in config.environments])
+
+
+def make_chat(policy: Policy, config: Config) -> Chat:
+    rollout = config.rollout
+    return Chat(
+        policy.tokenizer, call_format=rollout.call_format, tool_role=rollout.tool_role, schemas=offered_schemas(rollout.tools)
+    )
+
+
+def make_sandbox(config: Config) -> SandboxPool:
+    limits = config.sandbox
+    return SandboxPool(
+        SandboxLimits(
+            cpu_time_s=limits.cpu_time_s,
+            wall_time_s=limits.wall_time_s,
+            memory_bytes=limits.memory_bytes,
+            output_bytes=limits.output_bytes,
+        ),
+        min_tier=limits.min_tier,
+        max_concurrent=limits.max_concurrent,
+    )
+
+
+def to_sequences(groups: Sequence[Sequence[Trajectory]], credit: Sequence[Sequence[Credit]], config: Config) -> list[PackedSequence]:
+    """All trajectories of a rollout as packed sequences, their turns numbered through."""
+    sequences, first_turn_id = [], 0
+    for group, group_credit in zip(groups, credit, strict=True):
+        for trajectory, assigned in zip(group, group_credit, strict=True):
+            sequences.append(
+                to_sequence(
+                    trajectory,
+                    assigned,
+                    first_turn_id=first_turn_id,
+                    mask_truncated=config.rollout.mask_truncated,
+                    mask_void_turns=config.rollout.mask_void_turns,
+                )
+            )
+            first_turn_id += len(trajectory.turns)
+    return sequences
+
+
+def _corpus(environment: Environment, tasks: Sequence[Task]) -> Iterator[str]:
+    """What a tiny model's tokenizer is trained on: prompts, and the words of the protocol as often."""
+    for task in tasks:
+        yield f"{environment.system_prompt} {task.prompt}\nanswer: {task.answer}"
+        yield f"system\nuser\nassistant\ntool\n```python\nprint()\n```\n{environment.setup_code(task)}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _merge(parts: Sequence[tuple[float, LossMetrics]]) -> dict[str, float]:
+    """The metrics of the step from those of its micro-batches: sums are added, maxima kept, means weighted by active tokens."""
+    if not parts:
+        return {}
+    rows = [{name: float(value) for name, value in metrics._asdict().items()} for _, metrics in parts]
+    weights = [row["num_active_tokens"] for row in rows]
+    merged: dict[str, float] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name.endswith("_tokens"):
+            merged[name] = sum(values)
+        elif name.endswith("_max"):
+            merged[name] = max(values)
+        else:
+            merged[name] = sum(w * v for w, v in zip(weights, values, strict=True)) / max(sum(weights), 1.0)
+    return {_TRL_NAMES.get(name, f"loss/{name}"): value for name, value in merged.items()}
+
+
+_TRL_NAMES = {
+    "entropy": "entropy",
+    "clip_low_fraction": "clip_ratio/low_mean",
+    "clip_high_fraction": "clip_ratio/high_mean",
+}
