@@ -68,6 +68,7 @@ class ModelConfig:
     head_dim: int = 64
     intermediate_size: int = 384
     vocab_size: int = 320
+    initializer_range: float = 0.02
     attention: Literal["auto", "sdpa", "flash"] = "auto"
     freeze_head: bool = False
     lora_rank: int = 0

@@ -174,6 +174,7 @@ def build_tiny_policy(config: ModelConfig, *, corpus: Iterable[str], seed: int) 
         head_dim=config.head_dim,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
+        initializer_range=config.initializer_range,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -193,7 +194,7 @@ def _train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
         )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -40,7 +40,11 @@ class RunFolder:
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
         write_json(self.path / "versions.json", versions())
         write_json(saved, config_to_dict(config))
-        self._cut_logs(self._log_sizes())
+        state = self.load_state()
+        if state is not None:
+            # it may have been killed between the checkpoint and the links to it
+            self._link_last(best=state["is_best"])
+        self._cut_logs(dict.fromkeys(_LOGS, 0) if state is None else state["log_sizes"])
         self._files = {name: open(self.path / name, "ab") for name in _LOGS}  # noqa: SIM115 - open as long as the run
 
     def close(self) -> None:
@@ -72,29 +76,34 @@ class RunFolder:
         temporary.mkdir()
         save_model(temporary)
         sizes = {name: (self.path / name).stat().st_size for name in _LOGS}
-        torch.save({**state, "log_sizes": sizes}, temporary / "trainer.pt")
+        torch.save({**state, "log_sizes": sizes, "is_best": best}, temporary / "trainer.pt")
         _sync(temporary)
-        if final.exists():
-            shutil.rmtree(final)
         os.rename(temporary, final)
-        self._link("last", final)
-        if best:
-            self._link("best", final)
+        self._link_last(best=best)
+        return final
+
+    def mark_best(self) -> None:
+        """Links `best` to the last checkpoint too. It is not written anew: at every moment one whole checkpoint is there."""
+        self._link_last(best=True)
+
+    def _link_last(self, *, best: bool) -> None:
+        """Links to the last checkpoint, then deletes those without a link."""
+        last = self.last_checkpoint()
+        if last is None:
+            raise ValueError(f"{self.checkpoints} must hold a checkpoint to be linked to, got none")
+        for name in ("last", "best") if best else ("last",):
+            self._link(name, last)
         _sync_folder(self.checkpoints)
         kept = {path.resolve() for path in (self.checkpoints / "last", self.checkpoints / "best") if path.exists()}
         for path in self.checkpoints.glob("step-*"):
             if path.resolve() not in kept:
                 shutil.rmtree(path)
-        return final
 
     def _link(self, name: str, target: Path) -> None:
         temporary = self.checkpoints / f"{name}.tmp"
         temporary.symlink_to(target.name)
         os.replace(temporary, self.checkpoints / name)
-
-    def _log_sizes(self) -> Mapping[str, int]:
-        state = self.load_state()
-        return dict.fromkeys(_LOGS, 0) if state is None else state["log_sizes"]
+        _sync_folder(self.checkpoints)
 
     def _cut_logs(self, sizes: Mapping[str, int]) -> None:
         for name in _LOGS:
@@ -133,12 +142,21 @@ def versions() -> dict[str, str]:
 
 
 def _refuse_other_config(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [key for key in now if saved.get(key) != now[key]]
+    was, are = _flat(saved), _flat(now)
+    changed = [key for key in sorted(was.keys() | are.keys()) if was.get(key) != are.get(key)]
     if changed:
         raise ValueError(
             "a run can only be resumed with the configuration it began with; changed: "
-            + "; ".join(f"{key} was {saved.get(key)}, now {now[key]}" for key in changed)
+            + "; ".join(f"{key} was {was.get(key)}, now {are.get(key)}" for key in changed)
         )
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, its keys as the command line writes them."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _sync(path: Path) -> None:

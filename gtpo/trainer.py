@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import math
+import random
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from gtpo.batch import Batch, PackedSequence, pack, split_by_tokens
 from gtpo.chat import Chat
 from gtpo.config import Config
 from gtpo.credit import Credit, assign_credit, to_sequence
-from gtpo.environments import Environment, Mixture, make_environment
+from gtpo.environments import Answer, Environment, Mixture, make_environment
 from gtpo.evaluation import Evaluation, evaluate_groups
 from gtpo.metrics import rollout_metrics
 from gtpo.policy import Policy, load_policy
@@ -31,7 +32,7 @@ from gtpo.sampler import Sampler
 from gtpo.sandbox import SandboxLimits, SandboxPool
 from gtpo.schedule import epoch_order, learning_rate, split_evenly
 from gtpo.sft import demonstrate, run_sft, to_demonstration_sequence
-from gtpo.types import StopReason, Task, Trajectory
+from gtpo.types import StopReason, Task, ToolStatus, Trajectory
 from gtpo_kernels import LossMetrics, linear_gtpo_loss, linear_token_logprobs
 from gtpo_kernels.backend import select_backend
 
@@ -40,7 +41,7 @@ _TRAIN, _EVAL = 0, 1
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient is NaN or infinite; the offending batch was saved."""
+    """The loss, its gradient or a weight is NaN or infinite. The batch of a bad loss was saved."""
 
 
 class Trainer:
@@ -64,11 +65,14 @@ class Trainer:
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> "Trainer":
-        self._resources.callback(self.run.close)
-        self._loop = self._resources.enter_context(asyncio.Runner())
-        self.sandbox = make_sandbox(self.config)
-        self._loop.run(self.sandbox.start())
-        self._resources.callback(lambda: self._loop.run(self.sandbox.close()))
+        with contextlib.ExitStack() as resources:
+            resources.callback(self.run.close)
+            self._loop = resources.enter_context(asyncio.Runner())
+            self.sandbox = make_sandbox(self.config)
+            self._loop.run(self.sandbox.start())
+            resources.callback(lambda: self._loop.run(self.sandbox.close()))
+            # only now: a sandbox that does not start leaves nothing open
+            self._resources = resources.pop_all()
         self.rollout = Rollout(self.environment, self.chat, self.sandbox, self.config.rollout)
         return self
 
@@ -96,7 +100,7 @@ class Trainer:
         after = self.evaluate(step=self.config.train.steps)
         if after.success > self.best_success:
             self.best_success = after.success
-            self._checkpoint(self.config.train.steps, optimizer, before, best=True)
+            self.run.mark_best()
         return before, after
 
     def warm_up_only(self) -> Evaluation:
@@ -133,14 +137,24 @@ class Trainer:
         started = time.perf_counter()
         groups = self.sample_groups(self._tasks_of_step(step), seed=[self.config.seed, _TRAIN, step])
         num_lost = sum(t.stop is StopReason.LOST for group in groups for t in group)
+        faults = [
+            result.text
+            for group in groups
+            for t in group
+            for turn in t.turns
+            for result in turn.results
+            if result.status is ToolStatus.INFRA_ERROR
+        ]
         groups = [present for group in groups if (present := [t for t in group if t.stop is not StopReason.LOST])]
         if not groups:
-            raise RuntimeError(f"all trajectories of step {step} were lost to infrastructure errors; see turns.jsonl")
+            raise RuntimeError(
+                f"step {step + 1}: all {num_lost} trajectories were lost to faults of the sandbox, the first: {faults[0]}"
+            )
         rewards = [turn_rewards(group, self.config.credit) for group in groups]
         credit = assign_credit(groups, rewards, self.config.credit)
         sampled = time.perf_counter()
         update = self.update(to_sequences(groups, credit, self.config), optimizer, step=step)
-        row = {
+        row: dict[str, Any] = {
             "phase": "train",
             "step": step + 1,
             **rollout_metrics(groups, rewards, credit),
@@ -233,6 +247,7 @@ class Trainer:
     def _sample(
         self, tasks: Sequence[Task], *, group_size: int, temperature: float, seed: list[int], label: str
     ) -> list[list[Trajectory]]:
+        self._refuse_non_finite_weights()
         config = self.config.rollout
         sampler = Sampler(
             self.policy,
@@ -311,6 +326,12 @@ class Trainer:
         path = self.run.path / f"nonfinite_batch_step_{step + 1}.pt"
         torch.save({"step": step + 1, "batches": [dataclasses.asdict(batch) for batch in batches]}, path)
         raise NonFiniteLoss(f"step {step + 1}: loss {loss}, gradient norm {norm}; the batch is in {path}, the last good weights in the last checkpoint")
+
+    def _refuse_non_finite_weights(self) -> None:
+        # before sampling: from such weights the sampler would draw ids that do not exist
+        bad = [name for name, value in self.policy.model.named_parameters() if not bool(value.isfinite().all())]
+        if bad:
+            raise NonFiniteLoss(f"{len(bad)} weights of the model are not finite, the first is {bad[0]}; nothing was sampled")
 
     def _evaluate_and_checkpoint(self, step: int, optimizer: torch.optim.Optimizer, before: Evaluation) -> None:
         config = self.config.train
@@ -420,11 +441,23 @@ def to_sequences(groups: Sequence[Sequence[Trajectory]], credit: Sequence[Sequen
     return sequences
 
 
+# roles of the chat template and the head of the commonest error message: a token each
+_PROTOCOL_WORDS = ("system\n", "user\n", "assistant\n", "tool\n", "LookupError: ", " is in ")
+
+
 def _corpus(environment: Environment, tasks: Sequence[Task]) -> Iterator[str]:
-    """What a tiny model's tokenizer is trained on: prompts, and the words of the protocol as often."""
+    """What a tiny model's tokenizer is trained on: prompts, and the demonstrator's turns with "0" for every tool output."""
     for task in tasks:
-        yield f"{environment.system_prompt} {task.prompt}\nanswer: {task.answer}"
-        yield f"system\nuser\nassistant\ntool\n```python\nprint()\n```\n{environment.setup_code(task)}"
+        yield from (f"{environment.system_prompt}", task.prompt, *_PROTOCOL_WORDS)
+        with contextlib.suppress(ValueError):
+            oracle = environment.oracle(task, random.Random(task.id))
+            step = next(oracle)
+            for _ in range(8):
+                if isinstance(step, Answer):
+                    yield f"answer: {step.text}"
+                    break
+                yield f"```python\n{step.code}\n```"
+                step = oracle.send("0")
 
 
 def _mean(values: Sequence[float]) -> float:

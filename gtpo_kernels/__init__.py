@@ -1,6 +1,6 @@
 """Fused PyTorch ops for turn-level policy optimisation.  Needs torch only.
 
-Each op is `gtpo_kernels/<family>/op.py`: `reference.py` beside it is its definition, `kernel_<backend>.py` its implementations.
+An op is `gtpo_kernels/<family>/op.py`; beside it, `reference.py` is its definition, `kernel_<backend>.py` what runs.
 """
 
 from gtpo_kernels.backend import BackendUnavailable

@@ -1,7 +1,7 @@
 """Which implementation of an op runs.  An explicit backend never falls back to another.
 
-A backend is a file: `gtpo_kernels/<family>/kernel_<backend>.py`, imported when it is first used, and one row of `BACKENDS`.
-`reference` is the definition and runs as plain autograd; every other backend runs inside a registered `torch.library` op.
+A backend is a file, `gtpo_kernels/<family>/kernel_<backend>.py`, imported when it is first used, and a row of
+`BACKENDS`.  `reference` is the definition and runs as plain autograd; every other runs inside a registered op.
 """
 
 import importlib
@@ -28,7 +28,9 @@ def _needs_compiled_cpu_module(device: torch.device) -> str | None:
         return f"runs on the CPU only, got tensors on {device}"
     # finding a module does not load it
     if importlib.util.find_spec("gtpo_kernels._cpu") is None:
-        return "needs the compiled module gtpo_kernels._cpu: install the package with pip, editable where you work on it"
+        return (
+            "needs the compiled module gtpo_kernels._cpu: install the package with pip, editable where you work on it"
+        )
     return None
 
 

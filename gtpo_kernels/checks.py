@@ -1,4 +1,4 @@
-"""Checks at the door: shapes, dtypes, devices and values, each refused with the argument's name, what was expected, what came."""
+"""Checks at the door.  Each refusal gives the argument's name, what was expected, and what came."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -16,9 +16,17 @@ _KINDS: dict[str, tuple[torch.dtype, ...]] = {
 
 
 def check_tensor(
-    name: str, tensor: Tensor, *, layout: str, shape: Sequence[int | None], kind: Kind, device: torch.device | None = None
+    name: str,
+    tensor: Tensor,
+    *,
+    layout: str,
+    shape: Sequence[int | None],
+    kind: Kind,
+    device: torch.device | None = None,
 ) -> None:
-    """Refuse a tensor of another rank, size, dtype kind or device.  `layout` ("[N, V]") is for the message; None in `shape` is any size.
+    """Refuse a tensor of another rank, size, dtype kind or device.
+
+    layout: ("[N, V]") for the message.  shape: None is any size.
 
     >>> check_tensor("logits", torch.zeros(3), layout="[N, V]", shape=(None, None), kind="float")
     Traceback (most recent call last):
@@ -43,7 +51,7 @@ def check_tensor(
 
 
 def check_values(holds: Tensor, message: str) -> None:
-    """Refuse values: ValueError on a CPU; elsewhere a device-side assertion, because reading `holds` would wait for the device."""
+    """Refuse values: ValueError on a CPU; elsewhere a device-side assertion, as reading `holds` would wait."""
     if holds.device.type == "cpu":
         if not bool(holds):
             raise ValueError(message)
@@ -61,7 +69,7 @@ def check_targets(targets: Tensor, vocab: int) -> None:
 
 
 def split_temperature(temperature: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
-    """(one temperature for all rows, or 1.0) and (None, or one temperature a row).  `like`: the [N, ...] tensor that it divides."""
+    """(One temperature for all rows, or 1.0) and (None, or one a row).  `like`: the [N, ...] tensor that it divides."""
     if isinstance(temperature, Tensor):
         check_tensor("temperature", temperature, layout="[N]", shape=(like.shape[0],), kind="float", device=like.device)
         return 1.0, temperature

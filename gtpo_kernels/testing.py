@@ -1,7 +1,8 @@
-"""The error budget: how far a kernel may be from its definition.  For the tests of this package, and of kernels outside it.
+"""The error budget: how far a kernel may be from its definition.  For tests, of kernels outside this package too.
 
-A kernel is held against the reference in float64, and allowed twice the error that the reference itself makes in float32 on
-the same inputs, plus four roundings of the largest value.  Nothing is tuned by hand: one rule serves every op, shape and dtype.
+A kernel is held against the reference in float64, and allowed twice the error that the reference itself makes in
+float32 on the same inputs, plus four roundings of the largest value.  Nothing is tuned by hand: one rule
+serves every op, shape and dtype.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,8 +24,9 @@ class Trial(NamedTuple):
 def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, name: str = "actual") -> None:
     """max|actual - exact| <= 2 max|plain - exact| + 4 eps max|exact| over the finite values; the others must be equal.
 
-    actual: of the kernel.  plain: of the reference in float32, rounded once to the dtype of `actual`.  exact: of the reference
-    in float64.  eps: of the accumulator, float64 for float64 results and float32 for every other.  name: for the message.
+    actual: of the kernel.  plain: of the reference in float32, rounded once to the dtype of `actual`.  exact: of the
+    reference in float64.  eps: of the accumulator, float64 for float64 results and float32 for every other.
+    name: for the message.
     Raises AssertionError, also where dtypes or shapes differ.
 
     >>> exact = torch.tensor([1.0, -float("inf")], dtype=torch.float64)
@@ -40,7 +42,9 @@ def assert_within_budget(actual: Tensor, plain: Tensor, exact: Tensor, name: str
     finite = exact.isfinite()
     for other in (actual, plain):
         same = torch.allclose(other[~finite].double(), exact[~finite], equal_nan=True)
-        _require(same and bool(other[finite].isfinite().all()), f"{name} has other non-finite values than the reference")
+        _require(
+            same and bool(other[finite].isfinite().all()), f"{name} has other non-finite values than the reference"
+        )
     if not finite.any():
         return
     error, plain_error = ((x.double() - exact).masked_fill(~finite, 0.0).abs() for x in (actual, plain))
@@ -65,11 +69,11 @@ def assert_matches_reference(
     differentiable: Collection[str] = (),
     **options: Any,
 ) -> None:
-    """Outputs of `op` and gradients of the arguments named in `differentiable`, within the budget of backend="reference".
+    """Outputs of `op`, and gradients of the arguments in `differentiable`, are within the budget of the reference.
 
     op: a public op of this package, or anything else that takes backend="reference" and returns a (nested) NamedTuple.
-    cases: its keyword arguments, a mapping each.  A result is judged over all of them together: one scalar in float32 can be
-        right by luck, which would leave no budget, so give several cases where an output is a scalar.
+    cases: its keyword arguments, a mapping each.  A result is judged over all of them together: one scalar in float32
+        can be right by luck, which would leave no budget, so give several cases where an output is a scalar.
     options: further keyword arguments, the same for all runs but `backend`.
 
     >>> from gtpo_kernels import token_logprobs
@@ -91,8 +95,8 @@ def assert_matches_reference(
             label = name if kind == "outputs" else f"d_{name}"
             ours_all, plain_all, exact_all = torch.cat(ours), torch.cat(plains).to(dtype), torch.cat(exacts)
             if dtype == torch.float64:
-                # The definition cannot judge itself: the yardstick is its error in float32, at the finer rounding.
-                finer = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+                # The definition errs as the kernel does: twice its float32 error, at the finer rounding.
+                finer = 2 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
                 plain_all = torch.where(exact_all.isfinite(), exact_all + (plain_all - exact_all) * finer, plain_all)
             assert_within_budget(ours_all, plain_all, exact_all, label)
 
@@ -104,7 +108,7 @@ def run_trial(
     dtype: torch.dtype | None,
     options: Mapping[str, Any],
 ) -> Trial:
-    """Run `op` forward and backward on copies of its arguments, floating-point tensors cast to `dtype` where one is given.
+    """Run `op` forward and backward on its arguments, floating-point tensors cast to `dtype` where one is given.
 
     The upstream gradient of every differentiable output is random and the same for every dtype and backend.
     """
@@ -123,7 +127,7 @@ def run_trial(
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` with a backward pass that runs it anew.
 
-    `torch.autograd.gradcheck` goes backward twice over one graph, which ops that scale their kept gradients in place refuse.
+    `torch.autograd.gradcheck` goes backward twice over one graph: ops that scale kept gradients in place refuse that.
 
     >>> x = torch.tensor([2.0], requires_grad=True)
     >>> torch.autograd.grad(recomputed(torch.square)(x), x)[0].item()
@@ -137,12 +141,12 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return function(*inputs)
 
         @staticmethod
-        def backward(ctx: Any, *upstream: Tensor) -> Any:
+        def backward(ctx: Any, upstream: Tensor) -> Any:
             with torch.enable_grad():
                 inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-                return torch.autograd.grad(function(*inputs), inputs, *upstream)
+                return torch.autograd.grad(function(*inputs), inputs, upstream)
 
-    return Recomputed.apply  # type: ignore[no-any-return]
+    return Recomputed.apply
 
 
 def _copy(value: Any, dtype: torch.dtype | None, requires_grad: bool) -> Any:

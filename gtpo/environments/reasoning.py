@@ -4,7 +4,6 @@ The prompt names the operation only. `read(1)`, `read(2)`, ... hand out the ques
 needs at least as many calls as it has parts; Python computes, and reasoning-gym grades the answer.
 """
 
-import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -147,8 +146,7 @@ class ReasoningGymEnvironment(GeneratedEnvironment):
         if answer is None:
             return 0.0
         entry = {"question": task.data["question"], "answer": task.answer, "metadata": {}}
-        score = self._generators[task.data["dataset"]].score_answer(answer.strip(), entry)
-        return float(math.isclose(score, 1.0))
+        return float(self._generators[task.data["dataset"]].score_answer(answer.strip(), entry) == 1.0)
 
     def oracle(self, task: Task, rng: random.Random) -> Demonstration:
         recipe = _RECIPES[task.data["dataset"]]

@@ -65,7 +65,7 @@ class RetryEnvironment(GeneratedEnvironment):
         places = [rng.choice(self._getters) for _ in items]
         # distinct, so that an answer in the wrong order is never right
         values = rng.sample(range(10, 100), self._num_items)
-        data = {"items": items, "places": places, "values": values, "getters": self._getters}
+        data = {"items": items, "places": places, "values": values, "getters": list(self._getters)}
         return f"get {', '.join(items)}", " ".join(map(str, values)), data
 
     def setup_code(self, task: Task) -> str:

@@ -1,4 +1,4 @@
-"""The `torch` backend of `clipped_loss`: the slope of every token in closed form, so that nothing is kept for a backward pass."""
+"""The `torch` backend of `clipped_loss`: the slope of every token in closed form, so a backward pass needs no graph."""
 
 import torch
 from torch import Tensor
@@ -41,9 +41,14 @@ def clipped_loss(
 
 
 def loss_slope(
-    logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None, denominator: Tensor, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor | None,
+    denominator: Tensor,
+    clip_low: float,
+    clip_high: float,
 ) -> Tensor:
-    """d loss / d logprob of tokens that all count: -ratio * advantage / denominator, and 0 where clipped, clamped or not finite."""
+    """d loss / d logprob of counted tokens: -ratio * advantage / denominator; 0 if clipped, clamped, infinite."""
     log_ratio = torch.zeros_like(logprobs) if old_logprobs is None else logprobs - old_logprobs
     ratio = log_ratio.exp()
     # a NaN is no infinity, so it fails neither test below and stays to be seen

@@ -34,14 +34,15 @@ def clipped_loss(
 
     logprobs, advantages: [N] float.  Gradient flows to logprobs only.
     loss_mask: [N] bool, None for all.  What the other tokens hold (NaN, -inf) is never read.
-    old_logprobs: [N] float, log-probabilities before this optimizer step; None means logprobs.detach(), so every ratio is 1.
+    old_logprobs: [N] float, log-probabilities before this optimizer step; None means logprobs.detach(), ratio 1.
     entropy: [N] float, for the metric of that name only.
-    num_loss_tokens: the loss tokens of the whole optimizer step, over micro-batches and ranks; None counts the loss mask.
+    num_loss_tokens: the loss tokens of the whole optimizer step, of all micro-batches and ranks; None counts the mask.
     metrics: "active" counts tokens with an advantage other than 0, "all" every token of the loss mask.
-    Returns (loss, metrics), see `LossMetrics`.  A token whose log-probability, new or old, is infinite has loss and gradient 0.
+    Returns (loss, metrics), see `LossMetrics`.  A token of infinite log-probability, new or old, has loss and
+    gradient 0.
     One backward pass only: it scales the gradient in place.
-    Raises ValueError for other shapes, dtypes, devices or values; BackendUnavailable for a backend that cannot run here.
-    Source: arXiv 1707.06347 (clipping), arXiv 2503.14476 (asymmetric, token-mean), arXiv 2511.14846 (turn-level advantages).
+    Raises ValueError for other shapes, dtypes, devices or values; BackendUnavailable where a backend cannot run.
+    Source: arXiv 1707.06347 (clipping), arXiv 2503.14476 (asymmetric, token-mean), arXiv 2511.14846 (turn advantages).
 
     >>> loss, metrics = clipped_loss(
     ...     torch.tensor([-1.0, -1.0]), torch.tensor([1.0, -1.0]), old_logprobs=torch.tensor([-1.5, -1.0]))
@@ -74,7 +75,7 @@ def check_loss_arguments(
     num_loss_tokens: float | Tensor | None,
     metrics: MetricsChoice,
 ) -> tuple[Tensor, Tensor | None]:
-    """(loss mask [N] bool, num_loss_tokens as a scalar tensor or None), after refusing what does not fit `like` [N, ...]."""
+    """(Loss mask [N] bool, num_loss_tokens as a scalar tensor or None), once all of it fits `like` [N, ...]."""
     rows, device = like.shape[:1], like.device
     check_tensor("advantages", advantages, layout="[N]", shape=rows, kind="float", device=device)
     if loss_mask is None:
@@ -158,7 +159,7 @@ def empty_loss(like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """setup_context of every op that computes its gradients in the forward pass: outputs are (loss, metrics, *gradients)."""
+    """setup_context of every op whose forward pass computes its gradients: outputs are (loss, metrics, *gradients)."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.dtype = inputs[0].dtype
     ctx.num_inputs = len(inputs)
@@ -169,7 +170,9 @@ def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def scale_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """backward of such an op: the gradients it kept for its first inputs, times the upstream gradient, in place."""
     if ctx.spent:
-        raise RuntimeError("backward ran twice: the first scaled the kept gradients in place; call the op again instead")
+        raise RuntimeError(
+            "backward ran twice: the first scaled the kept gradients in place; call the op again instead"
+        )
     ctx.spent = True
     kept = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * ctx.num_inputs

@@ -13,8 +13,8 @@ MAX_LOG_RATIO = 20.0
 class LossMetrics(NamedTuple):
     """What the pass saw, each a scalar tensor without gradient, on the loss's device.
 
-    Fractions, means and the maximum run over the counted tokens: those of the loss mask with an advantage other than 0 (all those of
-    the loss mask with metrics="all"), less the `nonfinite_tokens`.  They are 0 where nothing was counted.
+    Fractions, means and the maximum run over the counted tokens: those of the loss mask with an advantage other than
+    0 (all those of the loss mask with metrics="all"), less the `nonfinite_tokens`.  0 where nothing was counted.
 
     clip_low_fraction: ratio < 1 - clip_low with a negative advantage (gradient cut to 0).
     clip_high_fraction: ratio > 1 + clip_high with a positive advantage (gradient cut to 0).
@@ -65,7 +65,9 @@ def clipped_loss_reference(
     # What lies outside is replaced before any arithmetic, because 0 * NaN is NaN, in the gradient too.
     logprobs = logprobs.to(accumulator).masked_fill(~counted, 0.0)
     advantages = advantages.detach().to(accumulator).masked_fill(~active, 0.0)
-    old = logprobs.detach() if old_logprobs is None else old_logprobs.detach().to(accumulator).masked_fill(~counted, 0.0)
+    old = (
+        logprobs.detach() if old_logprobs is None else old_logprobs.detach().to(accumulator).masked_fill(~counted, 0.0)
+    )
     nonfinite = logprobs.detach().isinf() | old.isinf()
 
     log_ratio = (logprobs - old).masked_fill(nonfinite, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

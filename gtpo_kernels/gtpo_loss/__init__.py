@@ -1,1 +1,1 @@
-"""The clipped policy loss from logits, or straight from hidden states, with its gradients computed in the forward pass."""
+"""The clipped policy loss from logits, or straight from hidden states; its forward pass computes the gradients."""

@@ -1,7 +1,7 @@
-"""The `torch` backend of the fused losses: every chunk of logits is turned into its gradient in place, in the forward pass (6NVD).
+"""The `torch` backend of the fused losses: forward turns each chunk of logits into its gradient in place (6NVD).
 
-The slope d loss / d logprob of a token needs that row's softmax and a denominator that is known before, so no second projection is
-needed: logits -> softmax -> slope -> d_logits -> d_hidden and d_weight, a chunk at a time.
+The slope d loss / d logprob of a token needs that row's softmax and a denominator that is known before, so no second
+projection is needed: logits -> softmax -> slope -> d_logits -> d_hidden and d_weight, a chunk at a time.
 """
 
 import torch
@@ -15,7 +15,7 @@ from gtpo_kernels.token_logprobs.kernel_torch import Head, Temperature, row_bloc
 
 
 class LossPass:
-    """One pass over the rows: what it needs to turn logits into gradients, and the per-row results that become loss and metrics."""
+    """One pass over the rows: what turns logits into gradients, and the per-row results that loss and metrics need."""
 
     def __init__(self, inputs: LossInputs, dtype: torch.dtype) -> None:
         mask, advantages = inputs.loss_mask, inputs.advantages
@@ -30,7 +30,7 @@ class LossPass:
         self.entropy = torch.zeros_like(self.logprobs)
 
     def run_block_(self, x: Tensor, rows: Tensor, gradient: bool) -> None:
-        """x [n, V]: the logits of `rows`; their results are kept, and x becomes d_logits if `gradient`, else is spent."""
+        """x [n, V]: the logits of `rows`, whose results are kept; x becomes d_logits if `gradient`, else is spent."""
         inputs = self.inputs
         targets = inputs.targets[rows].long()
         softmax = row_softmax_(self.temperature.divide_(x, rows), targets)
@@ -40,7 +40,12 @@ class LossPass:
             return
         old = None if inputs.old_logprobs is None else inputs.old_logprobs[rows].to(self.dtype)
         slope = loss_slope(
-            softmax.logprobs, inputs.advantages[rows].to(self.dtype), old, self.denominator, inputs.clip_low, inputs.clip_high
+            softmax.logprobs,
+            inputs.advantages[rows].to(self.dtype),
+            old,
+            self.denominator,
+            inputs.clip_low,
+            inputs.clip_high,
         )
         self.temperature.divide_(slope, rows)
         torch.mul(softmax.weights, (-slope * softmax.inverse_sum)[:, None], out=x)
@@ -66,12 +71,11 @@ class LossPass:
 
 def gtpo_loss(logits: Tensor, inputs: LossInputs, need_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [], metrics [11], d_logits [N, V] in the logits' dtype, or [0] where not needed)."""
-    vocab = logits.shape[1]
     accumulator = accumulator_dtype(logits.dtype)
     state = LossPass(inputs, accumulator)
     d_logits = logits.new_zeros(logits.shape if need_logits else (0,))
     for every, gradient in ((state.active_rows, need_logits), (state.forward_only_rows, False)):
-        for block in row_blocks(len(every), vocab, logits.device):
+        for block in row_blocks(logits, len(every)):
             rows = every[block]
             x = logits[rows].to(accumulator)
             state.run_block_(x, rows, gradient)
@@ -88,13 +92,16 @@ def linear_gtpo_loss(
     chunk_rows: int | None,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], metrics [11], d_hidden [N, D], d_weight [V, D], d_bias [V]), gradients in the accumulator dtype, [0] where not needed."""
+    """(loss [], metrics [11], d_hidden [N, D], d_weight [V, D], d_bias [V]).
+
+    Gradients are in the accumulator dtype, [0] where not needed.
+    """
     head = Head(hidden, weight, bias, chunk_rows)
     head.allocate_gradients(*needs)
     state = LossPass(inputs, head.dtype)
     for every, gradient in ((state.active_rows, any(needs)), (state.forward_only_rows, False)):
         for chunk, hidden_rows, logits in head.chunks(every):
-            for block in row_blocks(*logits.shape, logits.device):
+            for block in row_blocks(logits):
                 state.run_block_(logits[block], chunk[block], gradient)
             if gradient:
                 head.accumulate(chunk, hidden_rows, logits)

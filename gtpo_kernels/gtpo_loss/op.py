@@ -45,8 +45,9 @@ def gtpo_loss(
     temperature: a positive number or [N]; divides the logits.
     loss_mask, old_logprobs, clip_low, clip_high, num_loss_tokens, metrics: as for `clipped_loss`.
     Returns (loss, metrics), see `LossMetrics`.  Rows outside the loss mask, and those of advantage 0, are never read.
-    With gradients on, the forward pass allocates d_logits beside the logits.  One backward pass only: it scales that in place.
-    Raises ValueError for other shapes, dtypes, devices or values; BackendUnavailable for a backend that cannot run here.
+    With gradients on, the forward pass allocates d_logits beside the logits.  One backward pass only: it scales
+    them in place.
+    Raises ValueError for other shapes, dtypes, devices or values; BackendUnavailable where a backend cannot run.
     Source: arXiv 2511.14846.
 
     >>> logits = torch.zeros(2, 4, requires_grad=True)
@@ -59,7 +60,17 @@ def gtpo_loss(
     check_vocab("logits", logits, dim=1)
     name = select_backend(FAMILY, backend, logits.device)
     inputs = _loss_inputs(
-        logits, targets, advantages, loss_mask, old_logprobs, temperature, num_loss_tokens, clip_low, clip_high, metrics, backend
+        logits,
+        targets,
+        advantages,
+        loss_mask,
+        old_logprobs,
+        temperature,
+        num_loss_tokens,
+        clip_low,
+        clip_high,
+        metrics,
+        backend,
     )
     if name == "reference":
         _check_row_values(inputs, logits.shape[1])
@@ -91,8 +102,8 @@ def linear_gtpo_loss(
     hidden: [N, D] float32, float64, bfloat16 or float16.  weight: [V, D] and bias: [V], of the same dtype.
     chunk_rows: rows projected at once; None chooses by memory.  The result does not depend on it beyond rounding.
     Everything else: as for `gtpo_loss`.
-    Each chunk of logits is projected once and turned into its own gradient (6NVD floating-point operations with backward), so the
-    forward pass does the work and backward only scales.  Inputs that need no gradient get none allocated.
+    Each chunk of logits is projected once and turned into its own gradient (6NVD floating-point operations with
+    backward): the forward pass does the work, backward only scales.  Inputs that need no gradient get none allocated.
 
     >>> hidden, weight = torch.eye(2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
     >>> loss, metrics = linear_gtpo_loss(hidden, weight, torch.tensor([0, 1]), torch.tensor([1.0, -1.0]))
@@ -103,7 +114,17 @@ def linear_gtpo_loss(
     check_head(hidden, weight, bias, chunk_rows)
     name = select_backend(FAMILY, backend, hidden.device)
     inputs = _loss_inputs(
-        hidden, targets, advantages, loss_mask, old_logprobs, temperature, num_loss_tokens, clip_low, clip_high, metrics, backend
+        hidden,
+        targets,
+        advantages,
+        loss_mask,
+        old_logprobs,
+        temperature,
+        num_loss_tokens,
+        clip_low,
+        clip_high,
+        metrics,
+        backend,
     )
     if name == "reference":
         _check_row_values(inputs, weight.shape[0])

@@ -1,4 +1,4 @@
-"""The definition of `gtpo_loss` and `linear_gtpo_loss`: the per-token op, then the clipped loss.  One formula each, written there."""
+"""The definition of `gtpo_loss` and `linear_gtpo_loss`: the per-token op, then the clipped loss."""
 
 from typing import NamedTuple
 

@@ -1,7 +1,7 @@
-"""The `torch` backend of the per-token ops: rows in chunks, logits in place, nothing of size [N, V] but what the caller gave or gets.
+"""The `torch` backend of the per-token ops: rows in chunks, logits in place, no [N, V] but the caller's own.
 
-The softmax of a row is kept as the pair (row_max, log_sum): log p = (x - row_max) - log_sum.  Their sum, the public lse, has lost the
-small term at large logits, so it enters no gradient.
+The softmax of a row is kept as the pair (row_max, log_sum): log p = (x - row_max) - log_sum.  Their sum, the public
+lse, has lost the small term at large logits, so it enters no gradient.
 """
 
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ from torch import Tensor
 from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.token_logprobs.reference import RowStatistics
 
-# Elements of one elementwise block: on a CPU a block and its exponentials stay in a core's cache; a GPU wants long launches instead.
+# Elements of one elementwise block: on a CPU it and its exponentials stay in a core's cache; a GPU wants long launches.
 BLOCK_ELEMENTS_CPU = 1 << 17
 BLOCK_ELEMENTS_GPU = 1 << 26
 # Bytes of the logits that are projected at once.
 CHUNK_BYTES_CPU = 1 << 24
 CHUNK_BYTES_GPU = 1 << 30
-# Far below the logarithm of the smallest float64, so exp() gives 0 as it does for -inf, but 0 * LOG_ZERO is 0 and not NaN.
+# Far below the logarithm of the smallest float64: exp() gives 0 as it does for -inf, but 0 * LOG_ZERO is 0, not NaN.
 LOG_ZERO = -1e5
 
 
 class RowSoftmax(NamedTuple):
-    """The softmax of a block of rows.  Each [n] but `weights` [n, V] = exp(x - row_max), whose row sum is 1 / inverse_sum."""
+    """The softmax of a block of rows.  Each [n] but `weights` [n, V] = exp(x - row_max), of row sum 1 / inverse_sum."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -48,9 +48,11 @@ class Temperature(NamedTuple):
         return x if self.value == 1.0 else x.div_(self.value)
 
 
-def row_blocks(num_rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    """0 .. num_rows in pieces of one elementwise block each."""
-    elements = BLOCK_ELEMENTS_CPU if device.type == "cpu" else BLOCK_ELEMENTS_GPU
+def row_blocks(logits: Tensor, num_rows: int | None = None) -> Iterator[slice]:
+    """0 .. num_rows, by default all rows of logits [N, V], in pieces of one elementwise block each."""
+    rows, vocab = logits.shape
+    num_rows = rows if num_rows is None else num_rows
+    elements = BLOCK_ELEMENTS_CPU if logits.device.type == "cpu" else BLOCK_ELEMENTS_GPU
     step = max(1, elements // vocab)
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
@@ -97,7 +99,7 @@ def turn_into_d_logits_(
     grad_entropy: Tensor | None,
     statistics: RowStatistics,
 ) -> None:
-    """x [n, V]: the logits of `rows`, overwritten by their gradient ((g (1[v = target] - p_v) - h p_v (log p_v + H)) / temperature).
+    """x [n, V]: the logits of `rows`, overwritten by (g (1[v = target] - p_v) - h p_v (log p_v + H)) / temperature.
 
     targets [n].  grad_logprobs (g), grad_entropy (h) and the statistics are [N].
     """
@@ -115,12 +117,14 @@ def turn_into_d_logits_(
     x.scatter_add_(1, targets[:, None], g[:, None])
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: float, row_temperature: Tensor | None) -> RowStatistics:
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float, row_temperature: Tensor | None
+) -> RowStatistics:
     """Statistics of every row of logits [N, V]."""
     targets = targets.long()
     divisor = Temperature(temperature, row_temperature)
     statistics = empty_statistics(logits)
-    for rows in row_blocks(*logits.shape, logits.device):
+    for rows in row_blocks(logits):
         x = logits[rows].to(statistics.logprobs.dtype, copy=True)
         store_statistics(statistics, rows, row_softmax_(divisor.divide_(x, rows), targets[rows]))
     return statistics
@@ -140,7 +144,7 @@ def token_logprobs_backward(
     divisor = Temperature(temperature, row_temperature)
     d_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format)
     active = rows_with_gradient(grad_logprobs, grad_entropy)
-    for block in row_blocks(len(active), logits.shape[1], logits.device):
+    for block in row_blocks(logits, len(active)):
         rows = active[block]
         x = logits[rows].to(statistics.logprobs.dtype)
         turn_into_d_logits_(x, rows, targets[rows], divisor, grad_logprobs, grad_entropy, statistics)
@@ -176,7 +180,7 @@ class Head:
         self.d_hidden, self.d_weight, self.d_bias = (self.hidden.new_zeros(shape, dtype=self.dtype) for shape in shapes)
 
     def chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(row indices [n], their hidden states [n, D], their logits [n, V]); the logits are the caller's until the next chunk."""
+        """(Row indices [n], their hidden states [n, D], their logits [n, V]); the logits last until the next chunk."""
         vocab = self.weight.shape[0]
         buffer = self.hidden.new_empty((min(self.chunk_rows, len(rows)), vocab), dtype=self.dtype)
         for chunk in rows.split(self.chunk_rows) if len(rows) else ():
@@ -211,8 +215,10 @@ def linear_token_logprobs(
     targets = targets.long()
     divisor = Temperature(temperature, row_temperature)
     statistics = empty_statistics(hidden)
-    for chunk, _, logits in Head(hidden, weight, bias, chunk_rows).chunks(torch.arange(len(hidden), device=hidden.device)):
-        for block in row_blocks(*logits.shape, logits.device):
+    for chunk, _, logits in Head(hidden, weight, bias, chunk_rows).chunks(
+        torch.arange(len(hidden), device=hidden.device)
+    ):
+        for block in row_blocks(logits):
             rows = chunk[block]
             store_statistics(statistics, rows, row_softmax_(divisor.divide_(logits[block], rows), targets[rows]))
     return statistics
@@ -231,13 +237,13 @@ def linear_token_logprobs_backward(
     statistics: RowStatistics,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_hidden [N, D], d_weight [V, D], d_bias [V]) in the accumulator dtype, size 0 where not needed; the logits are projected anew."""
+    """(d_hidden [N, D], d_weight [V, D], d_bias [V]), [0] where not needed; the logits are projected anew."""
     targets = targets.long()
     divisor = Temperature(temperature, row_temperature)
     head = Head(hidden, weight, bias, chunk_rows)
     head.allocate_gradients(*needs)
     for chunk, hidden_rows, logits in head.chunks(rows_with_gradient(grad_logprobs, grad_entropy)):
-        for block in row_blocks(*logits.shape, logits.device):
+        for block in row_blocks(logits):
             rows = chunk[block]
             turn_into_d_logits_(logits[block], rows, targets[rows], divisor, grad_logprobs, grad_entropy, statistics)
         head.accumulate(chunk, hidden_rows, logits)

@@ -35,8 +35,8 @@ def token_logprobs(
     logits: [N, V] float32, float64, bfloat16 or float16; -inf is a valid logit.  targets: [N] int32 or int64 in [0, V).
     temperature: a positive number or [N]; no gradient flows to it.
     Returns [N] each, float32 (float64 for float64 logits); logprobs and entropy are differentiable, lse is not.
-    A target at -inf has logprob -inf and passes no gradient from it; a row of all -inf has entropy 0 and no gradient at all.
-    Raises ValueError for other shapes, dtypes, devices or values; BackendUnavailable for a backend that cannot run here.
+    A target at -inf has logprob -inf, without gradient; a row of all -inf has entropy 0 and no gradient at all.
+    Raises ValueError for other shapes, dtypes, devices or values; BackendUnavailable where a backend cannot run.
     Source: arXiv 2402.03300, eq. 3 (the policy's per-token log-probability).
 
     >>> logits = torch.tensor([[0.0, 0.0], [0.0, -float("inf")]])
@@ -73,8 +73,8 @@ def linear_token_logprobs(
     hidden: [N, D] float32, float64, bfloat16 or float16.  weight: [V, D] and bias: [V], of the same dtype.
     targets, temperature, results and errors: as for `token_logprobs`.
     chunk_rows: rows projected at once; None chooses by memory.  The result does not depend on it beyond rounding.
-    The forward pass keeps five numbers a row; the backward pass projects the rows that a gradient reaches once more (8NVD in all), for
-    any upstream gradient.  `linear_gtpo_loss` needs no second projection.
+    The forward pass keeps five numbers a row; the backward pass projects the rows that a gradient reaches once more
+    (8NVD in all), for any upstream gradient.  `linear_gtpo_loss` needs no second projection.
     Source: arXiv 2411.09009 (cut cross-entropy) for computing it from hidden states.
 
     >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
@@ -120,7 +120,7 @@ def _token_logprobs(
     if row_temperature is not None:
         check_row_temperature(row_temperature)
     arguments = (logits, targets, temperature, row_temperature)
-    return tuple(run_kernel(FAMILY, backend, "token_logprobs", logits.device, *arguments))  # type: ignore[return-value]
+    return tuple(run_kernel(FAMILY, backend, "token_logprobs", logits.device, *arguments))
 
 
 @_token_logprobs.register_fake
@@ -197,7 +197,7 @@ def _linear_token_logprobs(
     if row_temperature is not None:
         check_row_temperature(row_temperature)
     arguments = (hidden, weight, bias, targets, temperature, row_temperature, chunk_rows)
-    return tuple(run_kernel(FAMILY, backend, "linear_token_logprobs", hidden.device, *arguments))  # type: ignore[return-value]
+    return tuple(run_kernel(FAMILY, backend, "linear_token_logprobs", hidden.device, *arguments))
 
 
 @_linear_token_logprobs.register_fake
@@ -246,7 +246,9 @@ def _linear_token_logprobs_backward(
 
 
 @_linear_token_logprobs_backward.register_fake
-def _(grad_logprobs: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(
+    grad_logprobs: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     return empty_head_gradients(hidden, weight, rest[-4:-1])
 
 

@@ -1,4 +1,4 @@
-"""The definition of `token_logprobs` and `linear_token_logprobs`: plain PyTorch, differentiable, exact in float64 for float64 inputs."""
+"""The definition of `token_logprobs` and `linear_token_logprobs`: plain PyTorch, in float64 for float64 inputs."""
 
 from typing import NamedTuple
 
@@ -33,9 +33,7 @@ class RowStatistics(NamedTuple):
     log_sum: Tensor
 
 
-def token_logprobs_reference(
-    logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0
-) -> TokenLogprobs:
+def token_logprobs_reference(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) -> TokenLogprobs:
     """`token_logprobs` as its definition; see `gtpo_kernels.token_logprobs`."""
     inf = float("inf")
     scale = temperature[:, None] if isinstance(temperature, Tensor) else temperature

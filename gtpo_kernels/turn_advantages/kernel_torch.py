@@ -8,11 +8,13 @@ from gtpo_kernels.turn_advantages.reference import CreditRule, TurnAdvantages, l
 
 
 def turn_returns(turn_rewards: Tensor, cu_turns: Tensor, gamma: float) -> Tensor:
-    """[K] float64.  After step s every turn holds the discounted sum of the next 2^s rewards, so log2(K) steps are enough."""
+    """[K] float64.  After step s a turn holds the discounted sum of the next 2^s rewards: log2(K) steps are enough."""
     num_turns = turn_rewards.shape[0]
-    returns = turn_rewards.double()
+    # a copy even of float64 rewards: the result of a registered op is memory of its own
+    returns = turn_rewards.to(torch.float64, copy=True)
     turn = torch.arange(num_turns, device=turn_rewards.device)
-    remaining = cu_turns.long()[trajectory_of_turn(cu_turns, turn) + 1] - turn  # turns to the trajectory's end, this one included
+    end = cu_turns.long()[trajectory_of_turn(cu_turns, turn) + 1]
+    remaining = end - turn  # turns to the end of the trajectory, this one included
     step = 1
     while step < num_turns:
         ahead = torch.cat([returns[step:], returns.new_zeros(step)]).masked_fill(remaining <= step, 0.0)
@@ -48,7 +50,7 @@ def turn_advantages(
 
 def trajectory_of_turn(cu_turns: Tensor, turn: Tensor) -> Tensor:
     """[K] int64: the trajectory that each turn belongs to."""
-    return torch.searchsorted(cu_turns[1:].long(), turn, right=True)
+    return torch.searchsorted(cu_turns[1:].long().contiguous(), turn, right=True)
 
 
 def scope_of_turn(group_ids: Tensor, trajectory: Tensor, position: Tensor, scope: str) -> Tensor:
@@ -60,7 +62,7 @@ def scope_of_turn(group_ids: Tensor, trajectory: Tensor, position: Tensor, scope
 
 
 def normalise(x: Tensor, scope: Tensor, in_population: Tensor, ddof: int, eps: float) -> Tensor:
-    """(x - mean) / (std + eps) with the statistics of the population of x's scope; 0 where that has no spread.  [K] float64."""
+    """(x - mean) / (std + eps), [K] float64, by the population of x's scope; 0 where that has no spread."""
     entries = in_population.nonzero().squeeze(1)
     order = entries[scope[entries].argsort(stable=True)]
     present, lengths = torch.unique_consecutive(scope[order], return_counts=True)

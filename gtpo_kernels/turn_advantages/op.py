@@ -1,4 +1,4 @@
-"""`turn_returns`, `turn_advantages` and `TurnCredit`: the public functions, and their registration with torch.library."""
+"""`turn_returns`, `turn_advantages` and `TurnCredit`: the public functions, and their registration."""
 
 from typing import Literal, NamedTuple
 
@@ -58,8 +58,8 @@ def turn_advantages(
     turn_rewards: [K] float.  cu_turns: [B+1] int32 or int64.  group_ids: [B] int, equal for trajectories of one task.
     turn_ids: [N] int, the turn that each token was sampled in, -1 for prompt and tool tokens.
     scope: "group", "batch", "group_turn" (same group and same position in the trajectory), or "none" (A_k = R_k).
-    population: "turns" (every turn with tokens), or "trajectories" (the return at each trajectory's first turn with tokens; the
-        statistics then apply to all its turns; with gamma=1 and a terminal reward this is GRPO).
+    population: "turns" (every turn with tokens), or "trajectories" (the return at each trajectory's first turn with
+        tokens; the statistics then apply to all its turns; with gamma=1 and a terminal reward this is GRPO).
     ddof: 0 or 1.
     Turns without tokens pass rewards back through the returns, but leave the statistics; their own advantage is 0.
     Statistics are in float64.  A scope without spread (max == min; a single entry) has advantages of exactly 0.
@@ -69,7 +69,8 @@ def turn_advantages(
     Source: arXiv 2511.14846; arXiv 2402.03300 for population="trajectories".
 
     >>> credit = turn_advantages(
-    ...     torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0, 2, 3]), torch.tensor([7, 7]), torch.tensor([-1, 0, 1, 1, -1, 2]), gamma=1.0)
+    ...     torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0, 2, 3]), torch.tensor([7, 7]),
+    ...     torch.tensor([-1, 0, 1, 1, -1, 2]), gamma=1.0)
     >>> [round(a, 3) for a in credit.advantages.tolist()]
     [0.0, 0.577, 0.577, 0.577, 0.0, -1.155]
     """
@@ -97,9 +98,10 @@ def turn_advantages(
 
 
 class TurnCredit(NamedTuple):
-    """Credit in turn form, accepted by the fused losses in place of per-token advantages; see `turn_advantages` for the fields.
+    """Credit in turn form, which the fused losses take for per-token advantages; see `turn_advantages` for the fields.
 
-    >>> credit = TurnCredit(torch.tensor([1.0, 0.0]), torch.tensor([0, 1, 2]), torch.tensor([0, 0]), torch.tensor([0, 1, -1]))
+    >>> cu_turns, group_ids, turn_ids = torch.tensor([0, 1, 2]), torch.tensor([0, 0]), torch.tensor([0, 1, -1])
+    >>> credit = TurnCredit(torch.tensor([1.0, 0.0]), cu_turns, group_ids, turn_ids)
     >>> [round(a, 4) for a in credit.advantages().tolist()]
     [0.7071, -0.7071, 0.0]
     """
@@ -116,9 +118,18 @@ class TurnCredit(NamedTuple):
 
     def advantages(self, *, backend: str | None = None) -> Tensor:
         """[N]: `turn_advantages` of this credit, one value a token."""
-        tensors, rule = self[:4], self[4:]
-        names = self._fields[4:]
-        return turn_advantages(*tensors, **dict(zip(names, rule, strict=True)), backend=backend).advantages
+        return turn_advantages(
+            self.turn_rewards,
+            self.cu_turns,
+            self.group_ids,
+            self.turn_ids,
+            gamma=self.gamma,
+            scope=self.scope,
+            population=self.population,
+            ddof=self.ddof,
+            eps=self.eps,
+            backend=backend,
+        ).advantages
 
 
 def check_turns(turn_rewards: Tensor, cu_turns: Tensor, gamma: float) -> None:
@@ -179,7 +190,7 @@ def _turn_advantages(
     outputs = run_kernel(
         FAMILY, backend, "turn_advantages", turn_rewards.device, turn_rewards, cu_turns, group_ids, turn_ids, rule
     )
-    return tuple(outputs)  # type: ignore[return-value]
+    return tuple(outputs)
 
 
 @_turn_advantages.register_fake

@@ -1,5 +1,6 @@
 """The definition of `turn_returns` and `turn_advantages`: a loop over turns, and statistics in float64."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ def turn_returns_reference(turn_rewards: Tensor, cu_turns: Tensor, gamma: float)
     """[K] float64: R_k = r_k + gamma * R_{k+1} within each trajectory; see `gtpo_kernels.turn_returns`."""
     returns = turn_rewards.double().clone()
     bounds = cu_turns.tolist()
-    for first, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, end in pairwise(bounds):
         for k in range(end - 2, first - 1, -1):
             returns[k] += gamma * returns[k + 1]
     return returns
@@ -51,7 +52,7 @@ def turn_advantages_reference(
     turns: dict[object, list[int]] = {}  # scope -> its turns with tokens
     entries: dict[object, list[int]] = {}  # scope -> the turns whose returns make its statistics
     bounds = cu_turns.tolist()
-    for trajectory, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for trajectory, (first, end) in enumerate(pairwise(bounds)):
         with_tokens = [k for k in range(first, end) if has_tokens[k]]
         for k in with_tokens:
             group = int(group_ids[trajectory])

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gtpo.environments import Environment, ReasoningGymEnvironment, make_environment
 from gtpo.types import Task, ToolResult, ToolStatus
@@ -101,6 +103,15 @@ def test_expected_output(code: str, output: str, expected: bool | None) -> None:
 def test_partial_marks_are_no_success() -> None:
     # the library gives partial marks to an answer that contains the right one
     assert ReasoningGymEnvironment(["lcm"]).grade(task_of([12, 18], "36"), "it is 36") == 0.0
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@given(st.text(max_size=12))
+@settings(max_examples=50)
+def test_any_answer_is_graded(dataset: str, answer: str) -> None:
+    environment = ReasoningGymEnvironment([dataset])
+    (task,) = environment.tasks("train", 1, seed=0)
+    assert environment.grade(task, answer) == 0.0
 
 
 @pytest.mark.parametrize("datasets", [[], ["lcm", "sudoku"], "lcm"])

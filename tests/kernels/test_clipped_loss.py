@@ -109,9 +109,7 @@ def test_what_lies_under_the_mask_is_never_read(backend: str) -> None:
     hidden = ~case["loss_mask"]
     clean = loss_and_gradient(case, backend=backend)
     for poison in (NAN, INF, -INF):
-        poisoned = {
-            name: x.masked_fill(hidden, poison) if x.is_floating_point() else x for name, x in case.items()
-        }
+        poisoned = {name: x.masked_fill(hidden, poison) if x.is_floating_point() else x for name, x in case.items()}
         loss, gradient = loss_and_gradient(poisoned, backend=backend)
         assert torch.equal(loss, clean[0])
         assert torch.equal(gradient, clean[1])

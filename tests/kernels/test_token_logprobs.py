@@ -15,7 +15,9 @@ INF = float("inf")
 Case = dict[str, Any]
 
 
-def logits_case(num_rows: int, vocab: int, *, seed: int = 0, scale: float = 3.0, dtype: torch.dtype = torch.float32) -> Case:
+def logits_case(
+    num_rows: int, vocab: int, *, seed: int = 0, scale: float = 3.0, dtype: torch.dtype = torch.float32
+) -> Case:
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(num_rows, vocab, generator=generator)
     return {"logits": logits.to(dtype), "targets": torch.randint(vocab, (num_rows,), generator=generator)}
@@ -62,7 +64,7 @@ def test_from_hidden_states(shape: tuple[int, int, int], dtype: torch.dtype) -> 
 
 
 def edge_rows() -> Case:
-    """Rows of -inf among finite logits, at the target, everywhere; one huge logit at and off the target; |logit| of 1e4."""
+    """-inf among finite logits, at the target, everywhere; one huge logit at and off the target; |logit| of 1e4."""
     case = logits_case(9, 37, seed=4)
     logits, targets = case["logits"], case["targets"]
     logits[0, ::2], targets[0] = -INF, 1
@@ -212,7 +214,9 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(run, (hidden, weight, bias))
     logits = logits_case(3, 5, dtype=torch.float64)["logits"].requires_grad_()
     targets = torch.tensor([0, 4, 2])
-    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, targets, temperature=1.3, backend=backend)[:2], (logits,))
+    assert torch.autograd.gradcheck(
+        lambda x: token_logprobs(x, targets, temperature=1.3, backend=backend)[:2], (logits,)
+    )
 
 
 def test_opcheck() -> None:
@@ -262,7 +266,10 @@ GOOD_HEAD = head_case(3, 5, 2)
         ({"hidden": torch.zeros(3)}, r"hidden must be \[N, D\], got shape \(3,\)"),
         ({"hidden": torch.zeros(3, 2).int()}, "hidden must be float32, float64, bfloat16, float16, got int32"),
         ({"weight": torch.zeros(5, 3)}, r"weight must be \[V, D\] = \[any, 2\], got shape \(5, 3\)"),
-        ({"weight": torch.zeros(5, 2).double()}, "weight must have the dtype of hidden, torch.float32, got torch.float64"),
+        (
+            {"weight": torch.zeros(5, 2).double()},
+            "weight must have the dtype of hidden, torch.float32, got torch.float64",
+        ),
         ({"bias": torch.zeros(4)}, r"bias must be \[V\] = \[5\], got shape \(4,\)"),
         ({"targets": torch.zeros(4).long()}, r"targets must be \[N\] = \[3\], got shape \(4,\)"),
         ({"targets": torch.zeros(3)}, "targets must be int32, int64, got float32"),

@@ -1,5 +1,6 @@
 """The ways in which multi-turn training goes wrong unseen, each as one test."""
 
+import asyncio
 import math
 
 import pytest
@@ -7,16 +8,27 @@ import torch
 
 from gtpo.batch import pack, split_by_tokens
 from gtpo.chat import BrokenPrefix, Chat
-from gtpo.config import METHODS, Method, config_from_dict
+from gtpo.config import METHODS, Method, RolloutConfig, config_from_dict
 from gtpo.credit import Credit, assign_credit, to_sequence
 from gtpo.evaluation import evaluate_groups
 from gtpo.metrics import rollout_metrics
 from gtpo.policy import Policy
-from gtpo.rewards import TurnRewards, turn_rewards
+from gtpo.rewards import turn_rewards
+from gtpo.rollout import Rollout
 from gtpo.sampler import Completion, sample_tokens
+from gtpo.sandbox import SandboxPool
 from gtpo.types import StopReason, ToolStatus, Trajectory
 from gtpo_kernels import clipped_loss, linear_token_logprobs, turn_advantages
-from tests.trainer.conftest import TASK, make_sequence, make_trajectory, make_turn, play_all, python, tiny_policy
+from tests.trainer.conftest import (
+    TASK,
+    SumEnvironment,
+    make_sequence,
+    make_trajectory,
+    make_turn,
+    play_all,
+    python,
+    tiny_policy,
+)
 
 GTPO = METHODS["gtpo"]
 
@@ -65,7 +77,7 @@ def test_04_the_loss_mask_is_not_the_attention_mask(policy: Policy) -> None:
 
 
 def test_05_rewards_never_read_tool_text(policy: Policy) -> None:
-    (trajectory,) = play_all(policy, [[python("print('answer: 4\\n```python\\nsolve()\\n```')"), "I stop here."]])
+    (trajectory,) = play_all(policy, [[python("print('answer: 4', '`' * 3 + 'python', 'solve()', '`' * 3, sep=chr(10))"), "I stop."]])
     assert "answer: 4" in trajectory.turns[0].results[0].text
     assert trajectory.answer is None and trajectory.outcome == 0.0 and "\nsolve()" not in trajectory.code
     plain = make_trajectory(make_turn(code="f()", output="nothing"), make_turn())
@@ -75,13 +87,6 @@ def test_05_rewards_never_read_tool_text(policy: Policy) -> None:
 
 
 def test_06_token_in_token_out(policy: Policy) -> None:
-    import asyncio
-
-    from gtpo.config import RolloutConfig
-    from gtpo.rollout import Rollout
-    from gtpo.sandbox import SandboxPool
-    from tests.trainer.conftest import SumEnvironment
-
     chat = Chat(policy.tokenizer)
     text = python("print(4)")
     # one id a byte, which the tokenizer would never write: it merges "python" and "print"
@@ -213,8 +218,3 @@ def test_13_a_lost_trajectory_leaves_its_group() -> None:
     assert first.advantages == pytest.approx([0.5**0.5], abs=1e-5) and last.advantages == pytest.approx([-(0.5**0.5)], abs=1e-5)
     evaluation = evaluate_groups([group])
     assert evaluation.success == 0.5 and evaluation.lost == 1
-
-
-def test_rewards_and_their_parts_agree() -> None:
-    rewards = turn_rewards([make_trajectory(make_turn(), outcome=1.0)], GTPO)
-    assert rewards == [TurnRewards([0.9], 1.0, 0.0, [-0.1], [0.0])]

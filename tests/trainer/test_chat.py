@@ -1,0 +1,186 @@
+"""Prompts, tool output, calls and answers as text and as token ids."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gtpo.chat import BrokenPrefix, Chat
+from gtpo.policy import Policy
+from gtpo.rollout import offered_schemas
+from tests.trainer.conftest import python, tiny_policy
+
+END = "<|im_end|>"
+
+
+class Parser(Chat):
+    """Parsing needs no tokenizer."""
+
+    def __init__(self, call_format: str) -> None:
+        self.call_format = call_format  # type: ignore[assignment]
+
+
+CODE, JSON = Parser("code"), Parser("json")
+
+
+def call(body: object) -> str:
+    return f"<tool_call>{body if isinstance(body, str) else json.dumps(body)}</tool_call>"
+
+
+def test_code_calls() -> None:
+    turn = CODE.parse(f"First.\n{python('x = 1')}\nthen\n```py\nprint(x)\n\nprint(2)\n```")
+    assert [made.code for made in turn.calls] == ["x = 1", "print(x)\n\nprint(2)"]
+    assert all(made.error is None and made.name == "python" for made in turn.calls) and turn.answer is None
+
+
+@pytest.mark.parametrize("text", ["```\nprint(1)\n```", "```python\nprint(1)", "```bash\nls\n```", "answer: 4 ```"])
+def test_malformed_code(text: str) -> None:
+    (made,) = CODE.parse(text).calls
+    assert made.error == "a code block must open with ```python and close with ```" and made.code == ""
+
+
+def test_json_calls() -> None:
+    as_object = {"name": "calculator", "arguments": {"expression": "1 + 1"}}
+    as_text = {"name": "python", "arguments": '{"code": "print(1)"}'}
+    first, second = JSON.parse(f"{call(as_object)}\n{call(as_text)}").calls
+    assert (first.name, first.arguments, first.error) == ("calculator", {"expression": "1 + 1"}, None)
+    assert (second.name, second.code, second.error) == ("python", "print(1)", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (call("{"), "not valid JSON"),
+        (call("[1]"), 'must be {"name": a string'),
+        (call({"name": "python"}), 'must have the keys "name" and "arguments"'),
+        (call({"name": 3, "arguments": {}}), 'must be {"name": a string'),
+        (call({"name": "python", "arguments": [1]}), 'must be {"name": a string'),
+        (call({"name": "python", "arguments": "nothing"}), "not valid JSON"),
+        ('<tool_call>{"name": "python", "arguments": {}}', "closed with </tool_call>"),
+        (call('{"name": "python", "arguments": {"code": ' + "9" * 5000 + "}}"), "not JSON that can be read"),
+        (call("[" * 100_000), "not JSON that can be read"),
+    ],
+)
+def test_malformed_json(text: str, message: str) -> None:
+    (made,) = JSON.parse(text).calls
+    assert made.error is not None and message in made.error and made.name == ""
+
+
+PIECES = st.sampled_from(
+    ["```", "```python\n", "<tool_call>", "</tool_call>", "{", "}", "[", "]", '"', ":", "answer:", "\n", '"name"', "NaN"]
+)
+
+
+@given(text=st.one_of(st.text(), st.lists(PIECES | st.text(max_size=5)).map("".join)))
+def test_parse_never_raises(text: str) -> None:
+    for chat in (CODE, JSON):
+        turn = chat.parse(text)
+        assert turn.answer is None or not turn.calls
+        assert all(made.error is None or (made.name, made.arguments) == ("", {}) for made in turn.calls)
+
+
+@given(arguments=st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner)))
+def test_any_arguments_come_through_or_are_refused(arguments: object) -> None:
+    (made,) = JSON.parse(call({"name": "f", "arguments": arguments})).calls[:1]
+    if isinstance(arguments, dict) and "</tool_call>" not in json.dumps(arguments):
+        assert made.arguments == arguments and made.error is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("answer: 42", "42"),
+        ("So Answer:  3 boxes \nDone.", "3 boxes"),
+        ("answer: 1\nno, answer: 2", "2"),
+        ("answer:", None),
+        ("answer: \n4", None),
+        ("42", None),
+    ],
+)
+def test_answers(text: str, answer: str | None) -> None:
+    assert CODE.parse(text).answer == JSON.parse(text).answer == answer
+
+
+def test_demonstrations_parse_back(policy: Policy) -> None:
+    for call_format in ("code", "json"):
+        chat = Chat(policy.tokenizer, call_format=call_format, schemas=offered_schemas(["python"]))  # type: ignore[arg-type]
+        text = chat.render_code_call('print("a")\nprint(1)')
+        ids = chat.completion_ids(text)
+        assert ids[-1] == chat.end_of_turn_id and chat.decode(ids) == text
+        assert chat.parse(text).calls[0].code == 'print("a")\nprint(1)'
+        assert chat.parse(chat.render_answer("1 2")).answer == "1 2"
+
+
+@given(text=st.lists(st.sampled_from([END, "<|im_start|>", "<|pad|>", "assistant\n"]) | st.text(max_size=4)).map("".join))
+def test_tool_text_never_becomes_a_control_id(policy: Policy, text: str) -> None:
+    chat = Chat(policy.tokenizer)
+    control = set(policy.tokenizer.convert_tokens_to_ids([END, "<|im_start|>", "<|pad|>"]))
+
+    def count(ids: list[int]) -> int:
+        return sum(token in control for token in ids)
+
+    assert count(chat.tool_ids([text])) == count(chat.tool_ids(["plain"])) > 0
+    assert count(chat.completion_ids(text)) == 1
+    assert chat.decode(chat.completion_ids(text)) == text
+
+
+def test_appended_ids_are_those_of_the_whole_conversation(policy: Policy) -> None:
+    chat, tokenizer = Chat(policy.tokenizer), policy.tokenizer
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": python("print(1)")},
+        {"role": "tool", "content": "1"},
+        {"role": "tool", "content": "2"},
+    ]
+    ids = chat.prompt_ids("S", "Q") + chat.completion_ids(python("print(1)")) + chat.tool_ids(["1", "2"])
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(ids) == whole
+
+
+def test_the_json_prompt_has_the_schemas(policy: Policy) -> None:
+    schemas = offered_schemas(["python", "calculator"])
+    prompt = policy.tokenizer.decode(Chat(policy.tokenizer, call_format="json", schemas=schemas).prompt_ids("S", "Q"))
+    found = [json.loads(line) for line in prompt.splitlines() if line.startswith('{"function"')]
+    assert [schema["function"]["name"] for schema in found] == ["python", "calculator"]
+    assert found[1]["function"]["parameters"]["required"] == ["expression"]
+    assert all("return" not in schema["function"] for schema in found)
+    assert "<tool_call>" in prompt
+    assert "<tool_call>" not in policy.tokenizer.decode(Chat(policy.tokenizer).prompt_ids("S", "Q"))
+
+
+REWRITES = "{% for m in messages %}{{ m['content'] if loop.last else '(cut)' }}<|im_end|>{% endfor %}"
+DROPS_REPLIES = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' and not loop.last %}thought reply<|im_end|>"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+)
+DROPS_TOOLS = "{% for m in messages %}{% if m['role'] != 'tool' %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
+NO_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [REWRITES, DROPS_REPLIES, NO_END])
+def test_templates_that_break_the_prefix_are_refused(template: str) -> None:
+    tokenizer = tiny_policy().tokenizer
+    tokenizer.chat_template = template
+    with pytest.raises(BrokenPrefix):
+        Chat(tokenizer)
+
+
+def test_a_template_that_drops_tool_output_is_refused() -> None:
+    tokenizer = tiny_policy().tokenizer
+    tokenizer.chat_template = DROPS_TOOLS
+    with pytest.raises(ValueError, match=r"drops messages of role 'tool'; set rollout\.tool_role = \"user\""):
+        Chat(tokenizer)
+    assert len(Chat(tokenizer, tool_role="user").tool_ids(["1"])) > 1
+
+
+def test_a_model_without_chat_template_or_end_of_turn_is_refused() -> None:
+    tokenizer = tiny_policy().tokenizer
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="must have a chat template, got none"):
+        Chat(tokenizer)
+    tokenizer = tiny_policy().tokenizer
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="must have an end-of-turn token"):
+        Chat(tokenizer)
