@@ -18,7 +18,7 @@ def smoke() -> bool:
 
 @pytest.fixture
 def measure(benchmark: Any) -> Callable[..., None]:
-    """measure(function, **facts): time it over rounds of one call; CPU milliseconds and `facts` go beside the figure."""
+    """measure(function, **facts): time rounds of one call; CPU milliseconds and `facts` go beside the figure."""
 
     def run(function: Callable[[], object], **facts: object) -> None:
         calls = 0

@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from gtpo.config import METHODS, Config, describe_keys, load_config
+from gtpo.sandbox import SandboxUnavailable
 
 _DESCRIPTION = """\
 Train tool-using language models with one reward a turn (GTPO, arXiv 2511.14846).
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return int(options.run(options, overrides))
-    except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+    except (ValueError, FileNotFoundError, IsADirectoryError, SandboxUnavailable) as error:
         print(f"gtpo: {error}", file=sys.stderr)
         return 2
 
@@ -80,7 +80,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         before, after = trainer.train()
         summary = trainer.summary(before, after) | {
             "seconds": {"total": time.perf_counter() - started, **trainer.seconds},
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "peak_memory_mb": _peak_memory_mb(),
         }
     folder = trainer.run.path
     table = before_after_table(before, after)
@@ -88,7 +88,8 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     plot_run(read_rows(folder / "metrics.jsonl"), folder / "plot.png")
     write_json(folder / "summary.json", summary)
     print(f"\n{config.method}, seed {config.seed}\n{table}")
-    print(f"\n{_split(summary['seconds'])}\nresults: {folder}/summary.json, table.md, plot.png, turns.jsonl, checkpoints/last")
+    print(f"\n{_split(summary['seconds'])}")
+    print(f"results: {folder}/summary.json, table.md, plot.png, turns.jsonl, checkpoints/last")
     return 0
 
 
@@ -121,8 +122,11 @@ def _eval(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         evaluation = trainer.evaluate(step=0)
     result = dataclasses.asdict(evaluation)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{evaluation.num_tasks} tasks, k = {evaluation.samples}: avg@k {evaluation.success:.1%}, pass@k {evaluation.pass_at_k:.1%}, "
-          f"{evaluation.turns:.2f} turns, {evaluation.calls:.2f} calls, {evaluation.invalid_calls:.3f} invalid")  # fmt: skip
+    print(
+        f"{evaluation.num_tasks} tasks, k = {evaluation.samples}: "
+        f"avg@k {evaluation.success:.1%}, pass@k {evaluation.pass_at_k:.1%}, {evaluation.turns:.2f} turns, "
+        f"{evaluation.calls:.2f} calls, {evaluation.invalid_calls:.3f} invalid"
+    )
     print(f"results: {folder}/evaluation.json")
     return 0
 
@@ -139,6 +143,16 @@ def _list_keys(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(f"  {key} = {value!r}")
     print(f"\nmethods: {', '.join(METHODS)}; the keys of [credit] default to those of the method")
     return 0
+
+
+def _peak_memory_mb() -> float | None:
+    """The process's peak of resident memory; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def _say(lines: Sequence[str]) -> None:

@@ -203,6 +203,12 @@ def _check(config: Config) -> None:
             raise ValueError(f"{key} must be at least {least}, got {value}: {why}")
     if config.rollout.temperature <= 0:
         raise ValueError(f"rollout.temperature must be above 0, got {config.rollout.temperature}")
+    if config.eval.temperature is not None and config.eval.temperature <= 0:
+        raise ValueError(f"eval.temperature must be above 0, or left out, got {config.eval.temperature}")
+    if config.rollout.call_format == "code" and "python" not in config.rollout.tools:
+        raise ValueError(
+            f'rollout.tools must hold "python", which call_format = "code" calls; got {list(config.rollout.tools)}'
+        )
     if not 0 <= config.credit.gamma <= 1:
         raise ValueError(f"credit.gamma must be in [0, 1], got {config.credit.gamma}")
     if not config.environments:

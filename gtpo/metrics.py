@@ -4,13 +4,21 @@ Timing fields end in `_s` or `_per_s`; everything else repeats bit for bit under
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from gtpo.credit import Credit
 from gtpo.rewards import TurnRewards, has_format_fault, is_void_turn
 from gtpo.types import StopReason, ToolStatus, Trajectory
+from gtpo_kernels import LossMetrics
 
 Groups = Sequence[Sequence[Trajectory]]
+
+_TRL_NAMES = {
+    "entropy": "entropy",
+    "clip_low_fraction": "clip_ratio/low_mean",
+    "clip_high_fraction": "clip_ratio/high_mean",
+}
 
 
 def rollout_metrics(
@@ -59,6 +67,52 @@ def rollout_metrics(
     stops = Counter(t.stop for t in trajectories)
     metrics |= {f"stop/{stop.value}": float(stops[stop]) for stop in StopReason}
     return metrics
+
+
+def update_metrics(parts: Sequence[LossMetrics]) -> dict[str, float]:
+    """The loss's metrics over the micro-batches of a step: counts add up, maxima stay, means weigh by active tokens.
+
+    Empty where no micro-batch had a token in the loss.
+    """
+    if not parts:
+        return {}
+    rows = [{name: float(value) for name, value in part._asdict().items() if value is not None} for part in parts]
+    weights = [row["num_active_tokens"] for row in rows]
+    merged: dict[str, float] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name.endswith("_tokens"):
+            merged[name] = sum(values)
+        elif name.endswith("_max"):
+            merged[name] = max(values)
+        else:
+            merged[name] = sum(w * v for w, v in zip(weights, values, strict=True)) / max(sum(weights), 1.0)
+    return {_TRL_NAMES.get(name, f"loss/{name}"): value for name, value in merged.items()}
+
+
+def turn_rows(
+    step: int, groups: Groups, rewards: Sequence[Sequence[TurnRewards]], credit: Sequence[Sequence[Credit]]
+) -> Iterator[dict[str, Any]]:
+    """The table of a step: one row a turn."""
+    for group, group_rewards, group_credit in zip(groups, rewards, credit, strict=True):
+        for trajectory, reward, assigned in zip(group, group_rewards, group_credit, strict=True):
+            for number, turn in enumerate(trajectory.turns):
+                yield {
+                    "step": step,
+                    "task": trajectory.task.id,
+                    "trajectory": trajectory.sample,
+                    "turn": number,
+                    "text": turn.text,
+                    "tools": [call.name for call in turn.calls],
+                    "results": [{"status": result.status.value, "text": result.text} for result in turn.results],
+                    "tokens": len(turn.completion_ids),
+                    "reward": reward.rewards[number],
+                    "return": assigned.returns[number],
+                    "advantage": assigned.advantages[number],
+                    "outcome": trajectory.outcome,
+                    "stop": trajectory.stop.value,
+                    "seconds": turn.seconds,
+                }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,6 +5,7 @@ work of `gtpo_kernels.linear_gtpo_loss`.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def _attention(
 
 
 AttentionInterface.register("gtpo_packed", _attention)
+# bars of its own while weights load and save would break up ours
+transformers.utils.logging.disable_progress_bar()
 
 
 class Policy:
@@ -86,7 +89,7 @@ class Policy:
                 )
             self.head.requires_grad_(False)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _checkpoint_activations(self.model)
             # frozen embeddings would otherwise cut the graph in front of the first checkpointed layer
             self.model.enable_input_require_grads()
         # dropout is off in training too: the policy that samples and the one that is trained must be the same function
@@ -194,7 +197,10 @@ def _train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
         )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -237,16 +243,28 @@ def _with_lora(model: Any, config: ModelConfig) -> Any:
     lora = peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return peft.get_peft_model(model, lora)
+    with warnings.catch_warnings():
+        # peft asks transformers by a name that the latter is about to drop
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return peft.get_peft_model(model, lora)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _refuse_unsupported(config: Any) -> None:
     """Heads and attentions that the packed path would compute wrongly are refused, not approximated."""
-    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+    for key in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1.0):
             raise ValueError(
-                f"models with {key} are not supported: the loss is computed from hidden states and head alone"
+                f"models with {key} are not supported: the packed path knows plain scores and logits only"
             )
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None:
+        layer_types = {"sliding_attention"}
     if layer_types != {"full_attention"}:
         raise ValueError(f"every layer must have full causal attention, got layer types {sorted(layer_types)}")

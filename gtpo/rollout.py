@@ -32,7 +32,9 @@ def offered_schemas(tools: Sequence[str]) -> list[dict[str, object]]:
 class Rollout:
     """Plays tasks of one environment, with tools in a sandbox."""
 
-    def __init__(self, environment: Environment, chat: Chat, sandbox: SandboxPool, config: RolloutConfig) -> None:
+    def __init__(
+        self, environment: Environment, chat: Chat, sandbox: SandboxPool | None, config: RolloutConfig
+    ) -> None:
         self.environment = environment
         self.chat = chat
         self.sandbox = sandbox
@@ -90,7 +92,8 @@ class Rollout:
                     trajectory.answer = parsed.answer
                     break
                 if toolbox is None:
-                    session = await self.sandbox.open(self.environment.setup_code(task))
+                    if self.sandbox is not None:
+                        session = await self.sandbox.open(self.environment.setup_code(task))
                     toolbox = Toolbox(self._tools(session))
                 turn.calls = list(parsed.calls)
                 await self._call_tools(task, turn, toolbox)
@@ -138,9 +141,8 @@ class Rollout:
         decided = [verdict for verdict in verdicts if verdict is not None]
         turn.as_expected = all(decided) if decided else None
 
-    def _tools(self, session: SandboxSession) -> list[Tool]:
-        made: dict[str, Callable[[], Tool]] = {
-            "python": lambda: PythonTool(session),
-            "calculator": lambda: FunctionTool(calculator),
-        }
-        return [made[name]() for name in self.config.tools]
+    def _tools(self, session: SandboxSession | None) -> list[Tool]:
+        tools: dict[str, Tool] = {"calculator": FunctionTool(calculator)}
+        if session is not None:
+            tools["python"] = PythonTool(session)
+        return [tools[name] for name in self.config.tools]

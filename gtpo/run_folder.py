@@ -1,8 +1,9 @@
 """A run on disk: resolved config and versions, metrics and turns as JSON lines, checkpoints, and what resuming needs.
 
-`config.json`, `versions.json`, `metrics.jsonl`, `turns.jsonl`, `summary.json`, `checkpoints/step-N/` (a plain Hugging Face model and
-`trainer.pt`), `checkpoints/last` and `checkpoints/best` (links). A checkpoint holds how long the logs were when it was
-written; resuming cuts them back to that, so a killed and resumed run leaves the records of an uninterrupted one.
+`config.json`, `versions.json`, `metrics.jsonl`, `turns.jsonl`, `summary.json`, `checkpoints/step-N/` (a plain Hugging
+Face model and `trainer.pt`), `checkpoints/last` and `checkpoints/best` (links). A checkpoint holds how long the logs
+were when it was written; resuming cuts them back to that, so a killed and resumed run leaves the records of an
+uninterrupted one.
 """
 
 import json
@@ -22,7 +23,10 @@ _LOGS = ("metrics.jsonl", "turns.jsonl")
 
 
 class RunFolder:
-    """The folder of one run. Raises ValueError if it holds a run already and neither `resume` nor `overwrite` is asked for."""
+    """The folder of one run.
+
+    Raises ValueError if it holds a run already and neither `resume` nor `overwrite` is asked for.
+    """
 
     def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
         self.path = Path(config.output_dir)
@@ -66,7 +70,9 @@ class RunFolder:
         last = self.last_checkpoint()
         return None if last is None else torch.load(last / "trainer.pt", weights_only=True)
 
-    def save_checkpoint(self, step: int, state: Mapping[str, Any], save_model: Callable[[Path], None], *, best: bool) -> Path:
+    def save_checkpoint(
+        self, step: int, state: Mapping[str, Any], save_model: Callable[[Path], None], *, best: bool
+    ) -> Path:
         """Writes a checkpoint beside the others, syncs it to disk, then renames it: it is whole or it is not there."""
         for file in self._files.values():
             file.flush()
@@ -83,7 +89,7 @@ class RunFolder:
         return final
 
     def mark_best(self) -> None:
-        """Links `best` to the last checkpoint too. It is not written anew: at every moment one whole checkpoint is there."""
+        """Links `best` to the last checkpoint, which is not written anew: at every moment a whole one is there."""
         self._link_last(best=True)
 
     def _link_last(self, *, best: bool) -> None:
@@ -103,7 +109,6 @@ class RunFolder:
         temporary = self.checkpoints / f"{name}.tmp"
         temporary.symlink_to(target.name)
         os.replace(temporary, self.checkpoints / name)
-        _sync_folder(self.checkpoints)
 
     def _cut_logs(self, sizes: Mapping[str, int]) -> None:
         for name in _LOGS:
@@ -132,7 +137,11 @@ def write_json(path: Path, value: Any) -> None:
 def versions() -> dict[str, str]:
     """What the figures of a run depend on beside its config."""
     names = ("gtpo", "torch", "transformers", "tokenizers", "numpy", "reasoning_gym", "peft")
-    found = {"python": platform.python_version(), "platform": platform.platform(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
     for name in names:
         try:
             found[name] = metadata.version(name)
@@ -161,7 +170,8 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _sync(path: Path) -> None:
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
-        with open(file, "rb") as handle:
+        # opened for writing: Windows syncs nothing else
+        with open(file, "r+b") as handle:
             os.fsync(handle.fileno())
     if path.is_dir():
         _sync_folder(path)
@@ -173,5 +183,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-

@@ -1,5 +1,6 @@
 """What happens when, as pure functions of the step: learning rate, order of tasks, split of a rollout into updates."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal, TypeVar
@@ -38,4 +39,4 @@ def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
     [[1, 2], [3, 4, 5]]
     """
     bounds = [len(items) * part // parts for part in range(parts + 1)]
-    return [list(items[start:end]) for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
+    return [list(items[start:end]) for start, end in itertools.pairwise(bounds) if end > start]

@@ -8,28 +8,25 @@ import asyncio
 import contextlib
 import dataclasses
 import math
-import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gtpo.assembly import make_chat, make_mixture, make_sandbox, tokenizer_corpus
 from gtpo.batch import Batch, PackedSequence, pack, split_by_tokens
-from gtpo.chat import Chat
 from gtpo.config import Config
 from gtpo.credit import Credit, assign_credit, to_sequence
-from gtpo.environments import Answer, Environment, Mixture, make_environment
 from gtpo.evaluation import Evaluation, evaluate_groups
-from gtpo.metrics import rollout_metrics
-from gtpo.policy import Policy, load_policy
+from gtpo.metrics import rollout_metrics, turn_rows, update_metrics
+from gtpo.policy import load_policy
 from gtpo.report.progress import Progress
-from gtpo.rewards import TurnRewards, turn_rewards
+from gtpo.rewards import turn_rewards
 from gtpo.rollout import Rollout, offered_schemas
 from gtpo.run_folder import RunFolder
 from gtpo.sampler import Sampler
-from gtpo.sandbox import SandboxLimits, SandboxPool
 from gtpo.schedule import epoch_order, learning_rate, split_evenly
 from gtpo.sft import demonstrate, run_sft, to_demonstration_sequence
 from gtpo.types import StopReason, Task, ToolStatus, Trajectory
@@ -51,11 +48,15 @@ class Trainer:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.config = config
+        # adapters draw their first weights from the global generator
+        torch.manual_seed(config.seed)
         self.environment = make_mixture(config)
         self.train_tasks = self.environment.tasks("train", config.tasks.num_train, config.seed)
         self.eval_tasks = self.environment.tasks("eval", config.tasks.num_eval, config.seed)
         offered_schemas(config.rollout.tools)
-        self.policy = load_policy(config.model, corpus=_corpus(self.environment, self.train_tasks), seed=config.seed)
+        self.policy = load_policy(
+            config.model, corpus=tokenizer_corpus(self.environment, self.train_tasks), seed=config.seed
+        )
         self.chat = make_chat(self.policy, config)
         self.run = RunFolder(config, resume=resume, overwrite=overwrite)
         self.progress = Progress()
@@ -69,12 +70,17 @@ class Trainer:
             resources.callback(self.run.close)
             self._loop = resources.enter_context(asyncio.Runner())
             self.sandbox = make_sandbox(self.config)
-            self._loop.run(self.sandbox.start())
-            resources.callback(lambda: self._loop.run(self.sandbox.close()))
+            if self.sandbox is not None:
+                self._loop.run(self.sandbox.start())
+                resources.callback(self._close_sandbox)
             # only now: a sandbox that does not start leaves nothing open
             self._resources = resources.pop_all()
         self.rollout = Rollout(self.environment, self.chat, self.sandbox, self.config.rollout)
         return self
+
+    def _close_sandbox(self) -> None:
+        assert self.sandbox is not None
+        self._loop.run(self.sandbox.close())
 
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
@@ -95,7 +101,8 @@ class Trainer:
         with self.progress.phase("training", total=self.config.train.steps, done=first_step) as advance:
             for step in range(first_step, self.config.train.steps):
                 metrics = self.step(step, optimizer)
-                advance(f"reward {metrics['reward']:.2f}  success {metrics['success']:.0%}  turns {metrics['turns/mean']:.1f}")
+                reward, success, turns = (metrics[name] for name in ("reward", "success", "turns/mean"))
+                advance(f"reward {reward:.2f}  success {success:.0%}  turns {turns:.1f}")
                 self._evaluate_and_checkpoint(step + 1, optimizer, before)
         after = self.evaluate(step=self.config.train.steps)
         if after.success > self.best_success:
@@ -115,11 +122,12 @@ class Trainer:
         """What a run says of itself before it starts."""
         config, policy = self.config, self.policy
         return [
-            f"method {config.method}, seed {config.seed}: {config.train.steps} steps of {config.rollout.tasks_per_step} tasks x "
-            f"{config.rollout.group_size} trajectories",
-            f"model {config.model.source}: {policy.num_parameters / 1e6:.2f} M parameters, {config.model.dtype} on {policy.device}, "
+            f"method {config.method}, seed {config.seed}: {config.train.steps} steps of "
+            f"{config.rollout.tasks_per_step} tasks x {config.rollout.group_size} trajectories",
+            f"model {config.model.source}: {policy.num_parameters / 1e6:.2f} M parameters, "
+            f"{config.model.dtype} on {policy.device}, "
             f"{torch.get_num_threads()} threads, loss backend {select_backend('gtpo_loss', None, policy.device)}",
-            f"sandbox tier: {self.sandbox.tier.name.lower()}",
+            f"sandbox tier: {self.sandbox.tier.name.lower()}" if self.sandbox else "sandbox: none, no tool runs code",
             f"run folder: {self.run.path}",
         ]
 
@@ -148,7 +156,7 @@ class Trainer:
         groups = [present for group in groups if (present := [t for t in group if t.stop is not StopReason.LOST])]
         if not groups:
             raise RuntimeError(
-                f"step {step + 1}: all {num_lost} trajectories were lost to faults of the sandbox, the first: {faults[0]}"
+                f"step {step + 1}: all {num_lost} trajectories were lost to faults of the sandbox, first: {faults[0]}"
             )
         rewards = [turn_rewards(group, self.config.credit) for group in groups]
         credit = assign_credit(groups, rewards, self.config.credit)
@@ -166,24 +174,30 @@ class Trainer:
         }
         self.seconds["generate"] += row["time/generate_s"]
         self.seconds["train"] += row["time/train_s"]
-        self._log_turns(step + 1, groups, rewards, credit)
+        for turn in turn_rows(step + 1, groups, rewards, credit):
+            self.run.log_turn(turn)
         self.run.log(row)
         return row
 
-    def update(self, sequences: list[PackedSequence], optimizer: torch.optim.Optimizer, *, step: int) -> dict[str, float]:
-        """`updates_per_rollout` optimizer steps on one rollout; gradients accumulate over micro-batches under one denominator."""
+    def update(
+        self, sequences: list[PackedSequence], optimizer: torch.optim.Optimizer, *, step: int
+    ) -> dict[str, float]:
+        """`updates_per_rollout` optimizer steps on one rollout.
+
+        Gradients accumulate over the micro-batches of a step under one denominator.
+        """
         config = self.config.train
         parts = split_evenly(sequences, config.updates_per_rollout)
         batches = [self._micro_batches(part) for part in parts]
         if len(batches) > 1:
-            # the policy moves between the parts: the log-probs of the policy that sampled are taken before the first step
+            # the policy moves between the parts: log-probs of the policy that sampled are taken before the first step
             batches = [[self._with_old_logprobs(batch) for batch in part] for part in batches]
         rate = learning_rate(
             step, total=config.steps, base=config.learning_rate, warmup=config.warmup_steps, schedule=config.schedule
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        collected: list[tuple[float, LossMetrics]] = []
+        collected: list[LossMetrics] = []
         losses, norms = [], []
         for part in batches:
             num_loss_tokens = sum(batch.num_loss_tokens for batch in part)
@@ -193,7 +207,7 @@ class Trainer:
             for batch in part:
                 value, metrics = self.accumulate_gradient(batch, num_loss_tokens=num_loss_tokens)
                 loss += value
-                collected.append((batch.num_loss_tokens, metrics))
+                collected.append(metrics)
             norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable().values(), config.max_grad_norm)
             self._refuse_non_finite(loss, float(norm), part, step)
             optimizer.step()
@@ -201,10 +215,10 @@ class Trainer:
             losses.append(loss)
             norms.append(float(norm))
         self.num_tokens["trained"] += sum(len(sequence.token_ids) for sequence in sequences)
-        return {"learning_rate": rate, "loss": _mean(losses), "grad_norm": _mean(norms), **_merge(collected)}
+        return {"learning_rate": rate, "loss": _mean(losses), "grad_norm": _mean(norms), **update_metrics(collected)}
 
     def accumulate_gradient(self, batch: Batch, *, num_loss_tokens: int) -> tuple[float, LossMetrics]:
-        """Adds the gradient of one micro-batch to the parameters; the sum over micro-batches is that of the whole batch."""
+        """Adds the gradient of one micro-batch to the parameters; their sum is the gradient of the whole batch."""
         hidden = self.policy.hidden_states(batch)
         loss, metrics = linear_gtpo_loss(
             hidden,
@@ -225,7 +239,9 @@ class Trainer:
     def sample_groups(self, tasks: Sequence[Task], *, seed: list[int]) -> list[list[Trajectory]]:
         """`group_size` trajectories for each task at the training temperature."""
         rollout = self.config.rollout
-        return self._sample(tasks, group_size=rollout.group_size, temperature=rollout.temperature, seed=seed, label="generating")
+        return self._sample(
+            tasks, group_size=rollout.group_size, temperature=rollout.temperature, seed=seed, label="generating"
+        )
 
     def evaluate(self, *, step: int) -> Evaluation:
         """Success on the held-out tasks, logged as a row of phase "eval"."""
@@ -275,12 +291,16 @@ class Trainer:
         with self.progress.phase("demonstrations", total=len(tasks)) as advance:
             played = self._loop.run(
                 demonstrate(
-                    self.rollout, tasks, seed=self.config.seed, max_concurrent=self.config.rollout.max_concurrent, on_finished=advance
+                    self.rollout,
+                    tasks,
+                    seed=self.config.seed,
+                    max_concurrent=self.config.rollout.max_concurrent,
+                    on_finished=advance,
                 )
             )
         kept = [t for t in played if t.stop is StopReason.FINISHED and (t.outcome == 1 or not config.only_successful)]
         if not kept:
-            raise RuntimeError("no demonstration can be learned from: the oracle finished none within the rollout's limits")
+            raise RuntimeError("no demonstration to learn from: the oracle finished none within the rollout's limits")
         with self.progress.phase("warm-up", total=config.steps) as advance:
 
             def on_step(step: int, loss: float) -> None:
@@ -302,7 +322,9 @@ class Trainer:
         """Tasks in a seeded order, epoch after epoch: a function of the step alone."""
         size, count = self.config.rollout.tasks_per_step, len(self.train_tasks)
         positions = range(step * size, (step + 1) * size)
-        orders = {epoch: epoch_order(count, seed=self.config.seed, epoch=epoch) for epoch in {p // count for p in positions}}
+        orders = {
+            epoch: epoch_order(count, seed=self.config.seed, epoch=epoch) for epoch in {p // count for p in positions}
+        }
         return [self.train_tasks[orders[p // count][p % count]] for p in positions]
 
     def _micro_batches(self, sequences: Sequence[PackedSequence]) -> list[Batch]:
@@ -325,13 +347,16 @@ class Trainer:
             return
         path = self.run.path / f"nonfinite_batch_step_{step + 1}.pt"
         torch.save({"step": step + 1, "batches": [dataclasses.asdict(batch) for batch in batches]}, path)
-        raise NonFiniteLoss(f"step {step + 1}: loss {loss}, gradient norm {norm}; the batch is in {path}, the last good weights in the last checkpoint")
+        raise NonFiniteLoss(
+            f"step {step + 1}: loss {loss}, gradient norm {norm}; the batch is in {path}, "
+            "the last good weights in the last checkpoint"
+        )
 
     def _refuse_non_finite_weights(self) -> None:
         # before sampling: from such weights the sampler would draw ids that do not exist
         bad = [name for name, value in self.policy.model.named_parameters() if not bool(value.isfinite().all())]
         if bad:
-            raise NonFiniteLoss(f"{len(bad)} weights of the model are not finite, the first is {bad[0]}; nothing was sampled")
+            raise NonFiniteLoss(f"{len(bad)} weights are not finite, the first is {bad[0]}; nothing was sampled")
 
     def _evaluate_and_checkpoint(self, step: int, optimizer: torch.optim.Optimizer, before: Evaluation) -> None:
         config = self.config.train
@@ -342,7 +367,9 @@ class Trainer:
         if is_best or step % config.checkpoint_every == 0 or step == config.steps:
             self._checkpoint(step, optimizer, before, best=is_best)
 
-    def _checkpoint(self, step: int, optimizer: torch.optim.Optimizer, before: Evaluation, *, best: bool = False) -> None:
+    def _checkpoint(
+        self, step: int, optimizer: torch.optim.Optimizer, before: Evaluation, *, best: bool = False
+    ) -> None:
         state = {
             "step": step,
             "before": dataclasses.asdict(before),
@@ -366,64 +393,10 @@ class Trainer:
         self.seconds, self.num_tokens = dict(state["seconds"]), dict(state["num_tokens"])
         return Evaluation(**state["before"]), int(state["step"])
 
-    def _log_turns(
-        self,
-        step: int,
-        groups: Sequence[Sequence[Trajectory]],
-        rewards: Sequence[Sequence[TurnRewards]],
-        credit: Sequence[Sequence[Credit]],
-    ) -> None:
-        for group, group_rewards, group_credit in zip(groups, rewards, credit, strict=True):
-            for trajectory, reward, assigned in zip(group, group_rewards, group_credit, strict=True):
-                for number, turn in enumerate(trajectory.turns):
-                    self.run.log_turn(
-                        {
-                            "step": step,
-                            "task": trajectory.task.id,
-                            "trajectory": trajectory.sample,
-                            "turn": number,
-                            "text": turn.text,
-                            "tools": [call.name for call in turn.calls],
-                            "results": [{"status": r.status.value, "text": r.text} for r in turn.results],
-                            "tokens": len(turn.completion_ids),
-                            "reward": reward.rewards[number],
-                            "return": assigned.returns[number],
-                            "advantage": assigned.advantages[number],
-                            "outcome": trajectory.outcome,
-                            "stop": trajectory.stop.value,
-                            "seconds": turn.seconds,
-                        }
-                    )
 
-
-def make_mixture(config: Config) -> Environment:
-    """The environments of the configuration as one. Raises ValueError for an unknown name or option."""
-    made = [make_environment(item.name, **item.options) for item in config.environments]
-    return made[0] if len(made) == 1 else Mixture(made, [item.weight for item in config.environments])
-
-
-def make_chat(policy: Policy, config: Config) -> Chat:
-    rollout = config.rollout
-    return Chat(
-        policy.tokenizer, call_format=rollout.call_format, tool_role=rollout.tool_role, schemas=offered_schemas(rollout.tools)
-    )
-
-
-def make_sandbox(config: Config) -> SandboxPool:
-    limits = config.sandbox
-    return SandboxPool(
-        SandboxLimits(
-            cpu_time_s=limits.cpu_time_s,
-            wall_time_s=limits.wall_time_s,
-            memory_bytes=limits.memory_bytes,
-            output_bytes=limits.output_bytes,
-        ),
-        min_tier=limits.min_tier,
-        max_concurrent=limits.max_concurrent,
-    )
-
-
-def to_sequences(groups: Sequence[Sequence[Trajectory]], credit: Sequence[Sequence[Credit]], config: Config) -> list[PackedSequence]:
+def to_sequences(
+    groups: Sequence[Sequence[Trajectory]], credit: Sequence[Sequence[Credit]], config: Config
+) -> list[PackedSequence]:
     """All trajectories of a rollout as packed sequences, their turns numbered through."""
     sequences, first_turn_id = [], 0
     for group, group_credit in zip(groups, credit, strict=True):
@@ -441,49 +414,5 @@ def to_sequences(groups: Sequence[Sequence[Trajectory]], credit: Sequence[Sequen
     return sequences
 
 
-# roles of the chat template and the head of the commonest error message: a token each
-_PROTOCOL_WORDS = ("system\n", "user\n", "assistant\n", "tool\n", "LookupError: ", " is in ")
-
-
-def _corpus(environment: Environment, tasks: Sequence[Task]) -> Iterator[str]:
-    """What a tiny model's tokenizer is trained on: prompts, and the demonstrator's turns with "0" for every tool output."""
-    for task in tasks:
-        yield from (f"{environment.system_prompt}", task.prompt, *_PROTOCOL_WORDS)
-        with contextlib.suppress(ValueError):
-            oracle = environment.oracle(task, random.Random(task.id))
-            step = next(oracle)
-            for _ in range(8):
-                if isinstance(step, Answer):
-                    yield f"answer: {step.text}"
-                    break
-                yield f"```python\n{step.code}\n```"
-                step = oracle.send("0")
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _merge(parts: Sequence[tuple[float, LossMetrics]]) -> dict[str, float]:
-    """The metrics of the step from those of its micro-batches: sums are added, maxima kept, means weighted by active tokens."""
-    if not parts:
-        return {}
-    rows = [{name: float(value) for name, value in metrics._asdict().items()} for _, metrics in parts]
-    weights = [row["num_active_tokens"] for row in rows]
-    merged: dict[str, float] = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        if name.endswith("_tokens"):
-            merged[name] = sum(values)
-        elif name.endswith("_max"):
-            merged[name] = max(values)
-        else:
-            merged[name] = sum(w * v for w, v in zip(weights, values, strict=True)) / max(sum(weights), 1.0)
-    return {_TRL_NAMES.get(name, f"loss/{name}"): value for name, value in merged.items()}
-
-
-_TRL_NAMES = {
-    "entropy": "entropy",
-    "clip_low_fraction": "clip_ratio/low_mean",
-    "clip_high_fraction": "clip_ratio/high_mean",
-}

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("credit", "policy"),
     ("sampler", "schedule"),
     ("rollout",),
-    ("sft", "evaluation", "metrics", "checkpoint", "run_folder"),
+    ("assembly", "sft", "evaluation", "metrics", "checkpoint", "run_folder"),
     ("report",),
     ("trainer",),
     ("__main__",),

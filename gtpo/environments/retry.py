@@ -42,6 +42,7 @@ class RetryEnvironment(GeneratedEnvironment):
     """Fetch `num_items` values, one getter call a cell, and answer them in order, joined by spaces.
 
     num_items: items a task, 1 to 20. num_getters: getters `box_a`, `box_b`, ... that all items share, 2 to 26.
+    num_digits: digits of a value, 1 to 4; there must be as many values as items.
     Raises ValueError for values outside these.
 
     >>> task = RetryEnvironment().tasks("eval", 1, seed=0)[0]
@@ -52,19 +53,24 @@ class RetryEnvironment(GeneratedEnvironment):
     name = "retry"
     system_prompt = DEMO_SYSTEM_PROMPT
 
-    def __init__(self, num_items: int = 2, num_getters: int = 4) -> None:
+    def __init__(self, num_items: int = 2, num_getters: int = 4, num_digits: int = 2) -> None:
         if not 1 <= num_items <= len(ITEMS):
             raise ValueError(f"num_items must be from 1 to {len(ITEMS)}, got {num_items}")
         if not 2 <= num_getters <= 26:
             raise ValueError(f"num_getters must be from 2 to 26, got {num_getters}")
+        if not 1 <= num_digits <= 4 or num_items > 9 * 10 ** (num_digits - 1):
+            raise ValueError(
+                f"num_digits must be from 1 to 4, with a value for each of {num_items} items, got {num_digits}"
+            )
         self._num_items = num_items
+        self._values = range(10 ** (num_digits - 1), 10**num_digits)
         self._getters = [f"box_{chr(ord('a') + index)}" for index in range(num_getters)]
 
     def draw(self, rng: random.Random, position: int) -> tuple[str, str, dict[str, Any]]:
         items = rng.sample(ITEMS, self._num_items)
         places = [rng.choice(self._getters) for _ in items]
         # distinct, so that an answer in the wrong order is never right
-        values = rng.sample(range(10, 100), self._num_items)
+        values = rng.sample(self._values, self._num_items)
         data = {"items": items, "places": places, "values": values, "getters": list(self._getters)}
         return f"get {', '.join(items)}", " ".join(map(str, values)), data
 

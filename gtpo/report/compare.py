@@ -27,14 +27,18 @@ def differences(run_a: Path, run_b: Path) -> list[str]:
     """One line for each row of metrics or turns that differs, and for each log whose length does."""
     found = []
     for name in ("metrics.jsonl", "turns.jsonl"):
-        rows_a, rows_b = ([json.loads(line) for line in (run / name).read_text().splitlines()] for run in (run_a, run_b))
+        rows_a, rows_b = (
+            [json.loads(line) for line in (run / name).read_text().splitlines()] for run in (run_a, run_b)
+        )
         if len(rows_a) != len(rows_b):
             found.append(f"{name}: {len(rows_a)} rows against {len(rows_b)}")
         for number, (a, b) in enumerate(zip(rows_a, rows_b, strict=False), start=1):
             a, b = without_timing(a), without_timing(b)
             keys = [key for key in a.keys() | b.keys() if json.dumps(a.get(key)) != json.dumps(b.get(key))]
             if keys:
-                found.append(f"{name} row {number}: " + ", ".join(f"{k}: {a.get(k)} / {b.get(k)}" for k in sorted(keys)[:5]))
+                found.append(
+                    f"{name} row {number}: " + ", ".join(f"{k}: {a.get(k)} / {b.get(k)}" for k in sorted(keys)[:5])
+                )
     return found
 
 

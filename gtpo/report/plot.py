@@ -15,13 +15,21 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     steps = [row for row in rows if row["phase"] == "train"]
     evaluations = [row for row in rows if row["phase"] == "eval"]
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for axis, (key, title) in zip(axes, [("reward", "reward"), ("success", "success"), ("turns/mean", "turns")], strict=True):
+    for axis, (key, title) in zip(
+        axes, [("reward", "reward"), ("success", "success"), ("turns/mean", "turns")], strict=True
+    ):
         x, y = [row["step"] for row in steps], [row[key] for row in steps]
         axis.plot(x, y, linewidth=0.6, alpha=0.5, color="tab:blue")
         axis.plot(x, _running_mean(y, max(len(y) // 10, 1)), linewidth=2, color="tab:blue", label="training tasks")
         if key != "reward" and evaluations:
             name = {"success": "success", "turns/mean": "turns"}[key]
-            axis.plot([row["step"] for row in evaluations], [row[name] for row in evaluations], "o", color="tab:red", label="held-out tasks")
+            axis.plot(
+                [row["step"] for row in evaluations],
+                [row[name] for row in evaluations],
+                "o",
+                color="tab:red",
+                label="held-out tasks",
+            )
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

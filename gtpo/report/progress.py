@@ -1,4 +1,7 @@
-"""Progress bars on long work; where the output is no terminal, one line at the end of each phase but training, which says ten."""
+"""Progress bars on long work.
+
+Where the output is no terminal: one line at the end of each phase, and ten during training.
+"""
 
 import contextlib
 import sys

@@ -61,7 +61,7 @@ def clipped_loss(
         check_num_loss_tokens(denominator)
         return clipped_loss_reference(*rows, clip_low, clip_high, metrics == "all")
     need = torch.is_grad_enabled() and logprobs.requires_grad
-    loss, packed, _ = _clipped_loss(*rows, clip_low, clip_high, metrics == "all", need, name)
+    loss, packed, _ = _clipped_loss(*rows, clip_low, clip_high, metrics == "all", need, True, name)
     return ClippedLoss(loss, unpack_metrics(packed, has_entropy=entropy is not None))
 
 
@@ -123,6 +123,7 @@ def _clipped_loss(
     clip_high: float,
     all_metrics: bool,
     need_gradient: bool,
+    consume: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_num_loss_tokens(num_loss_tokens)
@@ -147,7 +148,7 @@ def _clipped_loss(
 
 @_clipped_loss.register_fake
 def _(logprobs: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_gradient = rest[-2]
+    need_gradient = rest[-3]
     loss, metrics = empty_loss(logprobs)
     return loss, metrics, loss.new_empty(logprobs.shape if need_gradient else (0,))
 
@@ -159,29 +160,30 @@ def empty_loss(like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """setup_context of every op whose forward pass computes its gradients: outputs are (loss, metrics, *gradients)."""
+    """setup_context of every op that computes its gradients in the forward pass.
+
+    Outputs are (loss, metrics, *gradients of the first inputs); the last inputs are (consume, backend).  With `consume`
+    the caller keeps no gradient output, so backward may overwrite them.
+    """
     ctx.mark_non_differentiable(*output[1:])
+    ctx.consume = inputs[-2]
+    ctx.spent = False
     ctx.dtype = inputs[0].dtype
     ctx.num_inputs = len(inputs)
-    ctx.spent = False
     ctx.save_for_backward(*output[2:])
 
 
 def scale_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """backward of such an op: the gradients it kept for its first inputs, times the upstream gradient, in place."""
+    """backward of such an op: kept gradients times the upstream one, in place with `consume`, and then only once."""
     if ctx.spent:
-        raise RuntimeError(
-            "backward ran twice: the first scaled the kept gradients in place; call the op again instead"
-        )
-    ctx.spent = True
-    kept = ctx.saved_tensors
+        raise RuntimeError("backward ran twice: the first scaled the kept gradients in place; call the op again instead")
     gradients: list[Tensor | None] = [None] * ctx.num_inputs
-    for i, gradient in enumerate(kept):
+    for i, kept in enumerate(ctx.saved_tensors):
         if ctx.needs_input_grad[i]:
             # A compiler traces with a subclass of Tensor, and decides itself which buffers to reuse.
-            in_place = type(gradient) is Tensor
-            scaled = gradient.mul_(grad_loss) if in_place else gradient * grad_loss
-            gradients[i] = scaled.to(ctx.dtype)
+            in_place = ctx.consume and type(kept) is Tensor
+            ctx.spent |= in_place
+            gradients[i] = (kept.mul_(grad_loss) if in_place else kept * grad_loss).to(ctx.dtype)
     return tuple(gradients)
 
 

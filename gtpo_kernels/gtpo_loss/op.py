@@ -76,7 +76,7 @@ def gtpo_loss(
         _check_row_values(inputs, logits.shape[1])
         return gtpo_loss_reference(logits, inputs)
     need = torch.is_grad_enabled() and logits.requires_grad
-    loss, packed, _ = _gtpo_loss(logits, *inputs, need, name)
+    loss, packed, _ = _gtpo_loss(logits, *inputs, need, True, name)
     return ClippedLoss(loss, unpack_metrics(packed, has_entropy=True))
 
 
@@ -130,7 +130,7 @@ def linear_gtpo_loss(
         _check_row_values(inputs, weight.shape[0])
         return linear_gtpo_loss_reference(hidden, weight, bias, inputs)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss, packed, *_ = _linear_gtpo_loss(hidden, weight, bias, *inputs, chunk_rows, *needs, name)
+    loss, packed, *_ = _linear_gtpo_loss(hidden, weight, bias, *inputs, chunk_rows, *needs, True, name)
     return ClippedLoss(loss, unpack_metrics(packed, has_entropy=True))
 
 
@@ -184,6 +184,7 @@ def _gtpo_loss(
     clip_high: float,
     all_metrics: bool,
     need_logits: bool,
+    consume: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = LossInputs(
@@ -207,7 +208,7 @@ def _gtpo_loss(
 
 @_gtpo_loss.register_fake
 def _(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_logits = rest[-2]
+    need_logits = rest[-3]
     return *empty_loss(logits), logits.new_empty(logits.shape if need_logits else (0,))
 
 
@@ -233,6 +234,7 @@ def _linear_gtpo_loss(
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
+    consume: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = LossInputs(
@@ -257,7 +259,7 @@ def _linear_gtpo_loss(
 
 @_linear_gtpo_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return *empty_loss(hidden), *empty_head_gradients(hidden, weight, rest[-4:-1])
+    return *empty_loss(hidden), *empty_head_gradients(hidden, weight, rest[-5:-2])
 
 
 _linear_gtpo_loss.register_autograd(scale_gradients, setup_context=keep_gradients)

@@ -69,7 +69,11 @@ def make_turn(
 
 
 def make_trajectory(
-    *turns: Turn, outcome: float = 0.0, sample: int = 0, stop: StopReason = StopReason.FINISHED, answer: str | None = "1"
+    *turns: Turn,
+    outcome: float = 0.0,
+    sample: int = 0,
+    stop: StopReason = StopReason.FINISHED,
+    answer: str | None = "1",
 ) -> Trajectory:
     return Trajectory(TASK, sample, [1, 2, 3], list(turns), stop=stop, answer=answer, outcome=outcome)
 

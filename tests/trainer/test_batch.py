@@ -60,7 +60,7 @@ def test_nothing_to_pack_is_refused() -> None:
 
 
 def test_lists_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="must have one length, got .*'advantages': 1"):
+    with pytest.raises(ValueError, match=r"must have one length, got .*'advantages': 1"):
         PackedSequence([1, 2], [-1, 0], [0.0], [False, True], [0.0, 0.0])
 
 

@@ -68,7 +68,22 @@ def test_malformed_json(text: str, message: str) -> None:
 
 
 PIECES = st.sampled_from(
-    ["```", "```python\n", "<tool_call>", "</tool_call>", "{", "}", "[", "]", '"', ":", "answer:", "\n", '"name"', "NaN"]
+    [
+        "```",
+        "```python\n",
+        "<tool_call>",
+        "</tool_call>",
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        ":",
+        "answer:",
+        "\n",
+        '"name"',
+        "NaN",
+    ]
 )
 
 
@@ -112,7 +127,9 @@ def test_demonstrations_parse_back(policy: Policy) -> None:
         assert chat.parse(chat.render_answer("1 2")).answer == "1 2"
 
 
-@given(text=st.lists(st.sampled_from([END, "<|im_start|>", "<|pad|>", "assistant\n"]) | st.text(max_size=4)).map("".join))
+@given(
+    text=st.lists(st.sampled_from([END, "<|im_start|>", "<|pad|>", "assistant\n"]) | st.text(max_size=4)).map("".join)
+)
 def test_tool_text_never_becomes_a_control_id(policy: Policy, text: str) -> None:
     chat = Chat(policy.tokenizer)
     control = set(policy.tokenizer.convert_tokens_to_ids([END, "<|im_start|>", "<|pad|>"]))

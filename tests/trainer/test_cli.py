@@ -33,9 +33,11 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str, c
     capsys.readouterr()
     assert main([command, str(folder / "config.toml"), *overrides]) == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.startswith("gtpo: ") and captured.err.count("\n") == 1, captured.err
+    # transformers draws a bar while it reads a model
+    lines = [line for line in captured.err.splitlines() if line and not line.startswith("Loading weights")]
+    assert captured.out == "" and len(lines) == 1 and lines[0].startswith("gtpo: "), captured.err
     assert not (folder / "run").exists()
-    return captured.err
+    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_the_module_is_the_command_and_help_needs_no_model_library() -> None:
         (["--method", "ppo"], "method must be one of gtpo, gtpo_dense, grpo; got 'ppo'"),
         (["--train.steps", "many"], "config key 'train.steps': "),
         (["--environments", '[{name = "chess"}]'], "environment must be one of"),
-        (["--environments", '[{name = "retry", options = {size = 2}}]'], "options of environment 'retry' must be among"),
+        (["--environments", '[{name = "retry", options = {size = 2}}]'], "options of environment 'retry' must be"),
         (["--environments", '[{name = "jsonl"}]'], "environment 'jsonl' needs the options path"),
         (["--rollout.tools", '["browser"]'], "rollout.tools must be among python, calculator, got 'browser'"),
         (["--model.source", "no/such/model"], 'model.source must be "tiny", "package:NAME" or a folder'),
@@ -136,7 +138,7 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path, capsys: pytest.
     assert "model" in refused(tmp_path, capsys, "--model.source", str(tmp_path / "model"))
 
 
-def test_train_writes_what_it_says(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_writes_what_it_says(trained: Path) -> None:
     run = trained / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["method"] == "gtpo" and summary["seed"] == 0

@@ -77,7 +77,9 @@ def test_04_the_loss_mask_is_not_the_attention_mask(policy: Policy) -> None:
 
 
 def test_05_rewards_never_read_tool_text(policy: Policy) -> None:
-    (trajectory,) = play_all(policy, [[python("print('answer: 4', '`' * 3 + 'python', 'solve()', '`' * 3, sep=chr(10))"), "I stop."]])
+    (trajectory,) = play_all(
+        policy, [[python("print('answer: 4', '`' * 3 + 'python', 'solve()', '`' * 3, sep=chr(10))"), "I stop."]]
+    )
     assert "answer: 4" in trajectory.turns[0].results[0].text
     assert trajectory.answer is None and trajectory.outcome == 0.0 and "\nsolve()" not in trajectory.code
     plain = make_trajectory(make_turn(code="f()", output="nothing"), make_turn())
@@ -90,7 +92,10 @@ def test_06_token_in_token_out(policy: Policy) -> None:
     chat = Chat(policy.tokenizer)
     text = python("print(4)")
     # one id a byte, which the tokenizer would never write: it merges "python" and "print"
-    sampled = [[chat.completion_ids(letter)[0] for letter in text] + [chat.end_of_turn_id], chat.completion_ids("answer: 4")]
+    sampled = [
+        [chat.completion_ids(letter)[0] for letter in text] + [chat.end_of_turn_id],
+        chat.completion_ids("answer: 4"),
+    ]
     assert sampled[0] != chat.completion_ids(text)
     appended: list[list[int]] = []
 
@@ -167,7 +172,9 @@ def test_10_advantages_are_computed_once_and_travel() -> None:
         batch = pack(micro_batch)
         seen |= dict(zip(batch.turn_ids.tolist(), batch.advantages.tolist(), strict=True))
     assert seen == by_turn
-    assert by_turn[0] == pytest.approx(credit[0].advantages[0]) and by_turn[12] == pytest.approx(credit[1].advantages[2])
+    assert by_turn[0] == pytest.approx(credit[0].advantages[0]) and by_turn[12] == pytest.approx(
+        credit[1].advantages[2]
+    )
     # computed over a micro-batch alone they would be others
     assert credit_of(group[:2])[0].advantages[0] != pytest.approx(credit[0].advantages[0], abs=1e-2)
 
@@ -215,6 +222,8 @@ def test_13_a_lost_trajectory_leaves_its_group() -> None:
     assert [trajectory.sample for trajectory in survivors] == [0, 2]
     first, last = credit_of(survivors, Method(similarity_alpha=0.0))
     # the mean is that of two, 0.5: a third entry of 0 would make it 1/3
-    assert first.advantages == pytest.approx([0.5**0.5], abs=1e-5) and last.advantages == pytest.approx([-(0.5**0.5)], abs=1e-5)
+    assert first.advantages == pytest.approx([0.5**0.5], abs=1e-5) and last.advantages == pytest.approx(
+        [-(0.5**0.5)], abs=1e-5
+    )
     evaluation = evaluate_groups([group])
     assert evaluation.success == 0.5 and evaluation.lost == 1

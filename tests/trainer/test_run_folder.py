@@ -132,7 +132,9 @@ def test_a_run_is_neither_mixed_with_another_nor_lost_by_accident(tmp_path: Path
     save(run, 1)
     run.log({"step": 1})
     run.close()
-    with pytest.raises(ValueError, match=r"run holds a run already; pass --resume, --overwrite or another --output_dir"):
+    with pytest.raises(
+        ValueError, match=r"run holds a run already; pass --resume, --overwrite or another --output_dir"
+    ):
         RunFolder(config)
     with pytest.raises(ValueError, match=r"changed: rollout\.group_size was 8, now 4; seed was 0, now 1$"):
         RunFolder(make_config(tmp_path, seed=1, rollout={"group_size": 4}), resume=True)

@@ -95,10 +95,10 @@ def test_an_exception_of_one_ends_all(policy: Policy) -> None:
     cancelled = []
 
     async def start(sequence: SampledSequence) -> None:
-        await sequence.sample([5, 6], max_new_tokens=2)
-        if sequence.number == 1:
-            raise KeyError("a fault of ours")
         try:
+            await sequence.sample([5, 6], max_new_tokens=2)
+            if sequence.number == 1:
+                raise KeyError("a fault of ours")
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
             cancelled.append(sequence.number)
@@ -122,7 +122,11 @@ def test_every_end_is_reported_once(policy: Policy) -> None:
     [
         ([], 1, "at least one token for a new sequence, got none"),
         ([5], 0, "max_new_tokens must be at least 1, got 0"),
-        ([5] * 60, 5, "must fit the sampler's max_tokens = 64, got 0 tokens so far, 60 new ones and max_new_tokens = 5"),
+        (
+            [5] * 60,
+            5,
+            "must fit the sampler's max_tokens = 64, got 0 tokens so far, 60 new ones and max_new_tokens = 5",
+        ),
     ],
 )
 def test_bad_requests_are_refused(policy: Policy, new_ids: list[int], max_new_tokens: int, message: str) -> None:

@@ -18,7 +18,7 @@ from gtpo.sampler import Sampler
 from gtpo.trainer import NonFiniteLoss, Trainer
 from gtpo.types import StopReason, ToolStatus
 from gtpo_kernels import LossMetrics, linear_token_logprobs
-from tests.trainer.conftest import make_trajectory, make_turn
+from tests.trainer.conftest import make_sequence, make_trajectory, make_turn
 
 # enough of a warm-up that the model calls tools, and rewards differ within groups
 TINY_RUN = """
@@ -173,7 +173,10 @@ def test_grpo_changes_the_credit_and_nothing_before_it(tmp_path: Path) -> None:
             metrics[method] = trainer.step(0, make_optimizer(trainer))
         rows[method] = read_rows(folder / "run" / "turns.jsonl")
     credit = ("reward", "return", "advantage")
-    sampled = {name: [{k: v for k, v in without_timing(row).items() if k not in credit} for row in found] for name, found in rows.items()}
+    sampled = {
+        name: [{k: v for k, v in without_timing(row).items() if k not in credit} for row in found]
+        for name, found in rows.items()
+    }
     assert sampled["gtpo"] == sampled["grpo"] and len(sampled["gtpo"]) > 4
     assert metrics["gtpo"]["turns/mean"] == metrics["grpo"]["turns/mean"] > 1
     assert metrics["gtpo"]["reward"] < metrics["grpo"]["reward"] == metrics["grpo"]["success"]
@@ -204,7 +207,7 @@ def test_the_last_checkpoint_is_a_plain_model(finished: Trainer) -> None:
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "get net"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ids == finished.chat.prompt_ids("s", "get net")
-    batch = pack([PackedSequence([*ids, 1], [-1] * (len(ids) + 1), [0.0] * (len(ids) + 1), [False] * (len(ids) + 1), [0.0] * (len(ids) + 1))])
+    batch = pack([make_sequence([*ids, 1])])
     with torch.no_grad():
         logits = finished.policy.hidden_states(batch) @ finished.policy.head.weight.T
         torch.testing.assert_close(model(torch.tensor([ids])).logits[0], logits, atol=1e-5, rtol=1e-5)
@@ -219,8 +222,8 @@ def test_metrics_have_the_names_of_trl(finished: Trainer) -> None:
     assert [row["step"] for row in rows if row["phase"] == "sft"] == list(range(1, 31))
     names = {
         "reward", "reward_std", "completions/mean_length", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean",
-        "grad_norm", "learning_rate", "loss", "turns/mean", "turn_reward/mean", "tools/calls_per_task",
-        "tools/failure_frequency", "stop/finished", "stop/truncated", "stop/max_turns", "stop/lost", "shaping/similarity",
+        "grad_norm", "learning_rate", "loss", "turns/mean", "turn_reward/mean", "tools/calls_per_task", "stop/lost",
+        "tools/failure_frequency", "stop/finished", "stop/truncated", "stop/max_turns", "shaping/similarity",
     }  # fmt: skip
     for row in (row for row in rows if row["phase"] == "train"):
         assert names <= row.keys()
@@ -267,7 +270,9 @@ def test_evaluation_has_its_own_temperature(
     assert seen == [expected, 1.3] and evaluation.samples == 2 and evaluation.num_tasks == 4
 
 
-def test_lost_trajectories_are_left_out_and_a_step_of_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_trajectories_are_left_out_and_a_step_of_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lost = make_trajectory(make_turn(code="a", status=ToolStatus.INFRA_ERROR, output="no worker"), stop=StopReason.LOST)
     right, wrong = make_trajectory(make_turn(code="b"), outcome=1.0), make_trajectory(make_turn(code="c"), sample=1)
     with make_trainer(tmp_path) as trainer:
@@ -275,7 +280,7 @@ def test_lost_trajectories_are_left_out_and_a_step_of_none_is_refused(tmp_path: 
         row = trainer.step(0, make_optimizer(trainer))
         assert row["stop/lost"] == 3 and row["success"] == 0.5 and row["stop/finished"] == 2
         monkeypatch.setattr(trainer, "sample_groups", lambda tasks, seed: [[lost, lost]])
-        with pytest.raises(RuntimeError, match="step 2: all 2 trajectories were lost .* the first: no worker"):
+        with pytest.raises(RuntimeError, match=r"step 2: all 2 trajectories were lost .* first: no worker"):
             trainer.step(1, make_optimizer(trainer))
     assert len(read_rows(tmp_path / "run" / "turns.jsonl")) == 2
 
@@ -285,7 +290,9 @@ def test_better_evaluations_move_the_best_checkpoint(tmp_path: Path, monkeypatch
     with make_trainer(tmp_path, *overrides) as trainer:
         successes = iter([0.1, 0.5, 0.2, 0.3, 0.4])
         plain = trainer.evaluate(step=0)
-        monkeypatch.setattr(trainer, "evaluate", lambda step: type(plain)(**(vars(plain) | {"success": next(successes)})))
+        monkeypatch.setattr(
+            trainer, "evaluate", lambda step: type(plain)(**(vars(plain) | {"success": next(successes)}))
+        )
         before, after = trainer.train()
     assert (before.success, after.success) == (0.1, 0.4)
     checkpoints = tmp_path / "run" / "checkpoints"

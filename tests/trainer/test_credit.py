@@ -1,0 +1,50 @@
+"""Advantages of whole groups, and what the masks leave of a trajectory."""
+
+import pytest
+
+from gtpo.config import METHODS, Method
+from gtpo.credit import Credit, assign_credit, to_sequence
+from gtpo.rewards import turn_rewards
+from gtpo.types import StopReason, Trajectory
+from tests.trainer.conftest import make_trajectory, make_turn
+
+
+def credit_of(groups: list[list[Trajectory]], method: Method) -> list[list[Credit]]:
+    return assign_credit(groups, [turn_rewards(group, method) for group in groups], method)
+
+
+def calls(num_turns: int, outcome: float) -> Trajectory:
+    return make_trajectory(*[make_turn(code="a") for _ in range(num_turns)], outcome=outcome)
+
+
+def test_pooled_statistics_of_an_all_correct_group() -> None:
+    ((short, long),) = credit_of([[calls(2, 1.0), calls(8, 1.0)]], METHODS["gtpo"])
+    assert short.advantages == pytest.approx([0.73, 1.26], abs=0.01)
+    assert (long.advantages[0], long.advantages[-1]) == pytest.approx((-1.47, 1.26), abs=0.01)
+
+
+def test_grpo_broadcasts_one_advantage() -> None:
+    ((right, wrong),) = credit_of([[calls(3, 1.0), calls(1, 0.0)]], METHODS["grpo"])
+    assert right.advantages == pytest.approx([0.5**0.5] * 3, abs=1e-5)
+    assert wrong.advantages == pytest.approx([-(0.5**0.5)], abs=1e-5)
+
+
+def test_groups_do_not_mix_but_under_batch_scope() -> None:
+    groups = [[calls(1, 1.0), calls(1, 1.0)], [calls(1, 0.0), calls(1, 0.0)]]
+    apart = credit_of(groups, Method())
+    assert [credit.advantages for group in apart for credit in group] == [[0.0]] * 4
+    pooled = credit_of(groups, Method(scope="batch"))
+    assert pooled[0][0].advantages[0] > 0.8 and pooled[1][0].advantages[0] < -0.8
+
+
+@pytest.mark.parametrize("kind", ["truncated", "void"])
+def test_masked_trajectories_keep_their_place_in_the_statistics(kind: str) -> None:
+    masked = make_trajectory(make_turn(code="a"), make_turn(), answer=None)
+    if kind == "truncated":
+        masked.stop, masked.answer = StopReason.TRUNCATED, "1"
+    ((with_it, own),) = credit_of([[calls(2, 1.0), masked]], METHODS["gtpo"])
+    assert with_it.advantages[1] > 0 > own.advantages[0]
+    off = to_sequence(masked, own, first_turn_id=0, mask_truncated=False, mask_void_turns=False)
+    on = to_sequence(masked, own, first_turn_id=0, mask_truncated=kind == "truncated", mask_void_turns=kind == "void")
+    assert sum(off.loss_mask) == 4 and sum(on.loss_mask) == 0
+    assert on.advantages == off.advantages and on.turn_ids == off.turn_ids

@@ -1,0 +1,69 @@
+"""Turn rewards: every rule of the method, worked by hand."""
+
+import pytest
+
+from gtpo.config import METHODS, Method
+from gtpo.rewards import ngram_similarity, similarity_credits, turn_rewards
+from gtpo.types import ToolStatus
+from tests.trainer.conftest import make_trajectory, make_turn
+
+GTPO, DENSE, GRPO = METHODS["gtpo"], METHODS["gtpo_dense"], METHODS["grpo"]
+INVALID = ToolStatus.MALFORMED
+
+
+def test_the_outcome_is_paid_on_the_last_turn() -> None:
+    (rewards,) = turn_rewards([make_trajectory(make_turn(code="a"), make_turn(), outcome=1.0)], GTPO)
+    assert rewards.rewards == [0.0, 1.0]
+
+
+def test_format_faults_cost_once_a_turn() -> None:
+    invalid = make_turn(code="a", status=INVALID)
+    invalid.results *= 2
+    no_call = make_trajectory(make_turn(), outcome=1.0)
+    rewards = turn_rewards(
+        [make_trajectory(invalid, make_turn(code="b"), invalid), no_call], Method(similarity_alpha=0)
+    )
+    assert [entry.rewards for entry in rewards] == [[-0.1, 0.0, -0.1], [0.9]]
+
+
+def test_execution_takes_the_worse_of_two_faults_and_pays_once() -> None:
+    turns = [
+        make_turn(code="a", status=ToolStatus.ERROR),
+        make_turn(code="b", as_expected=True),
+        make_turn(code="c", as_expected=True),
+        make_turn(code="d", as_expected=False),
+        make_turn(code="e"),
+        make_turn(code="f", status=INVALID),
+    ]
+    (rewards,) = turn_rewards([make_trajectory(*turns)], DENSE)
+    assert rewards.rewards == [-0.05, 0.05, 0.0, -0.05, 0.0, -0.1]
+    assert turn_rewards([make_trajectory(*turns)], GTPO)[0].execution == [0.0] * 6
+
+
+def test_failures_earn_by_similarity_to_successes() -> None:
+    same = make_trajectory(make_turn(code="print(1)"))
+    silent = make_trajectory(make_turn())
+    successes = [make_trajectory(make_turn(code=code), outcome=1.0) for code in ("print(1)", "x")]
+    other = ngram_similarity("print(1)", "x")
+    credits = similarity_credits([same, silent, *successes], alpha=0.5, similarity=ngram_similarity)
+    assert credits == pytest.approx([0.25 * (1 + other), 0.0, 0.0, 0.0])
+    assert similarity_credits([same, silent], alpha=0.5, similarity=ngram_similarity) == [0.0, 0.0]
+
+
+def test_grpo_pays_a_clean_right_trajectory_only() -> None:
+    clean = make_trajectory(make_turn(code="a"), make_turn(), outcome=1.0)
+    faulty = make_trajectory(make_turn(code="a", status=INVALID), make_turn(), outcome=1.0)
+    wrong = make_trajectory(make_turn(code="a"), make_turn(), outcome=0.0)
+    assert [entry.rewards for entry in turn_rewards([clean, faulty, wrong], GRPO)] == [[0, 1], [0, 0], [0, 0]]
+
+
+def test_similarity_ignores_layout_only() -> None:
+    assert ngram_similarity("x=1 # one", "x = 1") == 1.0
+    assert 0 < ngram_similarity("f(1)", "f(2)") < 1
+    assert ngram_similarity("", "print(1)") == ngram_similarity("# note", "print(1)") == 0.0
+    assert ngram_similarity("a b (", "a b (") == 1.0
+
+
+def test_a_trajectory_without_turns_is_refused() -> None:
+    with pytest.raises(ValueError, match="must have at least one turn, got none"):
+        turn_rewards([make_trajectory()], GTPO)
