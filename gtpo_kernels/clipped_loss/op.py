@@ -176,7 +176,7 @@ def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def scale_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """backward of such an op: kept gradients times the upstream one, in place with `consume`, and then only once."""
     if ctx.spent:
-        raise RuntimeError("backward ran twice: the first scaled the kept gradients in place; call the op again instead")
+        raise RuntimeError("backward ran twice: the first scaled the kept gradients in place; call the op again")
     gradients: list[Tensor | None] = [None] * ctx.num_inputs
     for i, kept in enumerate(ctx.saved_tensors):
         if ctx.needs_input_grad[i]:

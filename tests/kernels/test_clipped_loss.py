@@ -212,10 +212,13 @@ def test_a_second_backward_is_refused() -> None:
 def test_opcheck() -> None:
     case = loss_case(6)
     op = torch.ops.gtpo_kernels.clipped_loss.default
-    logprobs, rest = case["logprobs"], tuple(case.values())[1:]
+    logprobs, advantages, *rest = case.values()
+    leaf, denominator = logprobs.clone().requires_grad_(), torch.tensor(9.0)
+    # opcheck's upstream gradient has the sign of the loss: both signs, or a kept gradient scaled by 1 would hide
     for arguments in (
-        (logprobs.clone().requires_grad_(), *rest, torch.tensor(9.0), 0.2, 0.28, False, True, "torch"),
-        (logprobs, case["advantages"], case["loss_mask"], None, None, None, 0.2, 0.28, True, False, "torch"),
+        (leaf, advantages.abs(), *rest, denominator, 0.2, 0.28, False, True, False, "torch"),
+        (leaf, -advantages.abs(), *rest, denominator, 0.2, 0.28, False, True, False, "torch"),
+        (logprobs, advantages, case["loss_mask"], None, None, None, 0.2, 0.28, True, False, False, "torch"),
     ):
         assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
 

@@ -222,7 +222,7 @@ def test_no_gradient_is_allocated_for_a_frozen_weight() -> None:
     case = loss_case(6, 9, 4)
     rows = (*(case[name] for name in ROWS), 1.0, None, None, 0.2, 0.28, False, None)
     head = tuple(case[name] for name in HEAD)
-    outputs = torch.ops.gtpo_kernels.linear_gtpo_loss(*head, *rows, True, False, False, "torch")
+    outputs = torch.ops.gtpo_kernels.linear_gtpo_loss(*head, *rows, True, False, False, False, "torch")
     assert [x.numel() for x in outputs[2:]] == [24, 0, 0]
     case["hidden"].requires_grad_()
     linear_gtpo_loss(**case).loss.backward()
@@ -344,15 +344,21 @@ def test_opcheck() -> None:
     head = tuple(case[name].requires_grad_() for name in HEAD)
     logits = logits_case(6, 7)["logits"].requires_grad_()
     temperature, denominator = torch.linspace(0.5, 2.0, 6), torch.tensor(9.0)
-    frozen = (True, False, False, "torch")
+    everything, frozen = (True, True, True, False, "torch"), (True, False, False, False, "torch")
     calls = [
-        (ops.gtpo_loss, (logits, *rows, 1.0, temperature, denominator, 0.2, 0.28, True, True, "torch")),
-        (ops.linear_gtpo_loss, (*head, *rows, 0.7, None, None, 0.2, 0.28, False, 2, True, True, True, "torch")),
         (
             ops.linear_gtpo_loss,
             (head[0], head[1].detach(), None, *rows[:3], None, 1.0, None, None, 0.2, 0.28, False, None, *frozen),
         ),
     ]
+    # opcheck's upstream gradient has the sign of the loss: both signs, or a kept gradient scaled by 1 would hide
+    for sign in (1, -1):
+        signed = (rows[0], sign * rows[1].abs(), *rows[2:])
+        logits_call = (logits, *signed, 1.0, temperature, denominator, 0.2, 0.28, True, True, False, "torch")
+        calls += [
+            (ops.gtpo_loss, logits_call),
+            (ops.linear_gtpo_loss, (*head, *signed, 0.7, None, None, 0.2, 0.28, False, 2, *everything)),
+        ]
     for op, arguments in calls:
         assert set(torch.library.opcheck(op.default, arguments).values()) == {"SUCCESS"}
 

@@ -91,7 +91,8 @@ def test_the_module_is_the_command_and_help_needs_no_model_library() -> None:
         (["--environments", '[{name = "chess"}]'], "environment must be one of"),
         (["--environments", '[{name = "retry", options = {size = 2}}]'], "options of environment 'retry' must be"),
         (["--environments", '[{name = "jsonl"}]'], "environment 'jsonl' needs the options path"),
-        (["--rollout.tools", '["browser"]'], "rollout.tools must be among python, calculator, got 'browser'"),
+        (["--rollout.tools", '["python", "web"]'], "rollout.tools must be among python, calculator, got 'web'"),
+        (["--rollout.tools", '["calculator"]'], 'rollout.tools must hold "python", which call_format = "code" calls'),
         (["--model.source", "no/such/model"], 'model.source must be "tiny", "package:NAME" or a folder'),
     ],
 )
