@@ -1,15 +1,20 @@
 """The command line: `gtpo train`, `gtpo sft`, `gtpo eval`, `gtpo config`."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gtpo.config import METHODS, Config, describe_keys, load_config
 from gtpo.sandbox import SandboxUnavailable
+
+if TYPE_CHECKING:
+    from gtpo.trainer import Trainer
 
 _DESCRIPTION = """\
 Train tool-using language models with one reward a turn (GTPO, arXiv 2511.14846).
@@ -31,9 +36,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return int(options.run(options, overrides))
-    except (ValueError, FileNotFoundError, IsADirectoryError, SandboxUnavailable) as error:
+    except _Refused as error:
         print(f"gtpo: {error}", file=sys.stderr)
         return 2
+
+
+class _Refused(Exception):
+    """What the caller asked for cannot be done, and no work was started. A fault in mid-run keeps its traceback."""
+
+
+@contextlib.contextmanager
+def _refusing_mistakes() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, FileNotFoundError, IsADirectoryError, SandboxUnavailable) as error:
+        raise _Refused(str(error)) from error
+
+
+@contextlib.contextmanager
+def _opened(config: Config, *, resume: bool = False, overwrite: bool = False) -> Iterator["Trainer"]:
+    with contextlib.ExitStack() as stack:
+        with _refusing_mistakes():
+            # heavy imports wait until the arguments are known to be right
+            from gtpo.trainer import Trainer
+
+            trainer = stack.enter_context(Trainer(config, resume=resume, overwrite=overwrite))
+        yield trainer
+
+
+def _load(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
+    with _refusing_mistakes():
+        return load_config(options.config, overrides)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,15 +100,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    # heavy imports wait until the arguments are known to be right
-    config = load_config(options.config, overrides)
+    config = _load(options, overrides)
     from gtpo.report.plot import plot_run
     from gtpo.report.table import before_after_table
     from gtpo.run_folder import read_rows, write_json
-    from gtpo.trainer import Trainer
 
     started = time.perf_counter()
-    with Trainer(config, resume=options.resume, overwrite=options.overwrite) as trainer:
+    with _opened(config, resume=options.resume, overwrite=options.overwrite) as trainer:
         _say(trainer.describe())
         before, after = trainer.train()
         summary = trainer.summary(before, after) | {
@@ -94,13 +125,11 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _sft(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    config = load_config(options.config, overrides)
+    config = _load(options, overrides)
     if config.sft.steps < 1:
-        raise ValueError(f"sft.steps must be at least 1 for `gtpo sft`, got {config.sft.steps}")
-    from gtpo.trainer import Trainer
-
+        raise _Refused(f"sft.steps must be at least 1 for `gtpo sft`, got {config.sft.steps}")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=0))
-    with Trainer(config, overwrite=options.overwrite) as trainer:
+    with _opened(config, overwrite=options.overwrite) as trainer:
         _say(trainer.describe())
         evaluation = trainer.warm_up_only()
     print(f"success {evaluation.success:.1%} on {evaluation.num_tasks} held-out tasks")
@@ -109,15 +138,13 @@ def _sft(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _eval(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    config = load_config(options.config, overrides)
+    config = _load(options, overrides)
     if not Path(options.checkpoint).is_dir():
-        raise ValueError(f"--checkpoint must be a Hugging Face model folder, got {options.checkpoint!r}")
-    from gtpo.trainer import Trainer
-
+        raise _Refused(f"--checkpoint must be a Hugging Face model folder, got {options.checkpoint!r}")
     model = dataclasses.replace(config.model, source=options.checkpoint, lora_rank=0)
     folder = Path(config.output_dir) / "eval"
     config = dataclasses.replace(config, model=model, output_dir=str(folder))
-    with Trainer(config, overwrite=True) as trainer:
+    with _opened(config, overwrite=True) as trainer:
         _say(trainer.describe())
         evaluation = trainer.evaluate(step=0)
     result = dataclasses.asdict(evaluation)
@@ -133,7 +160,7 @@ def _eval(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _list_keys(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if overrides:
-        raise ValueError(f"`gtpo config` takes no arguments, got {' '.join(overrides)}")
+        raise _Refused(f"`gtpo config` takes no arguments, got {' '.join(overrides)}")
     previous = ""
     for key, value, purpose in describe_keys():
         table = key.rpartition(".")[0]
