@@ -298,7 +298,8 @@ class Trainer:
                     on_finished=advance,
                 )
             )
-        kept = [t for t in played if t.stop is StopReason.FINISHED and (t.outcome == 1 or not config.only_successful)]
+        whole = (StopReason.FINISHED, StopReason.MAX_TURNS)
+        kept = [t for t in played if t.stop in whole and (t.outcome == 1 or not config.only_successful)]
         if not kept:
             raise RuntimeError("no demonstration to learn from: the oracle finished none within the rollout's limits")
         with self.progress.phase("warm-up", total=config.steps) as advance:
