@@ -145,8 +145,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SftConfig:
-    """The warm-up on demonstrations. `steps = 0` leaves it out. `only_successful = false` keeps those that ran out of turns
-    too: the lucky guesses of a blind demonstrator, taken alone, would teach what it does not know."""
+    """The warm-up on demonstrations. `steps = 0` leaves it out. `only_successful = false` keeps those that ran out of
+    turns too: the lucky guesses of a blind demonstrator, taken alone, would teach what it does not know."""
 
     steps: int = 0
     batch_size: int = 32
