@@ -115,7 +115,7 @@ def test_bad_requests(make: Callable[[str], Environment], name: str) -> None:
 def test_registry_names_what_it_knows() -> None:
     with pytest.raises(ValueError, match="must be one of jsonl, reasoning_gym, retry, got 'webshop'"):
         make_environment("webshop")
-    with pytest.raises(ValueError, match="'retry' must be among num_items, num_getters, got items, size"):
+    with pytest.raises(ValueError, match="'retry' must be among num_items, num_getters, num_digits, got items, size"):
         make_environment("retry", size=3, items=2)
     with pytest.raises(ValueError, match=r"'jsonl' needs the options path, got \['eval_path'\]"):
         make_environment("jsonl", eval_path="x")

@@ -126,3 +126,11 @@ def test_options_shape_the_tasks() -> None:
 def test_bad_options(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_environment("retry", **options)
+
+
+def test_num_digits_sets_the_range_of_values() -> None:
+    for digits in (1, 3):
+        for task in RetryEnvironment(num_digits=digits).tasks("train", 20, seed=0):
+            assert all(len(str(value)) == digits for value in task.data["values"])
+    with pytest.raises(ValueError, match=r"num_digits must be from 1 to 4, with a value for each of 12 items, got 1"):
+        RetryEnvironment(num_items=12, num_digits=1)
