@@ -109,6 +109,11 @@ def test_a_fault_of_the_sandbox_loses_only_its_trajectory(policy: Policy) -> Non
                 if observation == "1":
                     assert pool._server is not None
                     pool._server.process.kill()
+                    (session,) = pool._sessions
+                    assert session._stream is not None
+                    # the kernel ends the server's children one after another: until then a cell may still be served
+                    while not session._stream[0].at_eof():
+                        await asyncio.sleep(0.005)
                 return await inner(new_ids, observation, room)
 
             lost = await rollout.play(TASK, 0, write)
