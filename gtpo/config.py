@@ -146,10 +146,13 @@ class TrainConfig:
 @dataclass(frozen=True)
 class SftConfig:
     """The warm-up on demonstrations. `steps = 0` leaves it out. `only_successful = false` keeps those that ran out of
-    turns too: the lucky guesses of a blind demonstrator, taken alone, would teach what it does not know."""
+    turns too: the lucky guesses of a blind demonstrator, taken alone, would teach what it does not know.
+    `optimizer`: "muon" for a model that starts from random weights learns to copy in half the steps; "adamw" otherwise.
+    """
 
     steps: int = 0
     batch_size: int = 32
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 10
     num_demonstrations: int = 1000

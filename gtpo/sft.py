@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -94,6 +95,27 @@ def accumulate_sft_gradient(policy: Policy, sequences: Sequence[PackedSequence],
     return total
 
 
+def make_optimizers(policy: Policy, kind: Literal["adamw", "muon"]) -> list[torch.optim.Optimizer]:
+    """The optimizers of the warm-up, for one learning rate: Muon's steps are scaled to the size of AdamW's.
+
+    "muon" takes the matrices between embedding and head (source: https://kellerjordan.github.io/posts/muon/); all else
+    is AdamW's.
+    """
+    trainable = list(policy.trainable().values())
+    matrices: list[torch.nn.Parameter] = []
+    if kind == "muon":
+        edges = {id(policy.model.get_input_embeddings().weight), id(policy.head.weight)}
+        matrices = [weight for weight in trainable if weight.ndim == 2 and id(weight) not in edges]
+    chosen = {id(weight) for weight in matrices}
+    rest = [weight for weight in trainable if id(weight) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0))
+    return optimizers
+
+
 def run_sft(
     policy: Policy,
     demonstrations: Sequence[PackedSequence],
@@ -104,16 +126,17 @@ def run_sft(
     max_grad_norm: float,
     on_step: Callable[[int, float], None],
 ) -> None:
-    """The warm-up loop, with an optimizer of its own; `on_step(step, loss)` after each step."""
-    optimizer = torch.optim.AdamW(policy.trainable().values(), betas=(0.9, 0.95), weight_decay=0.0)
+    """The warm-up loop, with optimizers of its own; `on_step(step, loss)` after each step."""
+    optimizers = make_optimizers(policy, config.optimizer)
     for step in range(config.steps):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(
                 step, total=config.steps, base=config.learning_rate, warmup=config.warmup_steps, schedule="linear"
             )
         sequences = sft_batch(demonstrations, step=step, batch_size=config.batch_size, seed=seed)
         loss = accumulate_sft_gradient(policy, sequences, micro_batch_tokens=micro_batch_tokens)
         torch.nn.utils.clip_grad_norm_(policy.trainable().values(), max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         on_step(step, loss)

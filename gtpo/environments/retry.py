@@ -2,6 +2,7 @@
 
 Each item lies behind one of several getters; which one is random and not in the prompt. A wrong getter raises an error
 that names the right one, so an item costs at most two calls to who reads it and up to `num_getters` to who does not.
+The right one returns all values collected so far, so that the last output is the answer.
 The demonstrator does not read it: a model that copies it runs out of turns on a part of the tasks, and reinforcement
 learning has to find the reading.
 """
@@ -21,6 +22,7 @@ ITEMS = (
 _SETUP = """\
 def _make_getters(places, values, getters):
     used = set()
+    collected = {{}}
     def make(getter):
         def get(item):
             if __cell__ in used:
@@ -30,7 +32,8 @@ def _make_getters(places, values, getters):
                 raise LookupError(f"no item {{item}}")
             if places[item] != getter:
                 raise LookupError(f"{{item}} is in {{places[item]}}")
-            return values[item]
+            collected[item] = str(values[item])
+            return " ".join(collected.values())
         return get
     return [make(getter) for getter in getters]
 {targets}, = _make_getters({places!r}, {values!r}, {getters!r})
@@ -39,7 +42,7 @@ del _make_getters
 
 
 class RetryEnvironment(GeneratedEnvironment):
-    """Fetch `num_items` values, one getter call a cell, and answer them in order, joined by spaces.
+    """Collect `num_items` values, one getter call a cell, and answer them in order, joined by spaces.
 
     num_items: items a task, 1 to 20. num_getters: getters `box_a`, `box_b`, ... that all items share, 2 to 26.
     num_digits: digits of a value, 1 to 4; there must be as many values as items.
@@ -84,19 +87,19 @@ class RetryEnvironment(GeneratedEnvironment):
         return float(answer is not None and answer.split() == task.answer.split())
 
     def oracle(self, task: Task, rng: random.Random) -> Demonstration:
-        found = []
+        collected = ""
         for item in task.data["items"]:
             getters = list(task.data["getters"])
             rng.shuffle(getters)
             for getter in getters:
                 output = yield Call(f"print({getter}('{item}'))")
-                if output.strip().isdigit():
-                    found.append(output.strip())
+                if output[:1].isdigit():
+                    collected = output.strip()
                     break
-        yield Answer(" ".join(found))
+        yield Answer(collected)
 
     def expected_output(self, task: Task, code: str, output: str) -> bool | None:
-        """True where the output is one of the wanted values, None where nothing was printed."""
+        """True where the output is made of wanted values, None where nothing was printed."""
         if output.strip() in ("", "(no output)"):
             return None
-        return output.strip() in [str(value) for value in task.data["values"]]
+        return set(output.split()) <= {str(value) for value in task.data["values"]}
