@@ -93,7 +93,11 @@ def _parser() -> argparse.ArgumentParser:
         else:
             command.add_argument("--overwrite", action="store_true", help="delete what output_dir holds and start anew")
         if name == "train":
-            command.add_argument("--resume", action="store_true", help="go on from the last checkpoint of output_dir")
+            command.add_argument(
+                "--resume",
+                action="store_true",
+                help="go on from the last checkpoint of output_dir; start where there is none",
+            )
     listing = commands.add_parser("config", help="list every config key with its default")
     listing.set_defaults(run=_list_keys)
     return parser

@@ -260,9 +260,7 @@ def _refuse_unsupported(config: Any) -> None:
     """Heads and attentions that the packed path would compute wrongly are refused, not approximated."""
     for key in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, key, None) not in (None, 1.0):
-            raise ValueError(
-                f"models with {key} are not supported: the packed path knows plain scores and logits only"
-            )
+            raise ValueError(f"models with {key} are not supported: the packed path knows plain scores and logits only")
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None:
         layer_types = {"sliding_attention"}

@@ -178,7 +178,8 @@ def test_cells_of_many_sessions_overlap_up_to_the_bound(max_concurrent):
     [
         ({"wall_time_s": 0.0}, "wall_time_s must be positive, got 0.0"),
         ({"memory_bytes": 1}, "memory_bytes must be at least 67108864, got 1"),
-        ({"output_bytes": 10**6}, "output_bytes must be at most 16384, got 1000000"),
+        ({"output_bytes": 10**6}, "output_bytes must be from 512 to 16384, got 1000000"),
+        ({"output_bytes": 100}, "output_bytes must be from 512 to 16384, got 100"),
     ],
 )
 def test_bad_limits_are_refused(arguments, message):

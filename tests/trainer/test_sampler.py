@@ -109,6 +109,14 @@ def test_an_exception_of_one_ends_all(policy: Policy) -> None:
     assert sorted(cancelled) == [0, 2]
 
 
+def test_nan_logits_are_an_error_not_a_token() -> None:
+    policy = tiny_policy()
+    with torch.no_grad():
+        policy.head.weight[7] = math.nan
+    with pytest.raises(FloatingPointError, match=r"logits are NaN at decoding step 0"):
+        run(make_sampler(policy))
+
+
 def test_every_end_is_reported_once(policy: Policy) -> None:
     ends: list[None] = []
     asyncio.run(
