@@ -6,7 +6,7 @@ An op is `gtpo_kernels/<family>/op.py`; beside it, `reference.py` is its definit
 from gtpo_kernels.backend import BackendUnavailable
 from gtpo_kernels.clipped_loss.op import clipped_loss
 from gtpo_kernels.clipped_loss.reference import ClippedLoss, LossMetrics
-from gtpo_kernels.gtpo_loss.op import gtpo_loss, linear_gtpo_loss
+from gtpo_kernels.gtpo_loss.op import gtpo_loss, gtpo_loss_, linear_gtpo_loss
 from gtpo_kernels.token_logprobs.op import linear_token_logprobs, token_logprobs
 from gtpo_kernels.token_logprobs.reference import TokenLogprobs
 from gtpo_kernels.turn_advantages.op import TurnCredit, turn_advantages, turn_returns
@@ -21,6 +21,7 @@ __all__ = [
     "TurnCredit",
     "clipped_loss",
     "gtpo_loss",
+    "gtpo_loss_",
     "linear_gtpo_loss",
     "linear_token_logprobs",
     "token_logprobs",

@@ -34,6 +34,17 @@ def _needs_compiled_cpu_module(device: torch.device) -> str | None:
     return None
 
 
+def _needs_compiled_cuda_module(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"runs on NVIDIA GPUs only, got tensors on {device}"
+    if importlib.util.find_spec("gtpo_kernels._cuda") is None:
+        return (
+            "needs the compiled module gtpo_kernels._cuda: install the package from source with nvcc on the PATH and "
+            "-C cmake.define.GTPO_CUDA=ON"
+        )
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One row of the registry.
@@ -50,6 +61,7 @@ BACKENDS: dict[str, Backend] = {
     "reference": Backend(),
     "torch": Backend(),
     "cpp": Backend(frozenset({"turn_advantages"}), _needs_compiled_cpu_module),
+    "cuda": Backend(frozenset({"turn_advantages", "token_logprobs", "gtpo_loss"}), _needs_compiled_cuda_module),
 }
 DEFAULT_BACKEND = "torch"
 

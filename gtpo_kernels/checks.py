@@ -78,6 +78,15 @@ def split_temperature(temperature: float | Tensor, like: Tensor) -> tuple[float,
     return temperature, None
 
 
+def check_softcap(softcap: float | None) -> float:
+    """The softcap as ops take it: 0.0 for None."""
+    if softcap is None:
+        return 0.0
+    if not 0.0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    return float(softcap)
+
+
 def check_row_temperature(row_temperature: Tensor) -> None:
     """Refuse temperatures, one a row, of which some divide by 0 or turn the distribution over."""
     holds = ((row_temperature > 0) & row_temperature.isfinite()).all()

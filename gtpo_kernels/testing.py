@@ -115,7 +115,9 @@ def run_trial(
     copies = {name: _copy(value, dtype, name in differentiable) for name, value in arguments.items()}
     outputs = dict(_named_tensors(op(**copies, **options), "output"))
     generator = torch.Generator().manual_seed(0)
-    upstream = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in outputs.items()}
+    upstream = {
+        name: torch.randn(value.shape, generator=generator, device="cpu").to(value) for name, value in outputs.items()
+    }
     roots = {name: value for name, value in outputs.items() if value.requires_grad}
     leaves = [copies[name] for name in differentiable]
     gradients = torch.autograd.grad(list(roots.values()), leaves, [upstream[name] for name in roots]) if leaves else ()

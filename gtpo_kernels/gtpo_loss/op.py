@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from gtpo_kernels.backend import run_kernel, select_backend
-from gtpo_kernels.checks import check_row_temperature, check_targets, check_tensor, check_vocab, split_temperature
+from gtpo_kernels.checks import (
+    check_row_temperature,
+    check_softcap,
+    check_targets,
+    check_tensor,
+    check_vocab,
+    split_temperature,
+)
 from gtpo_kernels.clipped_loss.op import (
     MetricsChoice,
     check_loss_arguments,
@@ -17,11 +24,18 @@ from gtpo_kernels.clipped_loss.op import (
     unpack_metrics,
 )
 from gtpo_kernels.clipped_loss.reference import ClippedLoss, counted_tokens
-from gtpo_kernels.gtpo_loss.reference import LossInputs, gtpo_loss_reference, linear_gtpo_loss_reference
+from gtpo_kernels.gtpo_loss.reference import (
+    GradientFilter,
+    LossInputs,
+    gtpo_loss_reference,
+    gtpo_loss_reference_,
+    linear_gtpo_loss_reference,
+)
 from gtpo_kernels.token_logprobs.op import check_head, empty_head_gradients
 from gtpo_kernels.turn_advantages.op import TurnCredit
 
 FAMILY = "gtpo_loss"
+EAGER_ONLY = "gtpo_loss_ runs eagerly only: call gtpo_loss under torch.compile"
 
 
 def gtpo_loss(
@@ -32,6 +46,7 @@ def gtpo_loss(
     loss_mask: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     num_loss_tokens: float | Tensor | None = None,
@@ -43,6 +58,7 @@ def gtpo_loss(
     logits: [N, V] float32, float64, bfloat16 or float16, where row i predicts targets[i].  targets: [N] int32 or int64.
     advantages: [N] float, or a `TurnCredit` from which they are computed; its tokens are then the default loss mask.
     temperature: a positive number or [N]; divides the logits.
+    softcap: a positive number, bounds the logits before that as for `token_logprobs`; None for no cap.
     loss_mask, old_logprobs, clip_low, clip_high, num_loss_tokens, metrics: as for `clipped_loss`.
     Returns (loss, metrics), see `LossMetrics`.  Rows outside the loss mask, and those of advantage 0, are never read.
     With gradients on, the forward pass allocates d_logits beside the logits.  One backward pass only: it scales
@@ -66,6 +82,7 @@ def gtpo_loss(
         loss_mask,
         old_logprobs,
         temperature,
+        softcap,
         num_loss_tokens,
         clip_low,
         clip_high,
@@ -80,6 +97,69 @@ def gtpo_loss(
     return ClippedLoss(loss, unpack_metrics(packed, has_entropy=True))
 
 
+def gtpo_loss_(
+    logits: Tensor,
+    targets: Tensor,
+    advantages: Tensor | TurnCredit,
+    *,
+    loss_mask: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    num_loss_tokens: float | Tensor | None = None,
+    metrics: MetricsChoice = "active",
+    backend: str | None = None,
+) -> ClippedLoss:
+    """`gtpo_loss` that overwrites its logits with d loss / d logits: no second [N, V] is held.
+
+    logits: [N, V], contiguous, without requires_grad.  Rows without gradient, whatever they held, become 0.
+    Everything else: as for `gtpo_loss`, but that the loss carries no graph: pass the gradient on as below.
+    Eager only: autograd cannot be registered on an op that mutates its input.
+    Raises ValueError also for logits that are not contiguous or require a gradient; RuntimeError under torch.compile.
+
+    >>> hidden, weight = torch.eye(2), torch.zeros(4, 2, requires_grad=True)
+    >>> logits = hidden @ weight.T
+    >>> d_logits = logits.detach()   # the same memory
+    >>> loss, metrics = gtpo_loss_(d_logits, torch.tensor([0, 1]), torch.tensor([1.0, -1.0]))
+    >>> logits.backward(d_logits)
+    >>> weight.grad.tolist()[:2]
+    [[-0.375, -0.125], [0.125, 0.375]]
+    """
+    if torch.compiler.is_compiling():
+        # a plain raise makes the compiler run this frame eagerly, without a word; after a graph break it stands
+        torch._dynamo.graph_break(msg=EAGER_ONLY)
+        raise RuntimeError(EAGER_ONLY)
+    check_tensor("logits", logits, layout="[N, V]", shape=(None, None), kind="float")
+    check_vocab("logits", logits, dim=1)
+    if logits.requires_grad:
+        raise ValueError("logits must not require grad: pass logits.detach(), then call logits.backward() with it")
+    if not logits.is_contiguous():
+        raise ValueError(f"logits must be contiguous, got strides {logits.stride()} for shape {tuple(logits.shape)}")
+    name = select_backend(FAMILY, backend, logits.device)
+    inputs = _loss_inputs(
+        logits,
+        targets,
+        advantages,
+        loss_mask,
+        old_logprobs,
+        temperature,
+        softcap,
+        num_loss_tokens,
+        clip_low,
+        clip_high,
+        metrics,
+        backend,
+    )
+    _check_row_values(inputs, logits.shape[1])
+    if name == "reference":
+        return gtpo_loss_reference_(logits, inputs)
+    with torch.no_grad():
+        loss, packed = run_kernel(FAMILY, name, "gtpo_loss_", logits.device, logits, inputs)
+    return ClippedLoss(loss, unpack_metrics(packed, has_entropy=True))
+
+
 def linear_gtpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -90,17 +170,23 @@ def linear_gtpo_loss(
     loss_mask: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     num_loss_tokens: float | Tensor | None = None,
     metrics: MetricsChoice = "active",
     chunk_rows: int | None = None,
+    skip_clipped: bool = False,
+    filter_eps: float = 0.0,
     backend: str | None = None,
 ) -> ClippedLoss:
     """`gtpo_loss(hidden @ weight.T + bias, ...)` that never holds the [N, V] logits.
 
     hidden: [N, D] float32, float64, bfloat16 or float16.  weight: [V, D] and bias: [V], of the same dtype.
     chunk_rows: rows projected at once; None chooses by memory.  The result does not depend on it beyond rounding.
+    skip_clipped: leave rows whose gradient is exactly 0 (clipped, clamped, infinite) out of the two gradient products.
+    filter_eps: leave a block of 256 vocabulary entries out of a chunk's gradient products if, in every row,
+        sum |p_v - 1[v = target]| over the block is at most filter_eps.  0.0 is exact; error: docs/numerics.md.
     Everything else: as for `gtpo_loss`.
     Each chunk of logits is projected once and turned into its own gradient (6NVD floating-point operations with
     backward): the forward pass does the work, backward only scales.  Inputs that need no gradient get none allocated.
@@ -112,6 +198,8 @@ def linear_gtpo_loss(
     [[-0.375, -0.125], [0.125, 0.375]]
     """
     check_head(hidden, weight, bias, chunk_rows)
+    if not 0.0 <= filter_eps < 1.0:
+        raise ValueError(f"filter_eps must lie in [0, 1), got {filter_eps}")
     name = select_backend(FAMILY, backend, hidden.device)
     inputs = _loss_inputs(
         hidden,
@@ -120,6 +208,7 @@ def linear_gtpo_loss(
         loss_mask,
         old_logprobs,
         temperature,
+        softcap,
         num_loss_tokens,
         clip_low,
         clip_high,
@@ -130,7 +219,9 @@ def linear_gtpo_loss(
         _check_row_values(inputs, weight.shape[0])
         return linear_gtpo_loss_reference(hidden, weight, bias, inputs)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    loss, packed, *_ = _linear_gtpo_loss(hidden, weight, bias, *inputs, chunk_rows, *needs, True, name)
+    loss, packed, *_ = _linear_gtpo_loss(
+        hidden, weight, bias, *inputs, chunk_rows, skip_clipped, filter_eps, *needs, True, name
+    )
     return ClippedLoss(loss, unpack_metrics(packed, has_entropy=True))
 
 
@@ -141,6 +232,7 @@ def _loss_inputs(
     loss_mask: Tensor | None,
     old_logprobs: Tensor | None,
     temperature: float | Tensor,
+    softcap: float | None,
     num_loss_tokens: float | Tensor | None,
     clip_low: float,
     clip_high: float,
@@ -157,7 +249,17 @@ def _loss_inputs(
         like, advantages, loss_mask, old_logprobs, clip_low, clip_high, num_loss_tokens, metrics
     )
     return LossInputs(
-        targets, advantages, mask, old_logprobs, value, per_row, denominator, clip_low, clip_high, metrics == "all"
+        targets,
+        advantages,
+        mask,
+        old_logprobs,
+        value,
+        per_row,
+        check_softcap(softcap),
+        denominator,
+        clip_low,
+        clip_high,
+        metrics == "all",
     )
 
 
@@ -179,6 +281,7 @@ def _gtpo_loss(
     old_logprobs: Tensor | None,
     temperature: float,
     row_temperature: Tensor | None,
+    softcap: float,
     num_loss_tokens: Tensor | None,
     clip_low: float,
     clip_high: float,
@@ -194,6 +297,7 @@ def _gtpo_loss(
         old_logprobs,
         temperature,
         row_temperature,
+        softcap,
         num_loss_tokens,
         clip_low,
         clip_high,
@@ -226,11 +330,14 @@ def _linear_gtpo_loss(
     old_logprobs: Tensor | None,
     temperature: float,
     row_temperature: Tensor | None,
+    softcap: float,
     num_loss_tokens: Tensor | None,
     clip_low: float,
     clip_high: float,
     all_metrics: bool,
     chunk_rows: int | None,
+    skip_clipped: bool,
+    filter_eps: float,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -244,15 +351,25 @@ def _linear_gtpo_loss(
         old_logprobs,
         temperature,
         row_temperature,
+        softcap,
         num_loss_tokens,
         clip_low,
         clip_high,
         all_metrics,
     )
     _check_row_values(inputs, weight.shape[0])
-    needs = (need_hidden, need_weight, need_bias)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run_kernel(
-        FAMILY, backend, "linear_gtpo_loss", hidden.device, hidden, weight, bias, inputs, chunk_rows, needs
+        FAMILY,
+        backend,
+        "linear_gtpo_loss",
+        hidden.device,
+        hidden,
+        weight,
+        bias,
+        inputs,
+        chunk_rows,
+        (need_hidden, need_weight, need_bias),
+        GradientFilter(skip_clipped, filter_eps),
     )
     return outputs
 

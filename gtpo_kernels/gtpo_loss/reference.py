@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from gtpo_kernels.clipped_loss.reference import ClippedLoss, clipped_loss_reference, counted_tokens
@@ -11,7 +12,7 @@ from gtpo_kernels.token_logprobs.reference import project, token_logprobs_refere
 class LossInputs(NamedTuple):
     """What the losses from logits and from hidden states share; see `gtpo_kernels.gtpo_loss`.
 
-    temperature: for all rows, or 1.0 where row_temperature [N] is given.
+    temperature: for all rows, or 1.0 where row_temperature [N] is given.  softcap: 0.0 for none.
     num_loss_tokens: scalar tensor, or None for the size of the loss mask.
     """
 
@@ -21,10 +22,18 @@ class LossInputs(NamedTuple):
     old_logprobs: Tensor | None
     temperature: float
     row_temperature: Tensor | None
+    softcap: float
     num_loss_tokens: Tensor | None
     clip_low: float
     clip_high: float
     all_metrics: bool
+
+
+class GradientFilter(NamedTuple):
+    """What the two gradient products of `linear_gtpo_loss` leave out; see there.  (False, 0.0) leaves out nothing."""
+
+    skip_clipped: bool
+    filter_eps: float
 
 
 def gtpo_loss_reference(logits: Tensor, inputs: LossInputs) -> ClippedLoss:
@@ -35,6 +44,7 @@ def gtpo_loss_reference(logits: Tensor, inputs: LossInputs) -> ClippedLoss:
         logits.masked_fill(skipped[:, None], 0.0),
         i.targets.masked_fill(skipped, 0),
         i.temperature if i.row_temperature is None else i.row_temperature.masked_fill(skipped, 1.0),
+        i.softcap,
     )
     return clipped_loss_reference(
         token.logprobs,
@@ -54,3 +64,13 @@ def linear_gtpo_loss_reference(hidden: Tensor, weight: Tensor, bias: Tensor | No
     # the weight gradient of a row is d_logits x hidden, so what a skipped row holds must not reach it
     skipped = ~counted_tokens(inputs.advantages, inputs.loss_mask, inputs.all_metrics)
     return gtpo_loss_reference(project(hidden.masked_fill(skipped[:, None], 0.0), weight, bias), inputs)
+
+
+def gtpo_loss_reference_(logits: Tensor, inputs: LossInputs) -> ClippedLoss:
+    """`gtpo_loss_` as its definition: the gradient that autograd finds, copied over the logits."""
+    with torch.enable_grad():
+        leaf = logits.detach().clone().requires_grad_()
+        loss, metrics = gtpo_loss_reference(leaf, inputs)
+        (d_logits,) = torch.autograd.grad(loss, leaf)
+    logits.copy_(d_logits)
+    return ClippedLoss(loss.detach(), metrics)

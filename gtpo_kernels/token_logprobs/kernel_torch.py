@@ -4,7 +4,7 @@ The softmax of a row is kept as the pair (row_max, log_sum): log p = (x - row_ma
 lse, has lost the small term at large logits, so it enters no gradient.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,8 @@ CHUNK_BYTES_CPU = 1 << 24
 CHUNK_BYTES_GPU = 1 << 30
 # Far below the logarithm of the smallest float64: exp() gives 0 as it does for -inf, but 0 * LOG_ZERO is 0, not NaN.
 LOG_ZERO = -1e5
+# The whole vocabulary as one run of columns.
+EVERY = (slice(None),)
 
 
 class RowSoftmax(NamedTuple):
@@ -34,18 +36,34 @@ class RowSoftmax(NamedTuple):
     inverse_sum: Tensor
 
 
-class Temperature(NamedTuple):
-    """One temperature for all rows, or (1.0, one a row [N])."""
+class LogitScale(NamedTuple):
+    """x = cap(logits) / temperature.  temperature: for all rows, or 1.0 where row_temperature [N] is given.
 
-    value: float
-    per_row: Tensor | None
+    softcap: cap(l) = softcap * tanh(l / softcap) for finite l; 0.0 for none.
+    """
+
+    temperature: float
+    row_temperature: Tensor | None
+    softcap: float
+
+    def apply_(self, logits: Tensor, rows: Tensor | slice, gradient: bool = False) -> Tensor | None:
+        """logits [n, V] of `rows` become x, in place.  d cap / d logits [n, V] if `gradient` and capped, else None."""
+        slope = None
+        if self.softcap:
+            tanh = (logits / self.softcap).tanh_()
+            if gradient:
+                slope = torch.addcmul(logits.new_ones(()), tanh, tanh, value=-1)
+            # an infinite logit is a mask, put on after the cap: it stays what it is
+            torch.where(logits.isinf(), logits, tanh.mul_(self.softcap), out=logits)
+        self.divide_(logits, rows)
+        return slope
 
     def divide_(self, x: Tensor, rows: Tensor | slice) -> Tensor:
         """x [n, V] or [n] / temperature, in place.  rows: the rows of the batch that x holds."""
-        if self.per_row is not None:
-            divisor = self.per_row[rows].to(x.dtype)
+        if self.row_temperature is not None:
+            divisor = self.row_temperature[rows].to(x.dtype)
             return x.div_(divisor if x.dim() == 1 else divisor[:, None])
-        return x if self.value == 1.0 else x.div_(self.value)
+        return x if self.temperature == 1.0 else x.div_(self.temperature)
 
 
 def row_blocks(logits: Tensor, num_rows: int | None = None) -> Iterator[slice]:
@@ -94,39 +112,42 @@ def turn_into_d_logits_(
     x: Tensor,
     rows: Tensor,
     targets: Tensor,
-    temperature: Temperature,
+    scale: LogitScale,
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
     statistics: RowStatistics,
 ) -> None:
     """x [n, V]: the logits of `rows`, overwritten by (g (1[v = target] - p_v) - h p_v (log p_v + H)) / temperature.
 
-    targets [n].  grad_logprobs (g), grad_entropy (h) and the statistics are [N].
+    With a softcap, times its slope.  targets [n].  grad_logprobs (g), grad_entropy (h) and the statistics are [N].
     """
-    temperature.divide_(x, rows)
+    slope = scale.apply_(x, rows, gradient=True)
     row_max, logprobs = statistics.row_max[rows], statistics.logprobs[rows]
     infinite = -float("inf")
     x.sub_(row_max.masked_fill(row_max == infinite, 0.0)[:, None]).sub_(statistics.log_sum[rows][:, None])
-    g = temperature.divide_(grad_logprobs[rows].to(x.dtype).masked_fill(logprobs == infinite, 0.0), rows)
+    g = scale.divide_(grad_logprobs[rows].to(x.dtype).masked_fill(logprobs == infinite, 0.0), rows)
     if grad_entropy is None:
         x.exp_().mul_(-g[:, None])
     else:
-        h = temperature.divide_(grad_entropy[rows].to(x.dtype), rows)
+        h = scale.divide_(grad_entropy[rows].to(x.dtype), rows)
         p = x.exp()
         x.clamp_(min=LOG_ZERO).add_(statistics.entropy[rows][:, None]).mul_(-h[:, None]).sub_(g[:, None]).mul_(p)
     x.scatter_add_(1, targets[:, None], g[:, None])
+    if slope is not None:
+        x.mul_(slope)
 
 
 def token_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float, row_temperature: Tensor | None
+    logits: Tensor, targets: Tensor, temperature: float, row_temperature: Tensor | None, softcap: float
 ) -> RowStatistics:
     """Statistics of every row of logits [N, V]."""
     targets = targets.long()
-    divisor = Temperature(temperature, row_temperature)
+    scale = LogitScale(temperature, row_temperature, softcap)
     statistics = empty_statistics(logits)
     for rows in row_blocks(logits):
         x = logits[rows].to(statistics.logprobs.dtype, copy=True)
-        store_statistics(statistics, rows, row_softmax_(divisor.divide_(x, rows), targets[rows]))
+        scale.apply_(x, rows)
+        store_statistics(statistics, rows, row_softmax_(x, targets[rows]))
     return statistics
 
 
@@ -137,17 +158,18 @@ def token_logprobs_backward(
     targets: Tensor,
     temperature: float,
     row_temperature: Tensor | None,
+    softcap: float,
     statistics: RowStatistics,
 ) -> Tensor:
     """d_logits [N, V] in the logits' dtype."""
     targets = targets.long()
-    divisor = Temperature(temperature, row_temperature)
+    scale = LogitScale(temperature, row_temperature, softcap)
     d_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format)
     active = rows_with_gradient(grad_logprobs, grad_entropy)
     for block in row_blocks(logits, len(active)):
         rows = active[block]
         x = logits[rows].to(statistics.logprobs.dtype)
-        turn_into_d_logits_(x, rows, targets[rows], divisor, grad_logprobs, grad_entropy, statistics)
+        turn_into_d_logits_(x, rows, targets[rows], scale, grad_logprobs, grad_entropy, statistics)
         d_logits[rows] = x.to(d_logits.dtype)
     return d_logits
 
@@ -192,12 +214,16 @@ class Head:
                 torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
             yield chunk, hidden, logits
 
-    def accumulate(self, chunk: Tensor, hidden: Tensor, d_logits: Tensor) -> None:
-        """Add a chunk's share to the gradients that were allocated."""
+    def accumulate(self, chunk: Tensor, hidden: Tensor, d_logits: Tensor, columns: Sequence[slice] = EVERY) -> None:
+        """Add a chunk's share to the gradients that were allocated.
+
+        columns: the runs of the vocabulary that take part in the two products, d_logits elsewhere counting as 0.
+        """
         if self.d_hidden.numel():
-            self.d_hidden[chunk] = d_logits @ self.weight
+            self.d_hidden[chunk] = sum(d_logits[:, run] @ self.weight[run] for run in columns)
         if self.d_weight.numel():
-            self.d_weight.addmm_(d_logits.t(), hidden)
+            for run in columns:
+                self.d_weight[run].addmm_(d_logits[:, run].t(), hidden)
         if self.d_bias.numel():
             self.d_bias.add_(d_logits.sum(dim=0))
 
@@ -209,19 +235,20 @@ def linear_token_logprobs(
     targets: Tensor,
     temperature: float,
     row_temperature: Tensor | None,
+    softcap: float,
     chunk_rows: int | None,
 ) -> RowStatistics:
     """Statistics of every row of hidden @ weight.T + bias."""
     targets = targets.long()
-    divisor = Temperature(temperature, row_temperature)
-    statistics = empty_statistics(hidden)
-    for chunk, _, logits in Head(hidden, weight, bias, chunk_rows).chunks(
-        torch.arange(len(hidden), device=hidden.device)
-    ):
+    scale = LogitScale(temperature, row_temperature, softcap)
+
+    def sweep_(logits: Tensor, chunk: Tensor, statistics: RowStatistics) -> None:
         for block in row_blocks(logits):
-            rows = chunk[block]
-            store_statistics(statistics, rows, row_softmax_(divisor.divide_(logits[block], rows), targets[rows]))
-    return statistics
+            x, rows = logits[block], chunk[block]
+            scale.apply_(x, rows)
+            store_statistics(statistics, rows, row_softmax_(x, targets[rows]))
+
+    return chunked_statistics(Head(hidden, weight, bias, chunk_rows), sweep_)
 
 
 def linear_token_logprobs_backward(
@@ -233,18 +260,44 @@ def linear_token_logprobs_backward(
     targets: Tensor,
     temperature: float,
     row_temperature: Tensor | None,
+    softcap: float,
     chunk_rows: int | None,
     statistics: RowStatistics,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]), [0] where not needed; the logits are projected anew."""
     targets = targets.long()
-    divisor = Temperature(temperature, row_temperature)
-    head = Head(hidden, weight, bias, chunk_rows)
-    head.allocate_gradients(*needs)
-    for chunk, hidden_rows, logits in head.chunks(rows_with_gradient(grad_logprobs, grad_entropy)):
+    scale = LogitScale(temperature, row_temperature, softcap)
+
+    def sweep_(logits: Tensor, chunk: Tensor) -> None:
         for block in row_blocks(logits):
             rows = chunk[block]
-            turn_into_d_logits_(logits[block], rows, targets[rows], divisor, grad_logprobs, grad_entropy, statistics)
-        head.accumulate(chunk, hidden_rows, logits)
+            turn_into_d_logits_(logits[block], rows, targets[rows], scale, grad_logprobs, grad_entropy, statistics)
+
+    rows = rows_with_gradient(grad_logprobs, grad_entropy)
+    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), rows, needs, sweep_)
+
+
+def chunked_statistics(head: Head, sweep_: Callable[[Tensor, Tensor, RowStatistics], None]) -> RowStatistics:
+    """The per-token forward of any backend: statistics of every row, a chunk of logits at a time.
+
+    sweep_(logits [n, V], rows [n], statistics [N]): may spend the logits, and writes the statistics of `rows`.
+    """
+    statistics = empty_statistics(head.hidden)
+    for rows, _, logits in head.chunks(torch.arange(len(head.hidden), device=head.hidden.device)):
+        sweep_(logits, rows, statistics)
+    return statistics
+
+
+def chunked_gradients(
+    head: Head, rows: Tensor, needs: tuple[bool, bool, bool], sweep_: Callable[[Tensor, Tensor], None]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The per-token backward of any backend, over the rows that something flows back to.
+
+    sweep_(logits [n, V], rows [n]): turns the logits into d_logits in place.
+    """
+    head.allocate_gradients(*needs)
+    for chunk, hidden, logits in head.chunks(rows):
+        sweep_(logits, chunk)
+        head.accumulate(chunk, hidden, logits)
     return head.d_hidden, head.d_weight, head.d_bias

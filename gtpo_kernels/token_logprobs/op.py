@@ -9,6 +9,7 @@ from gtpo_kernels.backend import run_kernel, select_backend
 from gtpo_kernels.checks import (
     accumulator_dtype,
     check_row_temperature,
+    check_softcap,
     check_targets,
     check_tensor,
     check_vocab,
@@ -25,15 +26,21 @@ FAMILY = "token_logprobs"
 
 
 def token_logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float | Tensor = 1.0, backend: str | None = None
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    backend: str | None = None,
 ) -> TokenLogprobs:
     """Log-probability of every target under its row of logits, with the row's entropy and log-sum-exp.
 
-    With x = logits / temperature and p = softmax(x) over the vocabulary:
+    With x = cap(logits) / temperature, cap(l) = softcap * tanh(l / softcap), and p = softmax(x) over the vocabulary:
         logprobs_i = x_i[targets_i] - lse_i,   entropy_i = -sum_v p_iv log p_iv (nats),   lse_i = log sum_v exp(x_iv).
 
     logits: [N, V] float32, float64, bfloat16 or float16; -inf is a valid logit.  targets: [N] int32 or int64 in [0, V).
     temperature: a positive number or [N]; no gradient flows to it.
+    softcap: a positive number, None for no cap.  A mask comes after the cap: a logit of -inf stays -inf.
     Returns [N] each, float32 (float64 for float64 logits); logprobs and entropy are differentiable, lse is not.
     A target at -inf has logprob -inf, without gradient; a row of all -inf has entropy 0 and no gradient at all.
     Raises ValueError for other shapes, dtypes, devices or values; BackendUnavailable where a backend cannot run.
@@ -48,13 +55,14 @@ def token_logprobs(
     check_vocab("logits", logits, dim=1)
     check_tensor("targets", targets, layout="[N]", shape=(logits.shape[0],), kind="int", device=logits.device)
     value, per_row = split_temperature(temperature, logits)
+    cap = check_softcap(softcap)
     name = select_backend(FAMILY, backend, logits.device)
     if name == "reference":
         check_targets(targets, logits.shape[1])
         if per_row is not None:
             check_row_temperature(per_row)
-        return token_logprobs_reference(logits, targets, temperature)
-    logprobs, entropy, row_max, log_sum = _token_logprobs(logits, targets, value, per_row, name)
+        return token_logprobs_reference(logits, targets, temperature, cap)
+    logprobs, entropy, row_max, log_sum = _token_logprobs(logits, targets, value, per_row, cap, name)
     return TokenLogprobs(logprobs, entropy, (row_max + log_sum).detach())
 
 
@@ -65,13 +73,14 @@ def linear_token_logprobs(
     *,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
     chunk_rows: int | None = None,
     backend: str | None = None,
 ) -> TokenLogprobs:
     """`token_logprobs(hidden @ weight.T + bias, targets)` that never holds the [N, V] logits.
 
     hidden: [N, D] float32, float64, bfloat16 or float16.  weight: [V, D] and bias: [V], of the same dtype.
-    targets, temperature, results and errors: as for `token_logprobs`.
+    targets, temperature, softcap, results and errors: as for `token_logprobs`.
     chunk_rows: rows projected at once; None chooses by memory.  The result does not depend on it beyond rounding.
     The forward pass keeps five numbers a row; the backward pass projects the rows that a gradient reaches once more
     (8NVD in all), for any upstream gradient.  `linear_gtpo_loss` needs no second projection.
@@ -85,14 +94,15 @@ def linear_token_logprobs(
     check_head(hidden, weight, bias, chunk_rows)
     check_tensor("targets", targets, layout="[N]", shape=(hidden.shape[0],), kind="int", device=hidden.device)
     value, per_row = split_temperature(temperature, hidden)
+    cap = check_softcap(softcap)
     name = select_backend(FAMILY, backend, hidden.device)
     if name == "reference":
         check_targets(targets, weight.shape[0])
         if per_row is not None:
             check_row_temperature(per_row)
-        return linear_token_logprobs_reference(hidden, weight, targets, bias, temperature)
+        return linear_token_logprobs_reference(hidden, weight, targets, bias, temperature, cap)
     logprobs, entropy, row_max, log_sum = _linear_token_logprobs(
-        hidden, weight, bias, targets, value, per_row, chunk_rows, name
+        hidden, weight, bias, targets, value, per_row, cap, chunk_rows, name
     )
     return TokenLogprobs(logprobs, entropy, (row_max + log_sum).detach())
 
@@ -114,19 +124,17 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: 
 
 @torch.library.custom_op("gtpo_kernels::token_logprobs", mutates_args=())
 def _token_logprobs(
-    logits: Tensor, targets: Tensor, temperature: float, row_temperature: Tensor | None, backend: str
+    logits: Tensor, targets: Tensor, temperature: float, row_temperature: Tensor | None, softcap: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_targets(targets, logits.shape[1])
     if row_temperature is not None:
         check_row_temperature(row_temperature)
-    arguments = (logits, targets, temperature, row_temperature)
+    arguments = (logits, targets, temperature, row_temperature, softcap)
     return tuple(run_kernel(FAMILY, backend, "token_logprobs", logits.device, *arguments))
 
 
 @_token_logprobs.register_fake
-def _(
-    logits: Tensor, targets: Tensor, temperature: float, row_temperature: Tensor | None, backend: str
-) -> tuple[Tensor, ...]:
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return _empty_statistics(logits)
 
 
@@ -138,6 +146,7 @@ def _token_logprobs_backward(
     targets: Tensor,
     temperature: float,
     row_temperature: Tensor | None,
+    softcap: float,
     logprobs: Tensor,
     entropy: Tensor,
     row_max: Tensor,
@@ -155,6 +164,7 @@ def _token_logprobs_backward(
         targets,
         temperature,
         row_temperature,
+        softcap,
         RowStatistics(logprobs, entropy, row_max, log_sum),
     )
     return d_logits
@@ -166,7 +176,7 @@ def _(grad_logprobs: Tensor, grad_entropy: Tensor | None, logits: Tensor, *_: An
 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, ctx.temperature, row_temperature, ctx.backend = inputs
+    logits, targets, ctx.temperature, row_temperature, ctx.softcap, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(logits, targets, row_temperature, *output)
 
@@ -174,9 +184,17 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _token_logprobs_grad(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     logits, targets, row_temperature, *statistics = ctx.saved_tensors
     d_logits = _token_logprobs_backward(
-        grad_logprobs, grad_entropy, logits, targets, ctx.temperature, row_temperature, *statistics, ctx.backend
+        grad_logprobs,
+        grad_entropy,
+        logits,
+        targets,
+        ctx.temperature,
+        row_temperature,
+        ctx.softcap,
+        *statistics,
+        ctx.backend,
     )
-    return d_logits, None, None, None, None
+    return d_logits, None, None, None, None, None
 
 
 _token_logprobs.register_autograd(_token_logprobs_grad, setup_context=_save_rows)
@@ -190,13 +208,14 @@ def _linear_token_logprobs(
     targets: Tensor,
     temperature: float,
     row_temperature: Tensor | None,
+    softcap: float,
     chunk_rows: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_targets(targets, weight.shape[0])
     if row_temperature is not None:
         check_row_temperature(row_temperature)
-    arguments = (hidden, weight, bias, targets, temperature, row_temperature, chunk_rows)
+    arguments = (hidden, weight, bias, targets, temperature, row_temperature, softcap, chunk_rows)
     return tuple(run_kernel(FAMILY, backend, "linear_token_logprobs", hidden.device, *arguments))
 
 
@@ -215,6 +234,7 @@ def _linear_token_logprobs_backward(
     targets: Tensor,
     temperature: float,
     row_temperature: Tensor | None,
+    softcap: float,
     chunk_rows: int | None,
     logprobs: Tensor,
     entropy: Tensor,
@@ -238,6 +258,7 @@ def _linear_token_logprobs_backward(
         targets,
         temperature,
         row_temperature,
+        softcap,
         chunk_rows,
         RowStatistics(logprobs, entropy, row_max, log_sum),
         (need_hidden, need_weight, need_bias),
@@ -253,7 +274,8 @@ def _(
 
 
 def _save_head(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, ctx.temperature, row_temperature, ctx.chunk_rows, ctx.backend = inputs
+    hidden, weight, bias, targets, ctx.temperature, row_temperature, *options = inputs
+    ctx.softcap, ctx.chunk_rows, ctx.backend = options
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, *output)
 
@@ -272,13 +294,14 @@ def _linear_token_logprobs_grad(
         targets,
         ctx.temperature,
         row_temperature,
+        ctx.softcap,
         ctx.chunk_rows,
         *statistics,
         *needs,
         ctx.backend,
     )
     rounded = (gradient.to(hidden.dtype) if need else None for gradient, need in zip(gradients, needs, strict=True))
-    return *rounded, None, None, None, None, None
+    return *rounded, None, None, None, None, None, None
 
 
 _linear_token_logprobs.register_autograd(_linear_token_logprobs_grad, setup_context=_save_head)

@@ -33,11 +33,13 @@ class RowStatistics(NamedTuple):
     log_sum: Tensor
 
 
-def token_logprobs_reference(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) -> TokenLogprobs:
+def token_logprobs_reference(
+    logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, softcap: float = 0.0
+) -> TokenLogprobs:
     """`token_logprobs` as its definition; see `gtpo_kernels.token_logprobs`."""
     inf = float("inf")
     scale = temperature[:, None] if isinstance(temperature, Tensor) else temperature
-    scaled = logits.to(accumulator_dtype(logits.dtype)) / scale
+    scaled = cap(logits.to(accumulator_dtype(logits.dtype)), softcap) / scale
     # A row of all -inf has no distribution: it takes part as zeros, and its results are overwritten below.
     dead = scaled.detach().amax(dim=1) == -inf
     alive = scaled.masked_fill(dead[:, None], 0.0)
@@ -53,10 +55,24 @@ def token_logprobs_reference(logits: Tensor, targets: Tensor, temperature: float
 
 
 def linear_token_logprobs_reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, temperature: float | Tensor = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float = 0.0,
 ) -> TokenLogprobs:
     """`linear_token_logprobs` as its definition; see `gtpo_kernels.linear_token_logprobs`."""
-    return token_logprobs_reference(project(hidden, weight, bias), targets, temperature)
+    return token_logprobs_reference(project(hidden, weight, bias), targets, temperature, softcap)
+
+
+def cap(logits: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(logits / softcap), or the logits where softcap is 0.0.  An infinite logit stays what it is."""
+    if softcap == 0.0:
+        return logits
+    infinite = logits.detach().isinf()
+    capped = softcap * torch.tanh(logits.masked_fill(infinite, 0.0) / softcap)
+    return torch.where(infinite, logits, capped)
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

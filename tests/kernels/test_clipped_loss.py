@@ -5,31 +5,45 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gtpo_kernels import clipped_loss
 from gtpo_kernels.testing import assert_matches_reference, recomputed
+from tests.kernels.conftest import (
+    INF,
+    NAN,
+    Case,
+    assert_compiles,
+    assert_equal,
+    assert_opcheck,
+    cpu_only,
+    draws,
+    examples,
+    on_device,
+    permutation,
+    strided,
+)
 
-INF, NAN = float("inf"), float("nan")
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "torch"])
-Case = dict[str, Any]
+FAMILY = "clipped_loss"
 
 
 def loss_case(num_tokens: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Case:
     """Ratios on both sides of both clips, some advantages of 0, a loss mask with holes."""
     generator = torch.Generator().manual_seed(seed)
-    logprobs = -3 * torch.rand(num_tokens, generator=generator)
-    advantages = torch.randn(num_tokens, generator=generator)
-    advantages[torch.rand(num_tokens, generator=generator) < 0.2] = 0.0
-    return {
-        "logprobs": logprobs.to(dtype),
-        "advantages": advantages.to(dtype),
-        "loss_mask": torch.rand(num_tokens, generator=generator) < 0.8,
-        "old_logprobs": (logprobs + 0.3 * torch.randn(num_tokens, generator=generator)).to(dtype),
-        "entropy": torch.rand(num_tokens, generator=generator).to(dtype),
-    }
+    uniform = torch.rand(4, num_tokens, generator=generator, device="cpu")
+    normal = torch.randn(2, num_tokens, generator=generator, device="cpu")
+    logprobs = -3 * uniform[0]
+    return on_device(
+        {
+            "logprobs": logprobs.to(dtype),
+            "advantages": normal[0].masked_fill(uniform[1] < 0.2, 0.0).to(dtype),
+            "loss_mask": uniform[2] < 0.8,
+            "old_logprobs": (logprobs + 0.3 * normal[1]).to(dtype),
+            "entropy": uniform[3].to(dtype),
+        }
+    )
 
 
 def loss_and_gradient(case: Case, **options: Any) -> tuple[Tensor, Tensor]:
@@ -42,15 +56,25 @@ def loss_and_gradient(case: Case, **options: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("num_tokens", [0, 1, 252])
-def test_equals_the_reference(num_tokens: int, dtype: torch.dtype) -> None:
-    cases = [loss_case(num_tokens, seed=seed, dtype=dtype) for seed in range(12)]
+def test_equals_the_reference(num_tokens: int, dtype: torch.dtype, kernel: str) -> None:
+    cases = draws(kernel, loss_case, num_tokens, dtype=dtype, scalar=True)
     for metrics in ("active", "all"):
-        assert_matches_reference(clipped_loss, cases, ["logprobs"], backend="torch", metrics=metrics, clip_low=0.1)
+        assert_matches_reference(clipped_loss, cases, ["logprobs"], backend=kernel, metrics=metrics, clip_low=0.1)
     without = [{**case, "old_logprobs": None, "entropy": None, "loss_mask": None} for case in cases]
-    assert_matches_reference(clipped_loss, without, ["logprobs"], backend="torch", num_loss_tokens=7)
+    assert_matches_reference(clipped_loss, without, ["logprobs"], backend=kernel, num_loss_tokens=7)
 
 
-@BACKENDS
+def test_strided_inputs(kernel: str) -> None:
+    case = {name: strided(value) for name, value in loss_case(20, dtype=torch.float64).items()}
+    assert not case["logprobs"].is_contiguous()
+    assert_matches_reference(clipped_loss, [case], ["logprobs"], backend=kernel)
+
+
+def test_a_repeat_is_bitwise_equal(kernel: str) -> None:
+    case = loss_case(3000)
+    assert_equal(*(loss_and_gradient(case, backend=kernel) for _ in range(2)))
+
+
 def test_every_branch_by_hand(backend: str) -> None:
     # (log ratio, advantage) -> (surrogate, d surrogate / d logprob), clip 0.2 / 0.28
     rows = [
@@ -73,7 +97,6 @@ def test_every_branch_by_hand(backend: str) -> None:
         assert gradient.item() == pytest.approx(-slope / 4, rel=1e-12)
 
 
-@BACKENDS
 def test_metrics_by_hand(backend: str) -> None:
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.0, 1.0, 9.0], dtype=torch.float64)
     logprobs = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -INF, NAN], dtype=torch.float64)
@@ -103,7 +126,6 @@ def test_metrics_by_hand(backend: str) -> None:
     assert not any(value.requires_grad for value in metrics)
 
 
-@BACKENDS
 def test_what_lies_under_the_mask_is_never_read(backend: str) -> None:
     case = loss_case(40, seed=3)
     hidden = ~case["loss_mask"]
@@ -115,7 +137,6 @@ def test_what_lies_under_the_mask_is_never_read(backend: str) -> None:
         assert torch.equal(gradient, clean[1])
 
 
-@BACKENDS
 def test_infinite_logprobs_have_no_loss_and_no_gradient(backend: str) -> None:
     case: Case = {
         "logprobs": torch.tensor([-INF, -1.0, -INF, -1.0]),
@@ -128,7 +149,6 @@ def test_infinite_logprobs_have_no_loss_and_no_gradient(backend: str) -> None:
     assert clipped_loss(**case, backend=backend).metrics.nonfinite_tokens == 3
 
 
-@BACKENDS
 @pytest.mark.parametrize("num_tokens", [0, 3])
 def test_without_active_tokens_all_is_zero(num_tokens: int, backend: str) -> None:
     for advantage, masked in ((NAN, True), (0.0, False)):
@@ -146,46 +166,48 @@ def test_without_active_tokens_all_is_zero(num_tokens: int, backend: str) -> Non
         assert not any(value.any() for value in metrics._replace(dropped_tokens=loss))
 
 
-@BACKENDS
 def test_a_nan_inside_the_mask_is_not_hidden(backend: str) -> None:
     case = {"logprobs": torch.tensor([NAN, -1.0]), "advantages": torch.ones(2), "old_logprobs": torch.zeros(2)}
     assert loss_and_gradient(case, backend=backend)[0].isnan()
 
 
-def test_zero_advantage_tokens_stay_in_the_denominator() -> None:
+def test_zero_advantage_tokens_stay_in_the_denominator(backend: str) -> None:
     case = {"logprobs": torch.full((4,), -1.0), "advantages": torch.tensor([1.0, 0.0, 0.0, 0.0])}
-    assert loss_and_gradient(case)[0] == -0.25
+    assert loss_and_gradient(case, backend=backend)[0] == -0.25
 
 
-def test_metrics_of_all_tokens() -> None:
+def test_metrics_of_all_tokens(backend: str) -> None:
     case = {"logprobs": torch.tensor([-1.0, -3.0]), "advantages": torch.tensor([1.0, 0.0])}
-    assert clipped_loss(**case).metrics.logprob_mean == -1.0
-    everything = clipped_loss(**case, metrics="all").metrics
+    assert clipped_loss(**case, backend=backend).metrics.logprob_mean == -1.0
+    everything = clipped_loss(**case, metrics="all", backend=backend).metrics
     assert everything.logprob_mean == -2.0
     assert (everything.num_active_tokens, everything.dropped_tokens) == (2.0, 0.0)
 
 
-@given(seed=st.integers(0, 2**31), num_tokens=st.integers(1, 30), parts=st.integers(1, 4))
-def test_laws(seed: int, num_tokens: int, parts: int) -> None:
-    case = loss_case(num_tokens, seed=seed, dtype=torch.float64)
-    loss, gradient = loss_and_gradient(case)
-    order = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(seed))
-    shuffled = loss_and_gradient({name: x[order] for name, x in case.items()})
-    torch.testing.assert_close(shuffled[0], loss)
-    torch.testing.assert_close(shuffled[1], gradient[order])
-    # micro-batches with a common denominator add up to the whole
-    total = case["loss_mask"].sum()
-    pieces = [{name: x[part::parts] for name, x in case.items()} for part in range(parts)]
-    losses = [loss_and_gradient(piece, num_loss_tokens=total) for piece in pieces]
-    torch.testing.assert_close(torch.stack([one for one, _ in losses]).sum(), loss)
-    for part, (_, piece_gradient) in enumerate(losses):
-        torch.testing.assert_close(piece_gradient, gradient[part::parts])
-    # twice the advantage, twice the loss
-    doubled = loss_and_gradient({**case, "advantages": 2 * case["advantages"]})
-    torch.testing.assert_close(doubled[1], 2 * gradient)
+def test_laws(kernel: str) -> None:
+    @settings(max_examples=examples(kernel, 60))
+    @given(seed=st.integers(0, 2**31), num_tokens=st.integers(1, 30), parts=st.integers(1, 4))
+    def laws(seed: int, num_tokens: int, parts: int) -> None:
+        case = loss_case(num_tokens, seed=seed, dtype=torch.float64)
+        loss, gradient = loss_and_gradient(case, backend=kernel)
+        order = permutation(num_tokens, seed)
+        shuffled = loss_and_gradient({name: x[order] for name, x in case.items()}, backend=kernel)
+        torch.testing.assert_close(shuffled[0], loss)
+        torch.testing.assert_close(shuffled[1], gradient[order])
+        # micro-batches with a common denominator add up to the whole
+        total = case["loss_mask"].sum()
+        pieces = [{name: x[part::parts] for name, x in case.items()} for part in range(parts)]
+        losses = [loss_and_gradient(piece, num_loss_tokens=total, backend=kernel) for piece in pieces]
+        torch.testing.assert_close(torch.stack([one for one, _ in losses]).sum(), loss)
+        for part, (_, piece_gradient) in enumerate(losses):
+            torch.testing.assert_close(piece_gradient, gradient[part::parts])
+        # twice the advantage, twice the loss
+        doubled = loss_and_gradient({**case, "advantages": 2 * case["advantages"]}, backend=kernel)
+        torch.testing.assert_close(doubled[1], 2 * gradient)
+
+    laws()
 
 
-@BACKENDS
 def test_gradcheck(backend: str) -> None:
     case = loss_case(12, seed=1, dtype=torch.float64)
     logprobs = case.pop("logprobs").requires_grad_()
@@ -193,51 +215,43 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(loss, (logprobs,))
 
 
-def test_gradient_flows_to_logprobs_only() -> None:
+def test_gradient_flows_to_logprobs_only(backend: str) -> None:
     case = loss_case(5)
     leaves = {name: x.requires_grad_() if x.is_floating_point() else x for name, x in case.items()}
-    clipped_loss(**leaves).loss.backward()
+    clipped_loss(**leaves, backend=backend).loss.backward()
     assert leaves["logprobs"].grad is not None
     assert all(leaves[name].grad is None for name in ("advantages", "old_logprobs", "entropy"))
 
 
-def test_a_second_backward_is_refused() -> None:
+def test_a_second_backward_is_refused(kernel: str) -> None:
     case = loss_case(5)
-    loss = clipped_loss(**{**case, "logprobs": case["logprobs"].requires_grad_()}).loss
+    loss = clipped_loss(**{**case, "logprobs": case["logprobs"].requires_grad_()}, backend=kernel).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="backward ran twice"):
         loss.backward()
 
 
-def test_opcheck() -> None:
-    case = loss_case(6)
-    op = torch.ops.gtpo_kernels.clipped_loss.default
-    logprobs, advantages, *rest = case.values()
-    leaf, denominator = logprobs.clone().requires_grad_(), torch.tensor(9.0)
+def test_opcheck(kernel: str) -> None:
+    logprobs, advantages, *rest = loss_case(6).values()
+    op, leaf = torch.ops.gtpo_kernels.clipped_loss, logprobs.clone().requires_grad_()
     # opcheck's upstream gradient has the sign of the loss: both signs, or a kept gradient scaled by 1 would hide
-    for arguments in (
-        (leaf, advantages.abs(), *rest, denominator, 0.2, 0.28, False, True, False, "torch"),
-        (leaf, -advantages.abs(), *rest, denominator, 0.2, 0.28, False, True, False, "torch"),
-        (logprobs, advantages, case["loss_mask"], None, None, None, 0.2, 0.28, True, False, False, "torch"),
-    ):
-        assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+    for signed in (advantages.abs(), -advantages.abs()):
+        assert_opcheck(op, leaf, signed, *rest, torch.tensor(9.0), 0.2, 0.28, False, True, False, kernel)
+    bare = (logprobs, advantages, rest[0], None, None, None)
+    assert_opcheck(op, *bare, 0.2, 0.28, True, False, False, kernel)
 
 
-def test_compiled_whole() -> None:
+def test_compiled_whole(kernel: str) -> None:
     case = loss_case(20, seed=2)
 
     def run(logprobs: Tensor) -> Tensor:
-        loss, metrics = clipped_loss(**{**case, "logprobs": logprobs})
+        loss, metrics = clipped_loss(**{**case, "logprobs": logprobs}, backend=kernel)
         return 3 * loss + metrics.ratio_mean
 
-    results = []
-    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
-        logprobs = case["logprobs"].clone().requires_grad_()
-        value = function(logprobs)
-        results.append([value.detach(), *torch.autograd.grad(value, [logprobs])])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert_compiles(run, case["logprobs"])
 
 
+@cpu_only
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -257,7 +271,6 @@ def test_compiled_whole() -> None:
         ({"backend": "mps"}, "backend must be one of"),
     ],
 )
-@BACKENDS
 def test_bad_arguments_are_named(bad: Case, message: str, backend: str) -> None:
     good = {"logprobs": torch.zeros(3), "advantages": torch.zeros(3), "backend": backend}
     with pytest.raises(ValueError, match=message):

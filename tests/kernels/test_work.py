@@ -1,4 +1,4 @@
-"""The work of the `torch` backend: its matrix products in units of NVD, and the largest tensor that it makes."""
+"""The work of the chunked ops: their matrix products in units of NVD, and the largest tensor that they make."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gtpo_kernels.gtpo_loss import kernel_torch as loss_kernel
-from gtpo_kernels.gtpo_loss.reference import LossInputs
+from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
 from gtpo_kernels.token_logprobs import kernel_torch as token_kernel
 
 N, V, D, CHUNK = 60, 101, 13, 8
@@ -48,7 +48,7 @@ def inputs(all_metrics: bool) -> LossInputs:
     row = torch.arange(N)
     advantages = torch.where(row < ACTIVE, 1.0, 0.0)
     advantages[50:] = 1.0
-    return LossInputs(row % V, advantages, row < 50, None, 1.0, None, None, 0.2, 0.28, all_metrics)
+    return LossInputs(row % V, advantages, row < 50, None, 1.0, None, 0.0, None, 0.2, 0.28, all_metrics)
 
 
 @pytest.mark.parametrize(
@@ -66,15 +66,34 @@ def test_the_fused_loss_projects_active_rows_once(
 ) -> None:
     hidden, weight, bias = torch.randn(N, D), torch.randn(V, D), torch.zeros(V)
     products, largest = work(
-        lambda: loss_kernel.linear_gtpo_loss(hidden, weight, bias, inputs(all_metrics), CHUNK, needs)
+        lambda: loss_kernel.linear_gtpo_loss(
+            hidden, weight, bias, inputs(all_metrics), CHUNK, needs, GradientFilter(False, 0.0)
+        )
     )
     assert products == pytest.approx(expected)
     assert largest <= max(N * D, V * D, CHUNK * V) < ACTIVE * V
 
 
+def test_clipped_rows_cost_one_product_where_they_are_skipped() -> None:
+    hidden, weight = torch.zeros(N, D), torch.randn(V, D)
+    rows = inputs(all_metrics=False)
+    # all logprobs are -log V, so these old ones clip 15 of the ACTIVE rows
+    ratio = torch.where(torch.arange(N) < 15, 2.0, 1.0)
+    rows = rows._replace(old_logprobs=-torch.full((N,), float(V)).log() - ratio.log())
+
+    def run(skip_clipped: bool) -> Callable[[], Any]:
+        everything = (CHUNK, (True, True, False), GradientFilter(skip_clipped, 0.0))
+        return lambda: loss_kernel.linear_gtpo_loss(hidden, weight, None, rows, *everything)
+
+    assert work(run(False))[0] == pytest.approx(6)
+    products, largest = work(run(True))
+    assert products == pytest.approx(6 - 4 * 15 / ACTIVE)
+    assert largest <= max(N * D, V * D, CHUNK * V)
+
+
 def test_the_per_token_op_projects_again_only_what_a_gradient_reaches() -> None:
     hidden, weight, targets = torch.randn(N, D), torch.randn(V, D), torch.arange(N) % V
-    rest = (targets, 1.0, None, CHUNK)
+    rest = (targets, 1.0, None, 0.0, CHUNK)
     statistics = token_kernel.linear_token_logprobs(hidden, weight, None, *rest)
     forward, largest_forward = work(lambda: token_kernel.linear_token_logprobs(hidden, weight, None, *rest))
     upstream = torch.where(torch.arange(N) < ACTIVE, 1.0, 0.0)

@@ -1,0 +1,70 @@
+"""The `cuda` backend of the fused losses: a compiled sweep turns logits into their gradient, in place where asked to.
+
+A launch skips the rows without loss by itself, so the losses from logits wait for nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from gtpo_kernels import _cuda
+from gtpo_kernels.checks import accumulator_dtype
+from gtpo_kernels.cuda_launch import address, launch, packed
+from gtpo_kernels.gtpo_loss.kernel_torch import LossPass, chunked_linear_loss
+from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
+from gtpo_kernels.token_logprobs.kernel_cuda import Operands
+from gtpo_kernels.token_logprobs.kernel_torch import Head
+
+
+def gtpo_loss(logits: Tensor, inputs: LossInputs, need_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [], metrics [11], d_logits [N, V] in the logits' dtype, or [0] where not needed)."""
+    d_logits = logits.new_empty(logits.shape if need_logits else (0,))
+    state = LossPass(inputs, accumulator_dtype(logits.dtype))
+    _sweep(logits, None, state, d_logits if need_logits else None)
+    return *state.finish(), d_logits
+
+
+def gtpo_loss_(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """(loss [], metrics [11]); logits [N, V], contiguous, become d_logits."""
+    state = LossPass(inputs, accumulator_dtype(logits.dtype))
+    _sweep(logits, None, state, logits)
+    return state.finish()
+
+
+def linear_gtpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: LossInputs,
+    chunk_rows: int | None,
+    needs: tuple[bool, bool, bool],
+    gradient_filter: GradientFilter,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], metrics [11], d_hidden [N, D], d_weight [V, D], d_bias [V]), in the accumulator dtype."""
+    return chunked_linear_loss(Head(hidden, weight, bias, chunk_rows), inputs, needs, gradient_filter, sweep_)
+
+
+def sweep_(logits: Tensor, rows: Tensor, state: LossPass, gradient: bool) -> None:
+    """The `Sweep` of this backend."""
+    _sweep(logits, rows, state, logits if gradient else None)
+
+
+def _sweep(logits: Tensor, rows: Tensor | None, state: LossPass, d_logits: Tensor | None) -> None:
+    inputs, dtype = state.inputs, state.dtype
+    operands = Operands(logits, rows, inputs.targets, state.scale)
+    mask = packed(inputs.loss_mask, torch.bool)
+    advantages, old_logprobs = packed(inputs.advantages, dtype), packed(inputs.old_logprobs, dtype)
+    launch(
+        _cuda.gtpo_loss,
+        logits.device,
+        operands.compiled(),
+        d_logits=address(d_logits),
+        loss_mask=address(mask),
+        advantages=address(advantages),
+        old_logprobs=address(old_logprobs),
+        denominator=address(state.denominator),
+        clip_low=inputs.clip_low,
+        clip_high=inputs.clip_high,
+        all_metrics=inputs.all_metrics,
+        logprobs=address(state.logprobs),
+        entropy=address(state.entropy),
+    )

@@ -1,0 +1,224 @@
+"""The `triton` backend of the fused losses: one sweep turns a row of logits into its gradient.
+
+A row that fits one block is read once and written once; a longer one is read twice.  Where there are few long rows, they
+are split over programs: statistics, then the slopes, then the gradient.  From hidden states the sweep runs between
+the library's matrix products, which it leaves in place for.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gtpo_kernels.checks import accumulator_dtype
+from gtpo_kernels.clipped_loss.kernel_torch import loss_slope as loss_slope_of
+from gtpo_kernels.clipped_loss.reference import counted_tokens
+from gtpo_kernels.gtpo_loss.kernel_torch import LossPass, chunked_linear_loss
+from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
+from gtpo_kernels.token_logprobs.kernel_torch import Head, empty_statistics
+from gtpo_kernels.token_logprobs.kernel_triton import (
+    adjacent_columns,
+    row_plan,
+    sweep_gradient,
+    sweep_statistics,
+)
+from gtpo_kernels.triton_math import (
+    LAUNCH,
+    below_max,
+    d_logits_block,
+    device_of,
+    load_row_block,
+    log_sum_and_entropy,
+    loss_slope,
+    rounded,
+    row_scale,
+    row_statistics,
+    squash,
+    streamed_statistics,
+)
+
+
+@triton.jit(do_not_specialize=["stride_units", "d_stride_units", "vocab_units"])
+def sweep_kernel(
+    logits_ptr,
+    d_logits_ptr,
+    rows_ptr,
+    targets_ptr,
+    advantages_ptr,
+    loss_mask_ptr,
+    old_logprobs_ptr,
+    temperature: "fp64",
+    row_temperature_ptr,
+    softcap: "fp64",
+    denominator_ptr,
+    clip_low: "fp64",
+    clip_high: "fp64",
+    logprobs_ptr,
+    entropy_ptr,
+    stride_units,
+    d_stride_units,
+    vocab_units,
+    UNIT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ALL_METRICS: tl.constexpr,
+):
+    """Program i: row i of the logits.  d_logits_ptr: may be logits_ptr; None where no gradient is needed."""
+    ACC: tl.constexpr = logprobs_ptr.dtype.element_ty
+    HAS_GRADIENT: tl.constexpr = d_logits_ptr is not None
+    vocab = vocab_units * UNIT
+    lanes = tl.arange(0, BLOCK_V)
+    i = tl.program_id(0).to(tl.int64)
+    row = i
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + i)
+    in_mask = tl.load(loss_mask_ptr + row) != 0
+    advantage = tl.load(advantages_ptr + row).to(ACC)
+    active = in_mask & (advantage != 0.0)
+    counted = active
+    if ALL_METRICS:
+        counted = in_mask
+    if HAS_GRADIENT:
+        d_row_ptr = d_logits_ptr + i * d_stride_units.to(tl.int64) * UNIT
+    if counted:
+        row_ptr = logits_ptr + i * stride_units.to(tl.int64) * UNIT
+        inverse_temperature, scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP, ACC)
+        target = tl.load(targets_ptr + row)
+        y_target = squash(tl.load(row_ptr + target).to(ACC), softcap, HAS_SOFTCAP)
+        if ONE_BLOCK:
+            y = load_row_block(row_ptr, lanes, vocab, softcap, HAS_SOFTCAP, ACC)
+            y_max, total, moment = row_statistics(y, scale)
+        else:
+            y_max, total, moment = streamed_statistics(row_ptr, 0, vocab, softcap, scale, HAS_SOFTCAP, ACC, BLOCK_V)
+        log_sum, entropy = log_sum_and_entropy(total, moment)
+        logprob = below_max(y_target, y_max, scale) - log_sum
+        tl.store(logprobs_ptr + row, logprob)
+        tl.store(entropy_ptr + row, entropy)
+        if HAS_GRADIENT and active:
+            old_logprob = logprob
+            if old_logprobs_ptr is not None:
+                old_logprob = tl.load(old_logprobs_ptr + row).to(ACC)
+            slope = loss_slope(logprob, old_logprob, advantage, tl.load(denominator_ptr), clip_low, clip_high)
+            if ONE_BLOCK:
+                below = below_max(y, y_max, scale)
+                d_logits = d_logits_block(
+                    y, below, log_sum, lanes == target, inverse_temperature, slope, 0.0, 0.0, HAS_SOFTCAP, False
+                )
+                tl.store(d_row_ptr + lanes, rounded(d_logits, d_logits_ptr.dtype.element_ty), mask=lanes < vocab)
+            else:
+                # backwards: the end of the row was read last, and may still be in the cache
+                blocks = tl.cdiv(vocab, BLOCK_V)
+                for block in range(blocks):
+                    columns = (blocks - 1 - block) * BLOCK_V + lanes
+                    y = load_row_block(row_ptr, columns, vocab, softcap, HAS_SOFTCAP, ACC)
+                    below = below_max(y, y_max, scale)
+                    d_logits = d_logits_block(
+                        y, below, log_sum, columns == target, inverse_temperature, slope, 0.0, 0.0, HAS_SOFTCAP, False
+                    )
+                    stored = rounded(d_logits, d_logits_ptr.dtype.element_ty)
+                    tl.store(d_row_ptr + columns, stored, mask=columns < vocab)
+    if HAS_GRADIENT and not active:
+        zeros = tl.zeros((BLOCK_V,), d_logits_ptr.dtype.element_ty)
+        for start in range(0, vocab, BLOCK_V):
+            tl.store(d_row_ptr + start + lanes, zeros, mask=start + lanes < vocab)
+
+
+def sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, state: LossPass) -> None:
+    """Write d_logits, which may be the logits [n, V] themselves, and what the state keeps of rows [n], by default all."""
+    num_rows, vocab = logits.shape
+    plan = row_plan(num_rows, vocab, logits, d_logits)
+    if plan.splits > 1:
+        split_sweep(logits, d_logits, rows, state)
+        return
+    i, scale = state.inputs, state.scale
+    with device_of(logits):
+        sweep_kernel[(num_rows,)](
+            logits,
+            d_logits,
+            rows,
+            i.targets,
+            i.advantages,
+            i.loss_mask,
+            i.old_logprobs,
+            scale.temperature,
+            scale.row_temperature,
+            scale.softcap,
+            state.denominator,
+            i.clip_low,
+            i.clip_high,
+            state.logprobs,
+            state.entropy,
+            logits.stride(0) // plan.unit,
+            0 if d_logits is None else d_logits.stride(0) // plan.unit,
+            vocab // plan.unit,
+            UNIT=plan.unit,
+            BLOCK_V=plan.block,
+            ONE_BLOCK=plan.one_block,
+            HAS_SOFTCAP=scale.softcap != 0.0,
+            ALL_METRICS=i.all_metrics,
+            num_warps=plan.num_warps,
+            **LAUNCH,
+        )
+
+
+def split_sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, state: LossPass) -> None:
+    """`sweep` of a few long rows, each split over programs."""
+    i = state.inputs
+    statistics = empty_statistics(state.logprobs)._replace(logprobs=state.logprobs, entropy=state.entropy)
+    counted = counted_tokens(i.advantages, i.loss_mask, i.all_metrics)
+    sweep_statistics(logits, rows, counted, i.targets, state.scale, statistics)
+    if d_logits is None:
+        return
+    silent = ~(i.loss_mask & (i.advantages != 0))
+    slope = loss_slope_of(
+        state.logprobs,
+        i.advantages.to(state.dtype).masked_fill(silent, 0.0),
+        None if i.old_logprobs is None else i.old_logprobs.to(state.dtype),
+        state.denominator,
+        i.clip_low,
+        i.clip_high,
+    )
+    # a slope of 0 writes zeros, whatever the row holds
+    slope.masked_fill_(silent, 0.0)
+    sweep_gradient(logits, d_logits, rows, i.targets, state.scale, slope, None, statistics)
+
+
+def contiguous_inputs(inputs: LossInputs) -> LossInputs:
+    """The inputs as kernels index them, by row alone."""
+    return LossInputs(*(x.contiguous() if isinstance(x, Tensor) else x for x in inputs))
+
+
+def gtpo_loss(logits: Tensor, inputs: LossInputs, need_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [], metrics [11], d_logits [N, V] in the logits' dtype, or [0] where not needed)."""
+    d_logits = logits.new_empty(logits.shape if need_logits else (0,))
+    state = LossPass(contiguous_inputs(inputs), accumulator_dtype(logits.dtype))
+    sweep(adjacent_columns(logits), d_logits if need_logits else None, None, state)
+    return *state.finish(), d_logits
+
+
+def gtpo_loss_(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """(loss [], metrics [11]); logits [N, V], contiguous, become d_logits."""
+    state = LossPass(contiguous_inputs(inputs), accumulator_dtype(logits.dtype))
+    sweep(logits, logits, None, state)
+    return state.finish()
+
+
+def linear_gtpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: LossInputs,
+    chunk_rows: int | None,
+    needs: tuple[bool, bool, bool],
+    gradient_filter: GradientFilter,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], metrics [11], d_hidden [N, D], d_weight [V, D], d_bias [V]).
+
+    Gradients are in the accumulator dtype, [0] where not needed.
+    """
+
+    def sweep_(logits: Tensor, rows: Tensor, state: LossPass, gradient: bool) -> None:
+        sweep(logits, logits if gradient else None, rows, state)
+
+    return chunked_linear_loss(Head(hidden, weight, bias, chunk_rows), contiguous_inputs(inputs), needs, gradient_filter, sweep_)

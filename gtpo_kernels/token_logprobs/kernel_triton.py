@@ -1,0 +1,595 @@
+"""The `triton` backend of the per-token ops, for NVIDIA and AMD GPUs, and the plan by which kernels cut a row of logits.
+
+Statistics: a row that fits one block is read once; a longer one is streamed, and where there are few of those, split
+over programs whose parts a second kernel merges in order.  From hidden states the forward pass is one tile kernel that
+never writes a logit; the backward pass projects chunks with the library's matrix products.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gtpo_kernels.checks import accumulator_dtype
+from gtpo_kernels.token_logprobs.kernel_torch import (
+    Head,
+    LogitScale,
+    chunked_gradients,
+    chunked_statistics,
+    empty_statistics,
+    rows_with_gradient,
+)
+from gtpo_kernels.token_logprobs.reference import RowStatistics
+from gtpo_kernels.triton_math import (
+    INF,
+    INTERPRETED,
+    LAUNCH,
+    LOG_ZERO,
+    below_max,
+    d_logits_block,
+    device_of,
+    load_row_block,
+    log_sum_and_entropy,
+    rounded,
+    row_scale,
+    row_statistics,
+    shift_statistics,
+    squash,
+    streamed_statistics,
+)
+
+VECTOR_BYTES = 16
+# Longest row that is one block, its elements in registers: 32 a thread, half as many where they take two each.
+MAX_BLOCK = {torch.float32: 32768, torch.float64: 8192}
+STREAM_BLOCK = 4096
+# Fewer rows than this leave multiprocessors idle, so long ones are split, into about as many programs in all.
+FEW_ROWS = 256
+SPLIT_PROGRAMS = 1024
+MERGE_ROWS = 32
+
+
+class RowPlan(NamedTuple):
+    """How the rows of a [n, V] matrix are cut.
+
+    unit: a factor of V and of the row strides that makes 16 bytes, so that loads are as wide; 1 where there is none.
+    block: elements of one step.  one_block: a row is one step.  splits: programs a row.
+    """
+
+    unit: int
+    block: int
+    one_block: bool
+    splits: int
+    num_warps: int
+
+
+def row_plan(num_rows: int, vocab: int, logits: Tensor, d_logits: Tensor | None = None) -> RowPlan:
+    """The plan, by sizes, dtype and alignment alone.  logits, d_logits: [n, V] with adjacent columns."""
+    unit = VECTOR_BYTES // logits.element_size()
+    matrices = [logits] if d_logits is None else [logits, d_logits]
+    aligned = all(x.stride(0) % unit == 0 and x.data_ptr() % VECTOR_BYTES == 0 for x in matrices)
+    unit = unit if aligned and vocab % unit == 0 else 1
+    whole = triton.next_power_of_2(vocab)
+    if whole <= MAX_BLOCK[accumulator_dtype(logits.dtype)]:
+        return RowPlan(unit, whole, True, 1, warps(whole))
+    blocks = triton.cdiv(vocab, STREAM_BLOCK)
+    splits = 1 if num_rows >= FEW_ROWS else min(blocks, triton.cdiv(SPLIT_PROGRAMS, max(num_rows, 1)))
+    # rounding up the blocks of a split can leave the last ones without any
+    splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))
+    return RowPlan(unit, STREAM_BLOCK, False, splits, warps(STREAM_BLOCK))
+
+
+def warps(block: int) -> int:
+    """Warps of a program that works on `block` elements at once: 16 elements a thread, 32 in the largest."""
+    lanes = 64 if torch.version.hip else 32
+    return max(1, min(block // (16 * lanes), 1024 // lanes))
+
+
+@triton.jit
+def store_statistics(
+    logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr, row, mask, y_target, y_max, total, moment, scale
+):
+    log_sum, entropy = log_sum_and_entropy(total, moment)
+    tl.store(logprobs_ptr + row, below_max(y_target, y_max, scale) - log_sum, mask=mask)
+    tl.store(entropy_ptr + row, entropy, mask=mask)
+    tl.store(row_max_ptr + row, y_max * scale, mask=mask)
+    tl.store(log_sum_ptr + row, log_sum, mask=mask)
+
+
+@triton.jit(do_not_specialize=["stride_units", "vocab_units", "splits"])
+def statistics_kernel(
+    logits_ptr,
+    rows_ptr,
+    counted_ptr,
+    targets_ptr,
+    temperature: "fp64",
+    row_temperature_ptr,
+    softcap: "fp64",
+    parts_ptr,
+    y_target_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    stride_units,
+    vocab_units,
+    splits,
+    UNIT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Program (i, s): the statistics of part s of row i of the logits; if SPLIT, to be merged."""
+    ACC: tl.constexpr = logprobs_ptr.dtype.element_ty
+    program = tl.program_id(0).to(tl.int64)
+    i = program // splits
+    part = (program % splits).to(tl.int32)
+    row = i
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + i)
+    if counted_ptr is not None:
+        if tl.load(counted_ptr + row) == 0:
+            return
+    vocab = vocab_units * UNIT
+    row_ptr = logits_ptr + i * stride_units.to(tl.int64) * UNIT
+    _, scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP, ACC)
+    y_target = squash(tl.load(row_ptr + tl.load(targets_ptr + row)).to(ACC), softcap, HAS_SOFTCAP)
+    if ONE_BLOCK:
+        y = load_row_block(row_ptr, tl.arange(0, BLOCK_V), vocab, softcap, HAS_SOFTCAP, ACC)
+        y_max, total, moment = row_statistics(y, scale)
+    else:
+        length = tl.cdiv(tl.cdiv(vocab, BLOCK_V), splits) * BLOCK_V
+        first = part * length
+        end = tl.minimum(first + length, vocab)
+        y_max, total, moment = streamed_statistics(row_ptr, first, end, softcap, scale, HAS_SOFTCAP, ACC, BLOCK_V)
+    if SPLIT:
+        part_ptr = parts_ptr + program * 3
+        tl.store(part_ptr, y_max)
+        tl.store(part_ptr + 1, total)
+        tl.store(part_ptr + 2, moment)
+        tl.store(y_target_ptr + row, y_target, mask=part == 0)
+    else:
+        store_statistics(
+            logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr, row, True, y_target, y_max, total, moment, scale
+        )
+
+
+@triton.jit(do_not_specialize=["num_rows", "splits"])
+def merge_kernel(
+    rows_ptr,
+    counted_ptr,
+    temperature: "fp64",
+    row_temperature_ptr,
+    softcap: "fp64",
+    parts_ptr,
+    y_target_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    num_rows,
+    splits,
+    BLOCK_N: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """The parts of BLOCK_N rows, [n, splits, 3], merged in order."""
+    ACC: tl.constexpr = logprobs_ptr.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = i < num_rows
+    row = i
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + i, mask=mask, other=0)
+    if counted_ptr is not None:
+        mask = mask & (tl.load(counted_ptr + row, mask=mask, other=0) != 0)
+    row = tl.where(mask, row, 0)
+    _, scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP, ACC)
+    y_max = tl.full((BLOCK_N,), -INF, ACC)
+    total = tl.zeros((BLOCK_N,), ACC)
+    moment = tl.zeros((BLOCK_N,), ACC)
+    for part in range(splits):
+        part_ptr = parts_ptr + (i * splits + part) * 3
+        part_max = tl.load(part_ptr, mask=mask, other=0.0)
+        part_total = tl.load(part_ptr + 1, mask=mask, other=0.0)
+        part_moment = tl.load(part_ptr + 2, mask=mask, other=0.0)
+        new_max = tl.maximum(y_max, part_max)
+        total, moment = shift_statistics(total, moment, y_max, new_max, scale)
+        part_total, part_moment = shift_statistics(part_total, part_moment, part_max, new_max, scale)
+        total += part_total
+        moment += part_moment
+        y_max = new_max
+    y_target = tl.load(y_target_ptr + row, mask=mask, other=0.0)
+    store_statistics(
+        logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr, row, mask, y_target, y_max, total, moment, scale
+    )
+
+
+@triton.jit(do_not_specialize=["stride_units", "d_stride_units", "vocab_units"])
+def gradient_kernel(
+    logits_ptr,
+    d_logits_ptr,
+    rows_ptr,
+    targets_ptr,
+    temperature: "fp64",
+    row_temperature_ptr,
+    softcap: "fp64",
+    d_logprobs_ptr,
+    d_entropy_ptr,
+    logprobs_ptr,
+    entropy_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    stride_units,
+    d_stride_units,
+    vocab_units,
+    UNIT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Program (i, b): block b of row i of d_logits, which may be the logits themselves; 0 where nothing flows back."""
+    ACC: tl.constexpr = logprobs_ptr.dtype.element_ty
+    HAS_ENTROPY: tl.constexpr = d_entropy_ptr is not None
+    vocab = vocab_units * UNIT
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(vocab, BLOCK_V)
+    i = program // blocks
+    columns = (program % blocks).to(tl.int32) * BLOCK_V + tl.arange(0, BLOCK_V)
+    row = i
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + i)
+    d_row_ptr = d_logits_ptr + i * d_stride_units.to(tl.int64) * UNIT
+    d_logprob = tl.load(d_logprobs_ptr + row).to(ACC)
+    flows = d_logprob != 0.0
+    d_entropy = tl.full((), 0.0, ACC)
+    if HAS_ENTROPY:
+        d_entropy = tl.load(d_entropy_ptr + row).to(ACC)
+        flows = flows | (d_entropy != 0.0)
+    if flows:
+        inverse_temperature, scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP, ACC)
+        row_ptr = logits_ptr + i * stride_units.to(tl.int64) * UNIT
+        y = load_row_block(row_ptr, columns, vocab, softcap, HAS_SOFTCAP, ACC)
+        d_logprob = tl.where(tl.load(logprobs_ptr + row) == -INF, 0.0, d_logprob)
+        # row_max is the same product for the largest y, and here too it is rounded before the difference is taken
+        d_logits = d_logits_block(
+            y,
+            below_max(y * scale, tl.load(row_max_ptr + row), 1.0),
+            tl.load(log_sum_ptr + row),
+            columns == tl.load(targets_ptr + row),
+            inverse_temperature,
+            d_logprob,
+            d_entropy,
+            tl.load(entropy_ptr + row),
+            HAS_SOFTCAP,
+            HAS_ENTROPY,
+        )
+        tl.store(d_row_ptr + columns, rounded(d_logits, d_logits_ptr.dtype.element_ty), mask=columns < vocab)
+    else:
+        zeros = tl.zeros((BLOCK_V,), d_logits_ptr.dtype.element_ty)
+        tl.store(d_row_ptr + columns, zeros, mask=columns < vocab)
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocab", "width_units", "splits"])
+def tile_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    targets_ptr,
+    temperature: "fp64",
+    row_temperature_ptr,
+    softcap: "fp64",
+    parts_ptr,
+    y_target_ptr,
+    num_rows,
+    vocab,
+    width_units,
+    splits,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Program (s, b): the statistics of BLOCK_N rows over part s of the vocabulary, to be merged; no logit is written."""
+    width = width_units * UNIT
+    row_blocks = tl.cdiv(num_rows, BLOCK_N)
+    # neighbours share the rows of the weight
+    part = tl.program_id(0) // row_blocks
+    rows = (tl.program_id(0) % row_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < num_rows
+    rows = tl.where(in_rows, rows, 0)
+    targets = tl.load(targets_ptr + rows)
+    _, scale = row_scale(temperature, row_temperature_ptr, rows, softcap, HAS_SOFTCAP, tl.float32)
+    scale = tl.zeros((BLOCK_N,), tl.float32) + scale
+    length = tl.cdiv(tl.cdiv(vocab, BLOCK_V), splits) * BLOCK_V
+    first = part * length
+    end = tl.minimum(first + length, vocab)
+    y_max = tl.full((BLOCK_N,), -INF, tl.float32)
+    y_target = tl.zeros((BLOCK_N,), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    moment = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(first, end, BLOCK_V):
+        columns = (start + tl.arange(0, BLOCK_V)).to(tl.int64)
+        in_vocab = columns < vocab
+        logits = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        for depth in range(0, width, BLOCK_D):
+            lanes = depth + tl.arange(0, BLOCK_D)
+            in_width = lanes[None, :] < width
+            hidden = tl.load(hidden_ptr + rows[:, None] * width + lanes[None, :], mask=in_width, other=0.0)
+            weight_ptrs = weight_ptr + columns[:, None] * width + lanes[None, :]
+            weight = tl.load(weight_ptrs, mask=in_vocab[:, None] & in_width, other=0.0)
+            if UPCAST:
+                hidden, weight = hidden.to(tl.float32), weight.to(tl.float32)
+            logits = tl.dot(hidden, tl.trans(weight), logits, input_precision="ieee")
+        if bias_ptr is not None:
+            logits += tl.load(bias_ptr + columns, mask=in_vocab, other=0.0).to(tl.float32)[None, :]
+        y = tl.where(in_vocab[None, :], squash(logits, softcap, HAS_SOFTCAP), -INF)
+        is_target = columns[None, :] == targets[:, None]
+        y_target += tl.sum(tl.where(is_target, y, 0.0), 1)
+        new_max = tl.maximum(y_max, tl.max(y, 1))
+        total, moment = shift_statistics(total, moment, y_max, new_max, scale)
+        below = below_max(y, new_max[:, None], scale[:, None])
+        weights = tl.exp(below)
+        total += tl.sum(weights, 1)
+        moment += tl.sum(weights * tl.maximum(below, LOG_ZERO), 1)
+        y_max = new_max
+    part_ptrs = parts_ptr + (rows * splits + part) * 3
+    tl.store(part_ptrs, y_max, mask=in_rows)
+    tl.store(part_ptrs + 1, total, mask=in_rows)
+    tl.store(part_ptrs + 2, moment, mask=in_rows)
+    tl.store(y_target_ptr + rows, y_target, mask=in_rows & (targets >= first) & (targets < end))
+
+
+def adjacent_columns(logits: Tensor) -> Tensor:
+    """The logits [n, V], or a copy of them where neighbours in a row are not neighbours in memory."""
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def sweep_statistics(
+    logits: Tensor,
+    rows: Tensor | None,
+    counted: Tensor | None,
+    targets: Tensor,
+    scale: LogitScale,
+    statistics: RowStatistics,
+) -> None:
+    """Write the statistics of rows [n], by default all, whose logits [n, V] are given; only of those that counted [N] has."""
+    num_rows, vocab = logits.shape
+    plan = row_plan(num_rows, vocab, logits)
+    parts = y_target = None
+    if plan.splits > 1:
+        parts = statistics.logprobs.new_empty(num_rows * plan.splits * 3)
+        y_target = torch.empty_like(statistics.logprobs)
+    with device_of(logits):
+        statistics_kernel[(num_rows * plan.splits,)](
+            logits,
+            rows,
+            counted,
+            targets,
+            scale.temperature,
+            scale.row_temperature,
+            scale.softcap,
+            parts,
+            y_target,
+            *statistics,
+            logits.stride(0) // plan.unit,
+            vocab // plan.unit,
+            plan.splits,
+            UNIT=plan.unit,
+            BLOCK_V=plan.block,
+            ONE_BLOCK=plan.one_block,
+            SPLIT=plan.splits > 1,
+            HAS_SOFTCAP=scale.softcap != 0.0,
+            num_warps=plan.num_warps,
+            **LAUNCH,
+        )
+    if parts is not None and y_target is not None:
+        merge_parts(parts, y_target, num_rows, plan.splits, rows, counted, scale, statistics)
+
+
+def merge_parts(
+    parts: Tensor,
+    y_target: Tensor,
+    num_rows: int,
+    splits: int,
+    rows: Tensor | None,
+    counted: Tensor | None,
+    scale: LogitScale,
+    statistics: RowStatistics,
+) -> None:
+    """Write the statistics of the rows whose parts [n, splits, 3] are given."""
+    with device_of(parts):
+        merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
+            rows,
+            counted,
+            scale.temperature,
+            scale.row_temperature,
+            scale.softcap,
+            parts,
+            y_target,
+            *statistics,
+            num_rows,
+            splits,
+            BLOCK_N=MERGE_ROWS,
+            HAS_SOFTCAP=scale.softcap != 0.0,
+            num_warps=1,
+            **LAUNCH,
+        )
+
+
+def sweep_gradient(
+    logits: Tensor,
+    d_logits: Tensor,
+    rows: Tensor | None,
+    targets: Tensor,
+    scale: LogitScale,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: RowStatistics,
+) -> None:
+    """Write d_logits [n, V], which may be the logits themselves, of rows [n], by default all."""
+    num_rows, vocab = logits.shape
+    plan = row_plan(num_rows, vocab, logits, d_logits)
+    block = min(plan.block, STREAM_BLOCK)
+    with device_of(logits):
+        gradient_kernel[(num_rows * triton.cdiv(vocab, block),)](
+            logits,
+            d_logits,
+            rows,
+            targets,
+            scale.temperature,
+            scale.row_temperature,
+            scale.softcap,
+            grad_logprobs,
+            grad_entropy,
+            *statistics,
+            logits.stride(0) // plan.unit,
+            d_logits.stride(0) // plan.unit,
+            vocab // plan.unit,
+            UNIT=plan.unit,
+            BLOCK_V=block,
+            HAS_SOFTCAP=scale.softcap != 0.0,
+            num_warps=warps(block),
+            **LAUNCH,
+        )
+
+
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float, row_temperature: Tensor | None, softcap: float
+) -> RowStatistics:
+    """Statistics of every row of logits [N, V]."""
+    statistics = empty_statistics(logits)
+    scale = LogitScale(temperature, contiguous(row_temperature), softcap)
+    sweep_statistics(adjacent_columns(logits), None, None, targets.contiguous(), scale, statistics)
+    return statistics
+
+
+def token_logprobs_backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    softcap: float,
+    statistics: RowStatistics,
+) -> Tensor:
+    """d_logits [N, V] in the logits' dtype."""
+    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    scale = LogitScale(temperature, contiguous(row_temperature), softcap)
+    upstream = grad_logprobs.contiguous(), contiguous(grad_entropy)
+    sweep_gradient(adjacent_columns(logits), d_logits, None, targets.contiguous(), scale, *upstream, statistics)
+    return d_logits
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    softcap: float,
+    chunk_rows: int | None,
+) -> RowStatistics:
+    """Statistics of every row of hidden @ weight.T + bias."""
+    targets = targets.contiguous()
+    scale = LogitScale(temperature, contiguous(row_temperature), softcap)
+    if hidden.dtype == torch.float64:
+        return chunked_statistics(
+            Head(hidden, weight, bias, chunk_rows),
+            lambda logits, rows, statistics: sweep_statistics(logits, rows, None, targets, scale, statistics),
+        )
+    statistics = empty_statistics(hidden)
+    num_rows, width = hidden.shape
+    vocab = weight.shape[0]
+    hidden, weight, bias = hidden.contiguous(), weight.contiguous(), contiguous(bias)
+    tile = tile_plan(hidden, weight)
+    row_blocks, vocab_blocks = triton.cdiv(num_rows, tile.rows), triton.cdiv(vocab, tile.vocab)
+    splits = min(vocab_blocks, triton.cdiv(SPLIT_PROGRAMS, max(row_blocks, 1)))
+    splits = triton.cdiv(vocab_blocks, triton.cdiv(vocab_blocks, splits))
+    parts = statistics.logprobs.new_empty(num_rows * splits * 3)
+    y_target = torch.empty_like(statistics.logprobs)
+    with device_of(hidden):
+        tile_kernel[(row_blocks * splits,)](
+            hidden,
+            weight,
+            bias,
+            targets,
+            scale.temperature,
+            scale.row_temperature,
+            scale.softcap,
+            parts,
+            y_target,
+            num_rows,
+            vocab,
+            width // tile.unit,
+            splits,
+            UNIT=tile.unit,
+            BLOCK_N=tile.rows,
+            BLOCK_V=tile.vocab,
+            BLOCK_D=tile.width,
+            HAS_SOFTCAP=softcap != 0.0,
+            UPCAST=INTERPRETED.value,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            **LAUNCH,
+        )
+    merge_parts(parts, y_target, num_rows, splits, None, None, scale, statistics)
+    return statistics
+
+
+def linear_token_logprobs_backward(
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    row_temperature: Tensor | None,
+    softcap: float,
+    chunk_rows: int | None,
+    _: RowStatistics,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_hidden [N, D], d_weight [V, D], d_bias [V]), [0] where not needed; the logits are projected anew."""
+    targets = targets.contiguous()
+    scale = LogitScale(temperature, contiguous(row_temperature), softcap)
+    upstream = grad_logprobs.contiguous(), contiguous(grad_entropy)
+
+    # Not the statistics of the forward pass: its logits were added up in another order, and p would not sum to 1.
+    statistics = empty_statistics(hidden)
+
+    def sweep_(logits: Tensor, rows: Tensor) -> None:
+        sweep_statistics(logits, rows, None, targets, scale, statistics)
+        sweep_gradient(logits, logits, rows, targets, scale, *upstream, statistics)
+
+    active = rows_with_gradient(grad_logprobs, grad_entropy)
+    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), active, needs, sweep_)
+
+
+class TilePlan(NamedTuple):
+    """The tile of `linear_token_logprobs`: rows, vocabulary, width; unit: a factor of the width that makes 16 bytes."""
+
+    unit: int
+    rows: int
+    vocab: int
+    width: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_plan(hidden: Tensor, weight: Tensor) -> TilePlan:
+    """By dtype and alignment alone.  float32 products are of full precision, so without tensor cores."""
+    unit = VECTOR_BYTES // hidden.element_size()
+    aligned = all(x.data_ptr() % VECTOR_BYTES == 0 for x in (hidden, weight)) and hidden.shape[1] % unit == 0
+    unit = unit if aligned else 1
+    stages = 2 if torch.version.hip else 3
+    return TilePlan(unit, 64, 64, 32, 4, stages) if hidden.dtype == torch.float32 else TilePlan(unit, 128, 128, 64, 8, stages)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """A vector that kernels index by row alone."""
+    return None if tensor is None else tensor.contiguous()

@@ -1,0 +1,80 @@
+"""The `cuda` backend without a GPU: csrc/*.cu compiled for the host, on CPU tensors.
+
+csrc/emulation stands in for the CUDA runtime and the device; the kernels, their launchers, the bindings and
+`kernel_cuda.py` are the real ones.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pybind11
+import pytest
+import torch
+
+import gtpo_kernels
+from gtpo_kernels.backend import BACKENDS
+
+CSRC = Path(__file__).parents[2] / "csrc"
+
+
+def compile_for_host(csrc: Path, main: Path, output: Path, *flags: str) -> None:
+    """Compile `main` with the kernels of `csrc`; warnings are errors."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++: the emulation uses its _Float16 and its thread sanitizer")
+    sources = [str(path) for path in (main, *sorted(csrc.glob("*.cu")))]
+    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{csrc}", *flags]
+    command = [compiler, *options, "-x", "c++", *sources, "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@functools.cache
+def emulated_module() -> ModuleType:
+    """gtpo_kernels._cuda, built for the host; once a session, in seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "_cuda.so"
+        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        compile_for_host(CSRC, CSRC / "bindings_cuda.cpp", library, "-O2", "-shared", "-fPIC", *includes)
+        spec = importlib.util.spec_from_file_location("_cuda", library)
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def emulated_cuda() -> Iterator[None]:
+    """Within it backend="cuda" takes CPU tensors."""
+
+    def launch(function: Callable[..., None], device: torch.device, *args: Any, **kwargs: Any) -> None:
+        assert device.type == "cpu"
+        function(*args, **kwargs, stream=0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        everywhere = dataclasses.replace(BACKENDS["cuda"], why_unavailable=lambda device: None)
+        patch.setitem(BACKENDS, "cuda", everywhere)
+        patch.setattr(gtpo_kernels, "_cuda", emulated_module(), raising=False)
+        # the files that import the module are imported anew, here and by whoever comes after
+        importers = ["gtpo_kernels.cuda_launch", *(f"gtpo_kernels.{f}.kernel_cuda" for f in everywhere.families)]
+        for name in importers:
+            patch.delitem(sys.modules, name, raising=False)
+        patch.setattr(importlib.import_module(importers[0]), "launch", launch)
+        try:
+            yield
+        finally:
+            for name in importers:
+                sys.modules.pop(name, None)

@@ -1,0 +1,40 @@
+"""Which backend runs: the one that was asked for, or none."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from gtpo_kernels import BackendUnavailable, gtpo_loss, turn_returns
+from gtpo_kernels.backend import BACKENDS, DEFAULT_BACKEND, FAMILIES, Backend, select_backend
+
+CPU = torch.device("cpu")
+
+
+def test_the_definition_and_the_default_run_everywhere() -> None:
+    for name in ("reference", DEFAULT_BACKEND):
+        for family in FAMILIES:
+            assert select_backend(family, name, CPU) == name
+
+
+def test_a_backend_without_the_kernel_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "partial", Backend(frozenset({"turn_advantages"})))
+    with pytest.raises(BackendUnavailable, match="backend='partial' has no kernel for gtpo_loss"):
+        gtpo_loss(torch.zeros(1, 3), torch.zeros(1).long(), torch.ones(1), backend="partial")
+
+
+def test_an_unknown_backend_is_refused_by_name() -> None:
+    for family in FAMILIES:
+        with pytest.raises(ValueError, match=r"backend must be one of 'reference', 'torch', .*, got 'tpu'"):
+            select_backend(family, "tpu", CPU)
+
+
+def test_the_compiled_backend_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendUnavailable, match="backend='cpp' runs on the CPU only, got tensors on meta"):
+        turn_returns(torch.zeros(2, device="meta"), torch.zeros(2, device="meta").int(), backend="cpp")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    rewards, cu_turns = torch.tensor([0.0, 1.0]), torch.tensor([0, 2])
+    with pytest.raises(BackendUnavailable, match=r"backend='cpp' needs the compiled module gtpo_kernels\._cpu"):
+        turn_returns(rewards, cu_turns, backend="cpp")
+    # the rest works without it
+    assert turn_returns(rewards, cu_turns, gamma=0.5).tolist() == [0.5, 1.0]

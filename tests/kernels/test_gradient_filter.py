@@ -1,0 +1,108 @@
+"""`skip_clipped` and `filter_eps` of `linear_gtpo_loss`: what they leave out, and the error that this makes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gtpo_kernels import linear_gtpo_loss
+from gtpo_kernels.gtpo_loss.kernel_torch import FILTER_COLUMNS
+from gtpo_kernels.testing import assert_matches_reference
+from tests.kernels.conftest import (
+    HEAD,
+    INF,
+    Case,
+    assert_equal,
+    draws,
+    loss_and_gradients,
+    loss_case,
+    row_temperature,
+)
+
+FAMILY = "gtpo_loss"
+
+
+def peaked_case(num_rows: int, **options: Any) -> Case:
+    """Logits of which the first block of the vocabulary takes nearly all, and three more blocks next to nothing."""
+    case = loss_case(num_rows, 3 * FILTER_COLUMNS + 19, 6, seed=3, dtype=torch.float64, **options)
+    case["targets"] %= FILTER_COLUMNS
+    case["bias"][FILTER_COLUMNS:] -= 40.0
+    return {**case, "old_logprobs": None}
+
+
+@pytest.mark.parametrize("chunk_rows", [5, 100])
+def test_skipping_clipped_rows_changes_rounding_only(chunk_rows: int, kernel: str) -> None:
+    cases = draws(kernel, loss_case, 60, 37, 11, scalar=True, temperature=0.8)
+    for case in cases:
+        # half of the rows are clipped; one is infinite
+        case["old_logprobs"][::2] -= case["advantages"][::2].sign()
+        case["old_logprobs"][1] = -INF
+    options: Case = {"backend": kernel, "chunk_rows": chunk_rows}
+    assert_matches_reference(linear_gtpo_loss, cases, HEAD, **options, skip_clipped=True)
+    # in a chunk of one row, which is clipped or not, even the rounding is the same
+    kept, skipped = (
+        loss_and_gradients(linear_gtpo_loss, cases[0], HEAD, backend=kernel, chunk_rows=1, skip_clipped=skip)
+        for skip in (False, True)
+    )
+    assert_equal(skipped, kept)
+
+
+def test_a_batch_of_clipped_rows_has_no_gradient(kernel: str) -> None:
+    case = loss_case(6, 9, 4)
+    case["old_logprobs"] -= 2 * case["advantages"].sign()
+    results = loss_and_gradients(linear_gtpo_loss, case, HEAD, backend=kernel, skip_clipped=True, filter_eps=1e-9)
+    assert results[0] != 0
+    assert not any(gradient.any() for gradient in results[1:])
+
+
+@pytest.mark.parametrize("head", [{}, {"temperature": "per row", "softcap": 60.0}], ids=["plain", "scaled"])
+def test_the_error_of_filtering_is_bounded(head: Case, kernel: str) -> None:
+    num_rows = 13
+    options = {name: row_temperature(num_rows) if name == "temperature" else value for name, value in head.items()}
+    case = peaked_case(num_rows, **options)
+
+    def run(filter_eps: float) -> list[Tensor]:
+        return loss_and_gradients(
+            linear_gtpo_loss, case, HEAD, backend=kernel, num_loss_tokens=1, chunk_rows=4, filter_eps=filter_eps
+        )
+
+    exact, eps = run(0.0), 1e-4
+    filtered = run(eps)
+    # of ratio 1 and over one token, the slope of a row is its advantage
+    slope = (case["advantages"] * case["loss_mask"]).abs() / options.get("temperature", 1.0)
+    dropped_blocks = 3
+    error = [(one - other).norm(dim=-1) for one, other in zip(filtered[1:3], exact[1:3], strict=True)]
+    assert error[0].any()
+    assert error[1].any()
+    assert (error[0] <= slope * eps * dropped_blocks * case["weight"].norm(dim=1).max()).all()
+    assert (error[1] <= eps * (slope * case["hidden"].norm(dim=1)).sum()).all()
+    # the columns that were kept, the loss and the gradient of the bias are exact
+    assert_equal([filtered[0], filtered[3]], [exact[0], exact[3]])
+    torch.testing.assert_close(filtered[2][:FILTER_COLUMNS], exact[2][:FILTER_COLUMNS])
+    assert not filtered[2][FILTER_COLUMNS:].any()
+    # below the mass of every block nothing is left out
+    torch.testing.assert_close(run(1e-60), exact)
+
+
+def test_a_block_with_a_target_is_kept(kernel: str) -> None:
+    case = peaked_case(7)
+    case["advantages"] += 5.0
+    case["loss_mask"][:] = True
+    case["targets"][3] = 2 * FILTER_COLUMNS + 1
+    exact, filtered = (
+        loss_and_gradients(linear_gtpo_loss, case, HEAD, backend=kernel, filter_eps=eps)[2] for eps in (0.0, 1e-4)
+    )
+    blocks = [block.any(dim=1).any().item() for block in filtered.split(FILTER_COLUMNS)]
+    assert blocks == [True, False, True, False]
+    torch.testing.assert_close(
+        filtered[2 * FILTER_COLUMNS : 3 * FILTER_COLUMNS], exact[2 * FILTER_COLUMNS : 3 * FILTER_COLUMNS]
+    )
+
+
+def test_a_nan_is_not_filtered(kernel: str) -> None:
+    case = peaked_case(3)
+    case["advantages"] += 5.0
+    case["loss_mask"][:] = True
+    case["hidden"][1] = float("nan")
+    assert loss_and_gradients(linear_gtpo_loss, case, HEAD, backend=kernel, filter_eps=0.5)[2].isnan().any()
