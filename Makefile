@@ -13,6 +13,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -
 export HF_HUB_OFFLINE = 1
 
 .PHONY: help demo demo-repeat demo-smollm2 test lint bench clean
+.PHONY: bench-linear bench-logits bench-credit bench-skip gpu-check
 .DELETE_ON_ERROR:
 
 help:
@@ -44,6 +45,29 @@ lint: $(VENV)/.dev
 #: make bench          kernel benchmarks against reference PyTorch
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks
+
+#: make bench-linear   the fused loss from hidden states beside its peers: CPU time, memory, errors (8 minutes)
+bench-linear: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.linear
+
+#: make bench-logits   the loss from logits, in place, beside eager PyTorch
+bench-logits: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.logits
+
+#: make bench-credit   turn advantages beside verl's loops
+bench-credit: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.credit
+
+#: make bench-skip     what skip_clipped and filter_eps save and cost, on hidden states of SmolLM2
+bench-skip: $(VENV)/.dev $(VENV)/.smollm2
+	$(BIN)/python -m benchmarks.skip
+
+# GPU_PYTHON: the interpreter whose torch has the GPU, since .venv of this Makefile is made for CPUs.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+
+#: make gpu-check      on a machine with an NVIDIA GPU (GPU_PYTHON=python3): kernel tests on it, then the benchmarks
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu_check
 
 #: make clean          remove the environment, caches and builds; runs/ stays
 clean:

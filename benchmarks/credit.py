@@ -1,14 +1,15 @@
 """`make bench-credit`: `turn_advantages`, rewards and turn ids to one advantage a token, on the CPU.
 
 Beside it two loops of verl 0.9.1, restated from `verl/trainer/ppo/core_algos.py`: the advantage of
-`compute_grpo_outcome_advantage`, and the token returns of `compute_reinforce_plus_plus_outcome_advantage`.  Each is held
-against our call that computes the same.  The floor is one indexed read for every token.
+`compute_grpo_outcome_advantage`, and the token returns of `compute_reinforce_plus_plus_outcome_advantage`.  Each is
+held against our call that computes the same.  The floor is one indexed read for every token.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from statistics import mean, stdev
 
 import torch
@@ -22,7 +23,6 @@ from benchmarks.measure import (
     find,
     parse_arguments,
     publish,
-    return_freed_memory,
     set_ratios,
     smoke_run,
 )
@@ -32,7 +32,7 @@ GAMMA, EPS = 0.9, 1e-6
 GROUP_SIZE, TURNS_EACH = 8, 8
 CPU_BACKENDS = ("cpp", "torch")
 FLOOR, GRPO_LOOP, RETURNS_LOOP = "floor: one read a token", "verl's GRPO loop", "verl's token-return loop"
-ROUNDS, VERL_ROUNDS = 21, 5
+ROUNDS, VERL_ROUNDS, GROWTH_ROUNDS = 21, 5, 5
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def exact_outputs(batch: CreditBatch) -> Outputs:
 
     def returns(rewards: Tensor, gamma: float) -> list[float]:
         values = rewards.double().tolist()
-        for first, end in zip(bounds, bounds[1:], strict=False):
+        for first, end in pairwise(bounds):
             for k in range(end - 2, first - 1, -1):
                 values[k] += gamma * values[k + 1]
         return values
@@ -100,7 +100,7 @@ def exact_outputs(batch: CreditBatch) -> Outputs:
         "grpo": normalised(returns(batch.outcomes, 1.0), lambda k: k in starts),
         "returns": returns(batch.turn_rewards, 1.0),
     }
-    return {name: torch.tensor(values).double()[batch.turn_ids] for name, values in by_turn.items()}
+    return {name: torch.tensor(values, dtype=torch.float64)[batch.turn_ids] for name, values in by_turn.items()}
 
 
 def _gtpo(backend: str, batch: CreditBatch) -> Callable[[], Outputs]:
@@ -211,27 +211,26 @@ def judge(rows: Sequence[Row]) -> None:
 
 def judge_growth(tables: Sequence[Sequence[Row]]) -> None:
     """CPU time a turn and token against the table before: at most doubled where the sizes grew tenfold."""
-    for before, after in zip(tables, tables[1:], strict=False):
+
+    def size(row: Row) -> int:
+        return row.shape["K"] + row.shape["N"]
+
+    for before, after in pairwise(tables):
         for small, large in zip(before, after, strict=True):
             if None in (small.cpu_s, large.cpu_s) or large.name == FLOOR:
                 continue
-            growth = (
-                large.cpu_s
-                / small.cpu_s
-                / ((large.shape["K"] + large.shape["N"]) / (small.shape["K"] + small.shape["N"]))
-            )
-            large.ratios["a turn, x before"] = growth
-            large.gate("cost linear in K and N: a turn <= 2 x before", growth <= 2.0)
+            growth = (large.cpu_s / small.cpu_s) / (size(large) / size(small))
+            large.ratios["x cost a token before"] = growth
+            large.gate("cost a turn and token <= 2 x that of a tenth", growth <= 2.0)
 
 
-CAPTION = """turn_advantages on the CPU.  CPU ms: of all threads; medians of interleaved rounds.  extra MiB: peak above what
-was held before, outputs included.  x floor: CPU time over that of `index_select` of one value for every token.
+CAPTION = """turn_advantages on the CPU.  CPU ms: of all threads; medians of interleaved rounds.  extra MiB: peak above
+what was held before, outputs included.  x floor: CPU time over that of `index_select` of one value for every token.
 errors: relative to float64.  The larger tables: cost a turn against a tenth of the size."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(__doc__, arguments)
-    return_freed_memory()
     with smoke_run(options.smoke):
         if options.smoke:
             rows = measure_shape(CONTESTANTS, 16, 3, rounds=1)
@@ -239,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = measure_shape(CONTESTANTS, 1024, 256, rounds=ROUNDS)
             judge(rows)
             sizes = (1_250, 12_500, 125_000)
-            tables = [measure_shape([ONE_READ, *our_contestants()], size, 4, rounds=ROUNDS) for size in sizes]
+            tables = [measure_shape([ONE_READ, *our_contestants()], size, 4, rounds=GROWTH_ROUNDS) for size in sizes]
             judge_growth(tables)
             rows += [row for table in tables for row in table]
     publish("bench-credit", f"{CAPTION}  Threads: {torch.get_num_threads()}.", rows, options.results)

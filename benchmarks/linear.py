@@ -21,7 +21,6 @@ from benchmarks.measure import (
     find,
     parse_arguments,
     publish,
-    return_freed_memory,
     set_ratios,
     smoke_run,
 )
@@ -364,7 +363,6 @@ errors: loss, d_hidden, d_weight, relative to float64."""
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(__doc__, arguments)
-    return_freed_memory()
     rows: list[Row] = []
     with smoke_run(options.smoke):
         for plan in SMOKE_PLANS if options.smoke else PLANS:

@@ -29,7 +29,6 @@ from benchmarks.measure import (
     find,
     parse_arguments,
     publish,
-    return_freed_memory,
     set_ratios,
     smoke_run,
 )
@@ -179,7 +178,6 @@ product of the logits with a number.  errors: loss, d_logits, relative to float6
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(__doc__, arguments)
-    return_freed_memory()
     with smoke_run(options.smoke):
         rows = measure_shape(*((64, 257) if options.smoke else (1024, 151936)), rounds=1 if options.smoke else ROUNDS)
     if not options.smoke:

@@ -117,6 +117,7 @@ def compare(
     device: torch.device,
     warm_up_batch: Batch | None = None,
     started: Callable[[str], object] = lambda name: None,
+    deadline: float = float("inf"),
 ) -> list[Row]:
     """Check and measure the contestants.  One row each, in their order, also for those that are absent or refused.
 
@@ -124,40 +125,26 @@ def compare(
     row: (name, backend) -> a row with shape, dtype and so on filled in.
     warm_up_batch: small, for first calls whose memory is that of loading code.
     started: told the name of each contestant before it runs for the first time.
+    deadline: by `time.monotonic`; no contestant is begun and no further round made after it.
     """
     rows: list[Row] = []
     calls: list[tuple[Contestant[Batch], Callable[[], Outputs], Row]] = []
-    for contestant in contestants:
-        line = row(contestant.name, contestant.backend)
-        line.device, line.threads = device_name(device), torch.get_num_threads()
-        rows.append(line)
-        started(contestant.name)
-        try:
-            if warm_up_batch is not None and not contestant.compiles:
-                _reset(contestant, warm_up_batch)
-                contestant.prepare(warm_up_batch)()
-            call = contestant.prepare(batch)
-            _reset(contestant, batch)
-            if contestant.compiles:
-                call()
-            outputs, line.extra_mb = with_peak_memory(call, device)
-            line.errors = relative_errors(outputs, exact)
-            del outputs
-            line.error = max(line.errors.values(), default=None)
-            if line.error is not None and not line.error <= allowed:
-                raise Refused(f"error {line.error:.1e}, allowed {allowed:.0e}")
-        except (ImportError, BackendUnavailable) as reason:
-            line.note = f"absent: {reason}"
-        except torch.OutOfMemoryError:
-            line.note = "out of memory"
-        except Refused as reason:
-            line.note = f"refused, computes something else: {reason}"
-        except Exception as reason:  # a peer may raise anything, and the others are still to be measured
-            line.note = f"failed: {type(reason).__name__}: {' '.join(str(reason).split())[:160]}"
-        else:
-            calls.append((contestant, call, line))
+    with freed_memory_returned():
+        for contestant in contestants:
+            line = row(contestant.name, contestant.backend)
+            line.device, line.threads = device_name(device), torch.get_num_threads()
+            rows.append(line)
+            if time.monotonic() > deadline:
+                line.note = "not run: out of time"
+                continue
+            started(contestant.name)
+            call = _checked_call(contestant, batch, exact, line, allowed, device, warm_up_batch)
+            if call is not None:
+                calls.append((contestant, call, line))
     times: dict[str, list[tuple[float, float]]] = {line.name: [] for _, _, line in calls}
     for number in range(rounds):
+        if number and time.monotonic() > deadline:
+            break
         # every second round backwards, so that nobody always follows the same neighbour
         for contestant, call, line in calls[:: 1 if number % 2 == 0 else -1]:
             if number < contestant.max_rounds:
@@ -166,6 +153,41 @@ def compare(
     for _, _, line in calls:
         line.cpu_s, line.wall_s = (median(column) for column in zip(*times[line.name], strict=True))
     return rows
+
+
+def _checked_call(
+    contestant: Contestant[Batch],
+    batch: Batch,
+    exact: Outputs,
+    line: Row,
+    allowed: float,
+    device: torch.device,
+    warm_up_batch: Batch | None,
+) -> Callable[[], Outputs] | None:
+    """The contestant made ready, its errors and memory in `line`; or None, with the reason there."""
+    try:
+        if warm_up_batch is not None and not contestant.compiles:
+            _reset(contestant, warm_up_batch)
+            contestant.prepare(warm_up_batch)()
+        call = contestant.prepare(batch)
+        _reset(contestant, batch)
+        if contestant.compiles:
+            call()
+        outputs, line.extra_mb = with_peak_memory(call, device)
+        line.errors = relative_errors(outputs, exact)
+        line.error = max(line.errors.values(), default=None)
+        if line.error is not None and line.error > allowed:
+            raise Refused(f"error {line.error:.1e}, allowed {allowed:.0e}")
+        return call
+    except (ImportError, BackendUnavailable) as reason:
+        line.note = f"absent: {reason}"
+    except torch.OutOfMemoryError:
+        line.note = "out of memory"
+    except Refused as reason:
+        line.note = f"refused, computes something else: {reason}"
+    except Exception as reason:  # a peer may raise anything, and the others are still to be measured
+        line.note = f"failed: {type(reason).__name__}: {' '.join(str(reason).split())[:160]}"
+    return None
 
 
 def _reset(contestant: Contestant[Batch], batch: Batch) -> None:
@@ -217,16 +239,21 @@ def _status_kib(key: str) -> int:
     raise KeyError(key)
 
 
-def return_freed_memory() -> None:
-    """Make the C library give freed blocks of 128 KiB and more back at once, so that peaks are of what is held.
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Within, the C library gives freed blocks of 128 KiB and more back at once, so that a peak is of what is held.
 
-    It holds for times too: time and memory are of one setting.
+    Outside it keeps what programs that free large blocks come to: glibc raises its thresholds by itself to these.
     """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: None)
     trim_threshold, mmap_threshold = -1, -3
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_threshold, 131072)
-        mallopt(trim_threshold, 131072)
+    try:
+        mallopt(mmap_threshold, 128 * 1024)
+        mallopt(trim_threshold, 128 * 1024)
+        yield
+    finally:
+        mallopt(mmap_threshold, 32 * MIB)
+        mallopt(trim_threshold, 64 * MIB)
 
 
 def release_memory(device: torch.device) -> None:

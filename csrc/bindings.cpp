@@ -1,11 +1,17 @@
-// The Python module gtpo_kernels._cpu: numpy buffers of the exact dtype in, new float64 buffers out.
+// The Python module gtpo_kernels._cpu: numpy buffers of the exact dtype in, new float64 buffers out.  Logits come by address,
+// because numpy has no bfloat16.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <stdexcept>
+#include <algorithm>
+#include <optional>
 #include <string>
 #include <tuple>
 
+#include "clipped_loss.h"
+#include "gtpo_loss.h"
+#include "token_logprobs.h"
 #include "turn_advantages.h"
 
 namespace py = pybind11;
@@ -14,6 +20,8 @@ namespace {
 
 using Doubles = py::array_t<double, py::array::c_style>;
 using Ints = py::array_t<std::int64_t, py::array::c_style>;
+using Bools = py::array_t<bool, py::array::c_style>;
+using Floats = py::array_t<float, py::array::c_style>;
 
 void raise_if_bad(gtpo::Status status) {
     switch (status) {
@@ -70,6 +78,143 @@ std::tuple<Doubles, Doubles, Doubles> turn_advantages(const Doubles& turn_reward
     return {of_tokens, of_turns, returns};
 }
 
+void raise_if_bad(gtpo::SweepStatus status) {
+    switch (status) {
+        case gtpo::SweepStatus::ok: return;
+        case gtpo::SweepStatus::bad_row: throw py::value_error("rows must lie in [0, number of rows of the logits)");
+        case gtpo::SweepStatus::bad_target: throw py::value_error("targets must lie in [0, vocab)");
+        case gtpo::SweepStatus::bad_layout:
+            throw py::value_error("logits must be contiguous rows, or columns in place with room for whole vectors");
+    }
+}
+
+gtpo::Logits logits_at(std::uintptr_t data, gtpo::LogitType type, std::int64_t num_rows, std::int64_t vocab,
+                       std::int64_t row_stride, std::int64_t vocab_stride) {
+    if (num_rows < 0 || vocab < 1 || row_stride < 0 || vocab_stride < 0 || (data == 0 && num_rows > 0)) {
+        throw py::value_error("logits must be [N, V] in memory, V at least 1");
+    }
+    return {reinterpret_cast<void*>(data), type, num_rows, vocab, row_stride, vocab_stride};
+}
+
+// None, or the data of an array of the given length.
+template <class Array>
+auto data_of(const char* name, const std::optional<Array>& array, py::ssize_t length) -> decltype(array->data()) {
+    if (!array) return nullptr;
+    check_length(name, *array, length);
+    return array->data();
+}
+
+gtpo::RowBatch batch_of(const std::optional<Ints>& rows, const Ints& targets, const std::optional<Doubles>& temperature,
+                        double softcap) {
+    const py::ssize_t count = targets.size();
+    check_length("targets", targets, count);
+    return {count, data_of("rows", rows, count), targets.data(), data_of("temperature", temperature, count), softcap};
+}
+
+Doubles statistics_for(const Ints& targets) {
+    static_assert(sizeof(gtpo::RowStatistics) == 4 * sizeof(double));
+    return Doubles({targets.size(), py::ssize_t{4}});
+}
+
+Doubles token_statistics(const gtpo::Logits& logits, const std::optional<Ints>& rows, const Ints& targets,
+                         const std::optional<Doubles>& temperature, double softcap, std::int64_t num_threads) {
+    const gtpo::RowBatch batch = batch_of(rows, targets, temperature, softcap);
+    Doubles statistics = statistics_for(targets);
+    auto* out = reinterpret_cast<gtpo::RowStatistics*>(statistics.mutable_data());
+    gtpo::SweepStatus status;
+    {
+        py::gil_scoped_release release;
+        status = gtpo::sweep_rows_cpu(logits, nullptr, batch, out, nullptr, nullptr, num_threads);
+    }
+    raise_if_bad(status);
+    return statistics;
+}
+
+struct UpstreamRows {
+    const double* logprobs;
+    const double* entropy;
+};
+
+gtpo::RowUpstream upstream_of(const void* data, std::int64_t i, const gtpo::RowStatistics&) {
+    const auto& rows = *static_cast<const UpstreamRows*>(data);
+    return {rows.logprobs[i], rows.entropy == nullptr ? 0.0 : rows.entropy[i]};
+}
+
+void token_gradient(const gtpo::Logits& logits, const gtpo::Logits& d_logits, const std::optional<Ints>& rows,
+                    const Ints& targets, const std::optional<Doubles>& temperature, double softcap,
+                    const Doubles& grad_logprobs, const std::optional<Doubles>& grad_entropy, std::int64_t num_threads) {
+    const gtpo::RowBatch batch = batch_of(rows, targets, temperature, softcap);
+    check_length("grad_logprobs", grad_logprobs, targets.size());
+    const UpstreamRows upstream{grad_logprobs.data(), data_of("grad_entropy", grad_entropy, targets.size())};
+    Doubles statistics = statistics_for(targets);
+    auto* out = reinterpret_cast<gtpo::RowStatistics*>(statistics.mutable_data());
+    gtpo::SweepStatus status;
+    {
+        py::gil_scoped_release release;
+        status = gtpo::sweep_rows_cpu(logits, &d_logits, batch, out, upstream_of, &upstream, num_threads);
+    }
+    raise_if_bad(status);
+}
+
+Doubles gtpo_loss(const gtpo::Logits& logits, const std::optional<gtpo::Logits>& d_logits, const std::optional<Ints>& rows,
+                  const Ints& targets, const std::optional<Doubles>& temperature, double softcap, const Doubles& advantages,
+                  const std::optional<Doubles>& old_logprobs, double denominator, double clip_low, double clip_high,
+                  std::int64_t num_threads) {
+    const gtpo::RowBatch batch = batch_of(rows, targets, temperature, softcap);
+    check_length("advantages", advantages, targets.size());
+    const gtpo::LossRows loss{advantages.data(), data_of("old_logprobs", old_logprobs, targets.size()),
+                              {clip_low, clip_high, denominator}};
+    Doubles statistics = statistics_for(targets);
+    auto* out = reinterpret_cast<gtpo::RowStatistics*>(statistics.mutable_data());
+    gtpo::SweepStatus status;
+    {
+        py::gil_scoped_release release;
+        status = gtpo::gtpo_loss_cpu(logits, d_logits ? &*d_logits : nullptr, batch, loss, out, num_threads);
+    }
+    raise_if_bad(status);
+    return statistics;
+}
+
+std::tuple<double, Doubles, Doubles> clipped_loss(const Doubles& logprobs, const Doubles& advantages,
+                                                  const Bools& loss_mask, const std::optional<Doubles>& old_logprobs,
+                                                  const std::optional<Doubles>& entropy, double denominator,
+                                                  double clip_low, double clip_high, bool all_metrics,
+                                                  bool need_gradient) {
+    const py::ssize_t count = logprobs.size();
+    check_length("logprobs", logprobs, count);
+    check_length("advantages", advantages, count);
+    check_length("loss_mask", loss_mask, count);
+    const gtpo::LossTokens tokens{count,
+                                  logprobs.data(),
+                                  advantages.data(),
+                                  loss_mask.data(),
+                                  data_of("old_logprobs", old_logprobs, count),
+                                  data_of("entropy", entropy, count)};
+    Doubles metrics(gtpo::num_loss_metrics), d_logprobs(need_gradient ? count : 0);
+    double *metrics_out = metrics.mutable_data(), *slopes_out = need_gradient ? d_logprobs.mutable_data() : nullptr;
+    double loss;
+    {
+        py::gil_scoped_release release;
+        gtpo::clipped_loss_cpu(tokens, {clip_low, clip_high, denominator}, all_metrics, &loss, metrics_out, slopes_out);
+    }
+    return {loss, metrics, d_logprobs};
+}
+
+template <void (*gtpo::Kernels::*function)(const float*, float*, std::int64_t)>
+Floats map(const Floats& x) {
+    Floats out(x.size());
+    (gtpo::kernels().*function)(x.data(), out.mutable_data(), x.size());
+    return out;
+}
+
+void set_instruction_set(gtpo::InstructionSet set) {
+    const auto sets = gtpo::instruction_sets();
+    if (std::find(sets.begin(), sets.end(), set) == sets.end()) {
+        throw py::value_error("this machine does not run that instruction set");
+    }
+    gtpo::set_instruction_set(set);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -88,4 +233,36 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("turn_advantages", &turn_advantages, py::arg("turn_rewards").noconvert(), py::arg("cu_turns").noconvert(),
           py::arg("group_ids").noconvert(), py::arg("turn_ids").noconvert(), py::kw_only(), py::arg("gamma"),
           py::arg("scope"), py::arg("population"), py::arg("ddof"), py::arg("eps"));
+
+    py::enum_<gtpo::InstructionSet>(m, "InstructionSet")
+        .value("portable", gtpo::InstructionSet::portable)
+        .value("avx2", gtpo::InstructionSet::avx2)
+        .value("avx512", gtpo::InstructionSet::avx512);
+    m.def("instruction_sets", &gtpo::instruction_sets);
+    m.def("instruction_set", &gtpo::instruction_set);
+    m.def("set_instruction_set", &set_instruction_set, py::arg("set"));
+    m.def("exp", &map<&gtpo::Kernels::exp>, py::arg("x").noconvert());
+    m.def("tanh", &map<&gtpo::Kernels::tanh>, py::arg("x").noconvert());
+
+    py::enum_<gtpo::LogitType>(m, "LogitType")
+        .value("float32", gtpo::LogitType::float32)
+        .value("bfloat16", gtpo::LogitType::bfloat16)
+        .value("float64", gtpo::LogitType::float64);
+    py::class_<gtpo::Logits>(m, "Logits")
+        .def(py::init(&logits_at), py::kw_only(), py::arg("data"), py::arg("type"), py::arg("num_rows"), py::arg("vocab"),
+             py::arg("row_stride"), py::arg("vocab_stride"));
+    m.def("token_statistics", &token_statistics, py::arg("logits"), py::arg("rows").noconvert(),
+          py::arg("targets").noconvert(), py::arg("temperature").noconvert(), py::kw_only(), py::arg("softcap"),
+          py::arg("num_threads"));
+    m.def("token_gradient", &token_gradient, py::arg("logits"), py::arg("d_logits"), py::arg("rows").noconvert(),
+          py::arg("targets").noconvert(), py::arg("temperature").noconvert(), py::kw_only(), py::arg("softcap"),
+          py::arg("grad_logprobs").noconvert(), py::arg("grad_entropy").noconvert(), py::arg("num_threads"));
+    m.def("gtpo_loss", &gtpo_loss, py::arg("logits"), py::arg("d_logits"), py::arg("rows").noconvert(),
+          py::arg("targets").noconvert(), py::arg("temperature").noconvert(), py::kw_only(), py::arg("softcap"),
+          py::arg("advantages").noconvert(), py::arg("old_logprobs").noconvert(), py::arg("denominator"),
+          py::arg("clip_low"), py::arg("clip_high"), py::arg("num_threads"));
+    m.def("clipped_loss", &clipped_loss, py::arg("logprobs").noconvert(), py::arg("advantages").noconvert(),
+          py::arg("loss_mask").noconvert(), py::arg("old_logprobs").noconvert(), py::arg("entropy").noconvert(),
+          py::kw_only(), py::arg("denominator"), py::arg("clip_low"), py::arg("clip_high"), py::arg("all_metrics"),
+          py::arg("need_gradient"));
 }

@@ -96,7 +96,7 @@ void turn_advantages(const gtpo::DeviceTurns& turns, const gtpo::DeviceIds& grou
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "Compiled CUDA kernels of gtpo_kernels.";
-    py::enum_<gtpo::DType>(m, "DType")
+    py::enum_<gtpo::DType>(m, "DType", py::module_local())
         .value("float32", gtpo::DType::float32)
         .value("float64", gtpo::DType::float64)
         .value("bfloat16", gtpo::DType::bfloat16)
@@ -110,14 +110,14 @@ PYBIND11_MODULE(_cuda, m) {
         .value("turns", gtpo::Population::turns)
         .value("trajectories", gtpo::Population::trajectories);
 
-    py::class_<gtpo::Logits>(m, "Logits")
+    py::class_<gtpo::Logits>(m, "Logits", py::module_local())
         .def(py::init(&logits_of), py::kw_only(), py::arg("dtype"), py::arg("data"), py::arg("stride"), py::arg("num_rows"),
              py::arg("vocab"), py::arg("rows"), py::arg("targets"), py::arg("temperature"), py::arg("row_temperature"),
              py::arg("softcap"));
-    py::class_<gtpo::RowStatistics>(m, "RowStatistics")
+    py::class_<gtpo::RowStatistics>(m, "RowStatistics", py::module_local())
         .def(py::init(&statistics_of), py::arg("logprobs"), py::arg("entropy"), py::arg("row_max"), py::arg("log_sum"));
-    py::class_<gtpo::DeviceIds>(m, "Ids").def(py::init(&ids_of), py::arg("data"), py::arg("wide"));
-    py::class_<gtpo::DeviceTurns>(m, "Turns")
+    py::class_<gtpo::DeviceIds>(m, "Ids", py::module_local()).def(py::init(&ids_of), py::arg("data"), py::arg("wide"));
+    py::class_<gtpo::DeviceTurns>(m, "Turns", py::module_local())
         .def(py::init(&turns_of), py::kw_only(), py::arg("turn_rewards"), py::arg("dtype"), py::arg("cu_turns"),
              py::arg("num_turns"), py::arg("num_trajectories"));
 

@@ -6,6 +6,7 @@ A backend is a file, `gtpo_kernels/<family>/kernel_<backend>.py`, imported when 
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,14 @@ def _needs_compiled_cuda_module(device: torch.device) -> str | None:
     return None
 
 
+def _needs_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is in the extra 'gpu'"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs an NVIDIA or AMD GPU, or TRITON_INTERPRET=1 to be interpreted slowly, got tensors on {device}"
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One row of the registry.
@@ -60,7 +69,8 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(),
     "torch": Backend(),
-    "cpp": Backend(frozenset({"turn_advantages"}), _needs_compiled_cpu_module),
+    "cpp": Backend(why_unavailable=_needs_compiled_cpu_module),
+    "triton": Backend(why_unavailable=_needs_triton),
     "cuda": Backend(frozenset({"turn_advantages", "token_logprobs", "gtpo_loss"}), _needs_compiled_cuda_module),
 }
 DEFAULT_BACKEND = "torch"

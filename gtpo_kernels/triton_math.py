@@ -1,8 +1,8 @@
 """What the Triton kernels share: how they are launched, and device functions of a row, its softmax, the loss's slope.
 
-A row is held as y with x = scale * y, where x are the logits that the softmax sees: y = logits and scale = 1 / temperature,
-or with a softcap y = tanh(logits / softcap) and scale = softcap / temperature.  So x - x_max = scale * (y - y_max) has
-no rounding of x in it.  ACC is the accumulator dtype.
+A row is held as y with x = scale * y, where x are the logits that the softmax sees: y = logits, scale = 1 / temperature,
+or with a softcap y = tanh(logits / softcap), scale = softcap / temperature.  So x - x_max = scale * (y - y_max) has no
+rounding of x in it.  ACC is the accumulator dtype.
 """
 
 import os
@@ -26,9 +26,14 @@ MAX_LOG_RATIO = tl.constexpr(20.0)
 
 @contextmanager
 def device_of(tensor: Tensor) -> Iterator[None]:
-    """Launch on the tensor's device.  Infinities are part of the arithmetic: interpreted, they are nothing to warn of."""
+    """Launch on the tensor's device.  Infinities are part of the arithmetic, so the interpreter does not warn of them."""
     with torch.cuda.device_of(tensor), np.errstate(all="ignore"):
         yield
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """A vector as kernels index it, by row alone."""
+    return None if tensor is None else tensor.contiguous()
 
 
 @triton.jit
@@ -38,18 +43,18 @@ def scalar(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def rounded(x, DTYPE: tl.constexpr):
-    """x in DTYPE, to nearest even.  The interpreter would cut a float32 off where bfloat16 ends."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+def rounded(x, dtype: tl.constexpr):
+    """x in `dtype`, to nearest even.  The interpreter would cut a float32 off where bfloat16 ends."""
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
+    return x.to(dtype)
 
 
 @triton.jit
 def tanh(u):
-    """A quotient of polynomials near 0, where the exponential form cancels; exp only, as libdevice is not interpreted."""
+    """A quotient of polynomials near 0, where the exponential form cancels.  The interpreter has no libdevice."""
     u2 = u * u
     near = u * (135135.0 + u2 * (17325.0 + u2 * (378.0 + u2)))
     near = near / (135135.0 + u2 * (62370.0 + u2 * (3150.0 + u2 * 28.0)))
@@ -78,23 +83,27 @@ def load_row_block(row_ptr, columns, vocab, softcap, HAS_SOFTCAP: tl.constexpr, 
 
 
 @triton.jit
-def row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr):
-    """(1 / temperature, scale) of a row, or of a block of rows."""
+def row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP: tl.constexpr):
+    """(1 / temperature, scale) of a row, or of a block of rows, in float64."""
     if row_temperature_ptr is None:
         inverse = 1.0 / scalar(temperature, tl.float64)
     else:
         inverse = 1.0 / tl.load(row_temperature_ptr + row).to(tl.float64)
-    if HAS_SOFTCAP:
-        scale = inverse * scalar(softcap, tl.float64)
-    else:
-        scale = inverse
-    return inverse.to(ACC), scale.to(ACC)
+    scale = inverse * scalar(softcap, tl.float64) if HAS_SOFTCAP else inverse
+    return inverse, scale
 
 
 @triton.jit
 def below_max(y, y_max, scale):
     """x - x_max.  A row of all -inf must give -inf, not NaN, so the shift is 0 there."""
     return (y - tl.where(y_max == -INF, 0.0, y_max)) * scale
+
+
+@triton.jit
+def target_logprob(y_target, y_max, scale, log_sum):
+    """log p of the target.  scale: in float64, as its rounding would count for a target far below the maximum."""
+    below = below_max(y_target.to(tl.float64), y_max.to(tl.float64), scale)
+    return (below - log_sum).to(log_sum.dtype)
 
 
 @triton.jit

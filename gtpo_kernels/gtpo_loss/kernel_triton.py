@@ -1,11 +1,10 @@
 """The `triton` backend of the fused losses: one sweep turns a row of logits into its gradient.
 
-A row that fits one block is read once and written once; a longer one is read twice.  Where there are few long rows, they
-are split over programs: statistics, then the slopes, then the gradient.  From hidden states the sweep runs between
-the library's matrix products, which it leaves in place for.
+A row that fits one block is read once and written once; a longer one is read twice.  Where there are few long rows,
+they are split over programs: statistics, then slopes, then the gradient.  From hidden states the sweep runs in place
+between matrix products of the library.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,6 +24,7 @@ from gtpo_kernels.token_logprobs.kernel_triton import (
 from gtpo_kernels.triton_math import (
     LAUNCH,
     below_max,
+    contiguous,
     d_logits_block,
     device_of,
     load_row_block,
@@ -35,6 +35,7 @@ from gtpo_kernels.triton_math import (
     row_statistics,
     squash,
     streamed_statistics,
+    target_logprob,
 )
 
 
@@ -47,12 +48,12 @@ def sweep_kernel(
     advantages_ptr,
     loss_mask_ptr,
     old_logprobs_ptr,
-    temperature: "fp64",
+    temperature: tl.float64,
     row_temperature_ptr,
-    softcap: "fp64",
+    softcap: tl.float64,
     denominator_ptr,
-    clip_low: "fp64",
-    clip_high: "fp64",
+    clip_low: tl.float64,
+    clip_high: tl.float64,
     logprobs_ptr,
     entropy_ptr,
     stride_units,
@@ -83,7 +84,8 @@ def sweep_kernel(
         d_row_ptr = d_logits_ptr + i * d_stride_units.to(tl.int64) * UNIT
     if counted:
         row_ptr = logits_ptr + i * stride_units.to(tl.int64) * UNIT
-        inverse_temperature, scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP, ACC)
+        inverse_temperature, exact_scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP)
+        inverse_temperature, scale = inverse_temperature.to(ACC), exact_scale.to(ACC)
         target = tl.load(targets_ptr + row)
         y_target = squash(tl.load(row_ptr + target).to(ACC), softcap, HAS_SOFTCAP)
         if ONE_BLOCK:
@@ -92,7 +94,7 @@ def sweep_kernel(
         else:
             y_max, total, moment = streamed_statistics(row_ptr, 0, vocab, softcap, scale, HAS_SOFTCAP, ACC, BLOCK_V)
         log_sum, entropy = log_sum_and_entropy(total, moment)
-        logprob = below_max(y_target, y_max, scale) - log_sum
+        logprob = target_logprob(y_target, y_max, exact_scale, log_sum)
         tl.store(logprobs_ptr + row, logprob)
         tl.store(entropy_ptr + row, entropy)
         if HAS_GRADIENT and active:
@@ -125,7 +127,7 @@ def sweep_kernel(
 
 
 def sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, state: LossPass) -> None:
-    """Write d_logits, which may be the logits [n, V] themselves, and what the state keeps of rows [n], by default all."""
+    """Write d_logits, which may be the logits [n, V] themselves, and what the state keeps of rows [n] (None: all)."""
     num_rows, vocab = logits.shape
     plan = row_plan(num_rows, vocab, logits, d_logits)
     if plan.splits > 1:
@@ -186,7 +188,14 @@ def split_sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, st
 
 def contiguous_inputs(inputs: LossInputs) -> LossInputs:
     """The inputs as kernels index them, by row alone."""
-    return LossInputs(*(x.contiguous() if isinstance(x, Tensor) else x for x in inputs))
+    i = inputs
+    return i._replace(
+        targets=i.targets.contiguous(),
+        advantages=i.advantages.contiguous(),
+        loss_mask=i.loss_mask.contiguous(),
+        old_logprobs=contiguous(i.old_logprobs),
+        row_temperature=contiguous(i.row_temperature),
+    )
 
 
 def gtpo_loss(logits: Tensor, inputs: LossInputs, need_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,4 +230,5 @@ def linear_gtpo_loss(
     def sweep_(logits: Tensor, rows: Tensor, state: LossPass, gradient: bool) -> None:
         sweep(logits, logits if gradient else None, rows, state)
 
-    return chunked_linear_loss(Head(hidden, weight, bias, chunk_rows), contiguous_inputs(inputs), needs, gradient_filter, sweep_)
+    head = Head(hidden, weight, bias, chunk_rows)
+    return chunked_linear_loss(head, contiguous_inputs(inputs), needs, gradient_filter, sweep_)

@@ -19,6 +19,9 @@ BLOCK_ELEMENTS_GPU = 1 << 26
 # Bytes of the logits that are projected at once.
 CHUNK_BYTES_CPU = 1 << 24
 CHUNK_BYTES_GPU = 1 << 30
+# Rows of a chunk whose logits are columns: fewer cost the products speed, more no longer pay.
+MIN_CHUNK_COLUMNS = 240
+MAX_CHUNK_COLUMNS = 2032
 # Far below the logarithm of the smallest float64: exp() gives 0 as it does for -inf, but 0 * LOG_ZERO is 0, not NaN.
 LOG_ZERO = -1e5
 # The whole vocabulary as one run of columns.
@@ -174,21 +177,57 @@ def token_logprobs_backward(
     return d_logits
 
 
+def equal_chunks(num_rows: int, most: int) -> int:
+    """Rows of a chunk, at most `most`, where as few chunks as possible share num_rows evenly."""
+    num_chunks = max(1, -(-num_rows // most))
+    return min(most, 16 * max(1, -(-num_rows // (16 * num_chunks))))
+
+
+def padded_columns(num_rows: int) -> int:
+    """Columns of a buffer [V, n] for n >= num_rows: whole vectors, and neighbours in V never in the same cache set."""
+    return 16 * (-(-num_rows // 16) | 1)
+
+
+def product_operands(like: Tensor) -> torch.dtype:
+    """The dtype of a matrix product's operands: the inputs' own where their products are added in float32.
+
+    float16 is not among them: a gradient over many tokens is below its range.
+    """
+    in_float32 = like.is_cuda and like.dtype == torch.bfloat16 and torch.__version__ >= "2.11"
+    return like.dtype if in_float32 else accumulator_dtype(like.dtype)
+
+
+def multiply_(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
+    """out = left @ right, or out += left @ right, added in the dtype of `out`."""
+    mixed = () if left.dtype == out.dtype else (out.dtype,)
+    if add:
+        torch.addmm(out, left, right, *mixed, out=out)
+    else:
+        torch.mm(left, right, *mixed, out=out)
+
+
 class Head:
     """logits = hidden @ weight.T + bias, a chunk of rows at a time, and the gradients of that projection.
 
     Chunks share one buffer.  Gradients are accumulated in the accumulator dtype; one that is not needed has size 0.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int | None) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int | None, by_column: bool = False
+    ) -> None:
+        """by_column: the logits [n, V] of a chunk are the columns of a buffer [V, n]."""
         self.dtype = accumulator_dtype(hidden.dtype)
         self.hidden = hidden
-        # one upcast of the weight: products of rounded logits would leave the error budget
-        self.weight = weight.to(self.dtype)
+        self.by_column = by_column
+        # one upcast of the weight where products need it: those of rounded logits would leave the error budget
+        self.operand_dtype = product_operands(hidden)
+        self.weight = weight.to(self.operand_dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
         if chunk_rows is None:
             chunk_bytes = CHUNK_BYTES_CPU if hidden.device.type == "cpu" else CHUNK_BYTES_GPU
             chunk_rows = max(1, chunk_bytes // (self.dtype.itemsize * weight.shape[0]))
+            if by_column:
+                chunk_rows = min(max(chunk_rows, MIN_CHUNK_COLUMNS), MAX_CHUNK_COLUMNS)
         self.chunk_rows = chunk_rows
         self.d_hidden = self.d_weight = self.d_bias = hidden.new_empty(0, dtype=self.dtype)
 
@@ -203,15 +242,19 @@ class Head:
 
     def chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(Row indices [n], their hidden states [n, D], their logits [n, V]); the logits last until the next chunk."""
-        vocab = self.weight.shape[0]
-        buffer = self.hidden.new_empty((min(self.chunk_rows, len(rows)), vocab), dtype=self.dtype)
-        for chunk in rows.split(self.chunk_rows) if len(rows) else ():
-            hidden = self.hidden[chunk].to(self.dtype)
+        vocab, most = self.weight.shape[0], min(self.chunk_rows, len(rows))
+        if self.by_column:
+            most = equal_chunks(len(rows), self.chunk_rows)
+            buffer = self.hidden.new_empty((vocab, padded_columns(most)), dtype=self.dtype).t()
+        else:
+            buffer = self.hidden.new_empty((most, vocab), dtype=self.dtype)
+        for chunk in rows.split(most) if len(rows) else ():
+            hidden = self.hidden[chunk].to(self.operand_dtype)
             logits = buffer[: len(chunk)]
             if self.bias is None:
-                torch.mm(hidden, self.weight.t(), out=logits)
+                multiply_(logits, hidden, self.weight.t())
             else:
-                torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+                multiply_(logits.copy_(self.bias), hidden, self.weight.t(), add=True)
             yield chunk, hidden, logits
 
     def accumulate(self, chunk: Tensor, hidden: Tensor, d_logits: Tensor, columns: Sequence[slice] = EVERY) -> None:
@@ -219,13 +262,17 @@ class Head:
 
         columns: the runs of the vocabulary that take part in the two products, d_logits elsewhere counting as 0.
         """
-        if self.d_hidden.numel():
-            self.d_hidden[chunk] = sum(d_logits[:, run] @ self.weight[run] for run in columns)
-        if self.d_weight.numel():
-            for run in columns:
-                self.d_weight[run].addmm_(d_logits[:, run].t(), hidden)
         if self.d_bias.numel():
             self.d_bias.add_(d_logits.sum(dim=0))
+        d_logits = d_logits.to(self.operand_dtype)
+        if self.d_hidden.numel():
+            d_hidden = self.d_hidden.new_zeros((len(chunk), self.d_hidden.shape[1]))
+            for i, run in enumerate(columns):
+                multiply_(d_hidden, d_logits[:, run], self.weight[run], add=i > 0)
+            self.d_hidden[chunk] = d_hidden
+        if self.d_weight.numel():
+            for run in columns:
+                multiply_(self.d_weight[run], d_logits[:, run].t(), hidden, add=True)
 
 
 def linear_token_logprobs(

@@ -1,4 +1,4 @@
-"""The `triton` backend of the per-token ops, for NVIDIA and AMD GPUs, and the plan by which kernels cut a row of logits.
+"""The `triton` backend of the per-token ops, for NVIDIA and AMD GPUs, and the plan by which kernels cut a row.
 
 Statistics: a row that fits one block is read once; a longer one is streamed, and where there are few of those, split
 over programs whose parts a second kernel merges in order.  From hidden states the forward pass is one tile kernel that
@@ -28,6 +28,7 @@ from gtpo_kernels.triton_math import (
     LAUNCH,
     LOG_ZERO,
     below_max,
+    contiguous,
     d_logits_block,
     device_of,
     load_row_block,
@@ -38,6 +39,7 @@ from gtpo_kernels.triton_math import (
     shift_statistics,
     squash,
     streamed_statistics,
+    target_logprob,
 )
 
 VECTOR_BYTES = 16
@@ -91,9 +93,9 @@ def store_statistics(
     logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr, row, mask, y_target, y_max, total, moment, scale
 ):
     log_sum, entropy = log_sum_and_entropy(total, moment)
-    tl.store(logprobs_ptr + row, below_max(y_target, y_max, scale) - log_sum, mask=mask)
+    tl.store(logprobs_ptr + row, target_logprob(y_target, y_max, scale, log_sum), mask=mask)
     tl.store(entropy_ptr + row, entropy, mask=mask)
-    tl.store(row_max_ptr + row, y_max * scale, mask=mask)
+    tl.store(row_max_ptr + row, y_max * scale.to(log_sum.dtype), mask=mask)
     tl.store(log_sum_ptr + row, log_sum, mask=mask)
 
 
@@ -103,9 +105,9 @@ def statistics_kernel(
     rows_ptr,
     counted_ptr,
     targets_ptr,
-    temperature: "fp64",
+    temperature: tl.float64,
     row_temperature_ptr,
-    softcap: "fp64",
+    softcap: tl.float64,
     parts_ptr,
     y_target_ptr,
     logprobs_ptr,
@@ -129,12 +131,13 @@ def statistics_kernel(
     row = i
     if rows_ptr is not None:
         row = tl.load(rows_ptr + i)
-    if counted_ptr is not None:
+    if counted_ptr is not None:  # noqa: SIM102 - `and` of a compile-time and a run-time condition evaluates both
         if tl.load(counted_ptr + row) == 0:
             return
     vocab = vocab_units * UNIT
     row_ptr = logits_ptr + i * stride_units.to(tl.int64) * UNIT
-    _, scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP, ACC)
+    _, exact_scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP)
+    scale = exact_scale.to(ACC)
     y_target = squash(tl.load(row_ptr + tl.load(targets_ptr + row)).to(ACC), softcap, HAS_SOFTCAP)
     if ONE_BLOCK:
         y = load_row_block(row_ptr, tl.arange(0, BLOCK_V), vocab, softcap, HAS_SOFTCAP, ACC)
@@ -152,7 +155,7 @@ def statistics_kernel(
         tl.store(y_target_ptr + row, y_target, mask=part == 0)
     else:
         store_statistics(
-            logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr, row, True, y_target, y_max, total, moment, scale
+            logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr, row, True, y_target, y_max, total, moment, exact_scale
         )
 
 
@@ -160,9 +163,9 @@ def statistics_kernel(
 def merge_kernel(
     rows_ptr,
     counted_ptr,
-    temperature: "fp64",
+    temperature: tl.float64,
     row_temperature_ptr,
-    softcap: "fp64",
+    softcap: tl.float64,
     parts_ptr,
     y_target_ptr,
     logprobs_ptr,
@@ -184,7 +187,8 @@ def merge_kernel(
     if counted_ptr is not None:
         mask = mask & (tl.load(counted_ptr + row, mask=mask, other=0) != 0)
     row = tl.where(mask, row, 0)
-    _, scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP, ACC)
+    _, exact_scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP)
+    scale = exact_scale.to(ACC)
     y_max = tl.full((BLOCK_N,), -INF, ACC)
     total = tl.zeros((BLOCK_N,), ACC)
     moment = tl.zeros((BLOCK_N,), ACC)
@@ -201,7 +205,7 @@ def merge_kernel(
         y_max = new_max
     y_target = tl.load(y_target_ptr + row, mask=mask, other=0.0)
     store_statistics(
-        logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr, row, mask, y_target, y_max, total, moment, scale
+        logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr, row, mask, y_target, y_max, total, moment, exact_scale
     )
 
 
@@ -211,9 +215,9 @@ def gradient_kernel(
     d_logits_ptr,
     rows_ptr,
     targets_ptr,
-    temperature: "fp64",
+    temperature: tl.float64,
     row_temperature_ptr,
-    softcap: "fp64",
+    softcap: tl.float64,
     d_logprobs_ptr,
     d_entropy_ptr,
     logprobs_ptr,
@@ -246,17 +250,17 @@ def gradient_kernel(
         d_entropy = tl.load(d_entropy_ptr + row).to(ACC)
         flows = flows | (d_entropy != 0.0)
     if flows:
-        inverse_temperature, scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP, ACC)
+        inverse_temperature, scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP)
         row_ptr = logits_ptr + i * stride_units.to(tl.int64) * UNIT
         y = load_row_block(row_ptr, columns, vocab, softcap, HAS_SOFTCAP, ACC)
         d_logprob = tl.where(tl.load(logprobs_ptr + row) == -INF, 0.0, d_logprob)
         # row_max is the same product for the largest y, and here too it is rounded before the difference is taken
         d_logits = d_logits_block(
             y,
-            below_max(y * scale, tl.load(row_max_ptr + row), 1.0),
+            below_max(y * scale.to(ACC), tl.load(row_max_ptr + row), 1.0),
             tl.load(log_sum_ptr + row),
             columns == tl.load(targets_ptr + row),
-            inverse_temperature,
+            inverse_temperature.to(ACC),
             d_logprob,
             d_entropy,
             tl.load(entropy_ptr + row),
@@ -275,9 +279,9 @@ def tile_kernel(
     weight_ptr,
     bias_ptr,
     targets_ptr,
-    temperature: "fp64",
+    temperature: tl.float64,
     row_temperature_ptr,
-    softcap: "fp64",
+    softcap: tl.float64,
     parts_ptr,
     y_target_ptr,
     num_rows,
@@ -291,7 +295,7 @@ def tile_kernel(
     HAS_SOFTCAP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Program (s, b): the statistics of BLOCK_N rows over part s of the vocabulary, to be merged; no logit is written."""
+    """Program (s, b): the statistics of BLOCK_N rows over part s of the vocabulary, to be merged."""
     width = width_units * UNIT
     row_blocks = tl.cdiv(num_rows, BLOCK_N)
     # neighbours share the rows of the weight
@@ -300,8 +304,8 @@ def tile_kernel(
     in_rows = rows < num_rows
     rows = tl.where(in_rows, rows, 0)
     targets = tl.load(targets_ptr + rows)
-    _, scale = row_scale(temperature, row_temperature_ptr, rows, softcap, HAS_SOFTCAP, tl.float32)
-    scale = tl.zeros((BLOCK_N,), tl.float32) + scale
+    _, scale = row_scale(temperature, row_temperature_ptr, rows, softcap, HAS_SOFTCAP)
+    scale = tl.zeros((BLOCK_N,), tl.float32) + scale.to(tl.float32)
     length = tl.cdiv(tl.cdiv(vocab, BLOCK_V), splits) * BLOCK_V
     first = part * length
     end = tl.minimum(first + length, vocab)
@@ -354,7 +358,7 @@ def sweep_statistics(
     scale: LogitScale,
     statistics: RowStatistics,
 ) -> None:
-    """Write the statistics of rows [n], by default all, whose logits [n, V] are given; only of those that counted [N] has."""
+    """Write the statistics of rows [n] (None: all), whose logits [n, V] are given.  counted: [N] bool, which of them."""
     num_rows, vocab = logits.shape
     plan = row_plan(num_rows, vocab, logits)
     parts = y_target = None
@@ -587,9 +591,6 @@ def tile_plan(hidden: Tensor, weight: Tensor) -> TilePlan:
     aligned = all(x.data_ptr() % VECTOR_BYTES == 0 for x in (hidden, weight)) and hidden.shape[1] % unit == 0
     unit = unit if aligned else 1
     stages = 2 if torch.version.hip else 3
-    return TilePlan(unit, 64, 64, 32, 4, stages) if hidden.dtype == torch.float32 else TilePlan(unit, 128, 128, 64, 8, stages)
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """A vector that kernels index by row alone."""
-    return None if tensor is None else tensor.contiguous()
+    if hidden.dtype == torch.float32:
+        return TilePlan(unit, 64, 64, 32, 4, stages)
+    return TilePlan(unit, 128, 128, 64, 8, stages)

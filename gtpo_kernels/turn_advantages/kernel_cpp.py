@@ -11,7 +11,7 @@ from gtpo_kernels.turn_advantages.reference import CreditRule, TurnAdvantages
 
 def turn_returns(turn_rewards: Tensor, cu_turns: Tensor, gamma: float) -> Tensor:
     """[K] float64; see `gtpo_kernels.turn_returns`."""
-    returns = _cpu.turn_returns(_buffer(turn_rewards, torch.float64), _buffer(cu_turns, torch.int64), gamma)
+    returns = _cpu.turn_returns(buffer(turn_rewards, torch.float64), buffer(cu_turns, torch.int64), gamma)
     return torch.from_numpy(returns)
 
 
@@ -20,10 +20,10 @@ def turn_advantages(
 ) -> TurnAdvantages:
     """See `gtpo_kernels.turn_advantages`."""
     outputs = _cpu.turn_advantages(
-        _buffer(turn_rewards, torch.float64),
-        _buffer(cu_turns, torch.int64),
-        _buffer(group_ids, torch.int64),
-        _buffer(turn_ids, torch.int64),
+        buffer(turn_rewards, torch.float64),
+        buffer(cu_turns, torch.int64),
+        buffer(group_ids, torch.int64),
+        buffer(turn_ids, torch.int64),
         gamma=rule.gamma,
         scope=getattr(_cpu.Scope, rule.scope),
         population=getattr(_cpu.Population, rule.population),
@@ -35,6 +35,11 @@ def turn_advantages(
     return TurnAdvantages(advantages, turn_level, returns)
 
 
-def _buffer(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+def buffer(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
     """The tensor's memory where dtype and layout already fit, else a converted copy."""
     return tensor.detach().to(dtype).contiguous().numpy()
+
+
+def buffer_or_none(tensor: Tensor | None, dtype: torch.dtype) -> np.ndarray | None:
+    """`buffer`, or None for None."""
+    return None if tensor is None else buffer(tensor, dtype)

@@ -13,9 +13,7 @@ def turn_returns(turn_rewards: Tensor, cu_turns: Tensor, gamma: float) -> Tensor
     """[K] float64; see `gtpo_kernels.turn_returns`."""
     turn_rewards, cu_turns = turn_rewards.contiguous(), cu_turns.contiguous()
     returns = turn_rewards.new_empty(turn_rewards.shape, dtype=torch.float64)
-    launch(
-        _cuda.turn_returns, returns.device, _turns(turn_rewards, cu_turns), gamma=gamma, returns=address(returns)
-    )
+    launch(_cuda.turn_returns, returns.device, _turns(turn_rewards, cu_turns), gamma=gamma, returns=address(returns))
     return returns
 
 

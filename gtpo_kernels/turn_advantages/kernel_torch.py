@@ -38,10 +38,7 @@ def turn_advantages(
     else:
         trajectory = trajectory_of_turn(cu_turns, turn)
         first = cu_turns.long()[trajectory]
-        in_population = has_tokens
-        if rule.population == "trajectories":
-            tokens_before = torch.cat([has_tokens.new_zeros(1, dtype=torch.long), has_tokens.cumsum(0)])
-            in_population = has_tokens & (tokens_before[turn] == tokens_before[first])
+        in_population = first_with_tokens(has_tokens, first) if rule.population == "trajectories" else has_tokens
         scope = scope_of_turn(group_ids, trajectory, turn - first, rule.scope)
         advantages = normalise(returns, scope, in_population, rule.ddof, rule.eps)
     advantages = advantages.masked_fill(~has_tokens, 0.0)
@@ -51,6 +48,12 @@ def turn_advantages(
 def trajectory_of_turn(cu_turns: Tensor, turn: Tensor) -> Tensor:
     """[K] int64: the trajectory that each turn belongs to."""
     return torch.searchsorted(cu_turns[1:].long().contiguous(), turn, right=True)
+
+
+def first_with_tokens(has_tokens: Tensor, first: Tensor) -> Tensor:
+    """[K] bool: the first turn with tokens of each trajectory.  first: [K], the first turn of k's trajectory."""
+    tokens_before = torch.cat([has_tokens.new_zeros(1, dtype=torch.long), has_tokens.cumsum(0)])
+    return has_tokens & (tokens_before[:-1] == tokens_before[first])
 
 
 def scope_of_turn(group_ids: Tensor, trajectory: Tensor, position: Tensor, scope: str) -> Tensor:

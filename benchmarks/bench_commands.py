@@ -1,0 +1,51 @@
+"""With GTPO_BENCH_SMOKE=1: every command that prints a table runs, at tiny sizes, and writes complete rows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = {
+    *("name", "backend", "shape", "dtype", "mask_fraction"),
+    *("cpu_s", "wall_s", "extra_mb", "ratio_to_floor", "error"),
+}
+NEED_A_GPU = ("cuda", "triton")
+
+pytestmark = pytest.mark.skipif(os.environ.get("GTPO_BENCH_SMOKE") != "1", reason="the commands have true sizes")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["linear", "--smoke"], "bench-linear"),
+        (["logits", "--smoke"], "bench-logits"),
+        (["credit", "--smoke"], "bench-credit"),
+        (["skip", "--smoke"], "bench-skip"),
+        (["gpu_check", "--smoke", "--device", "cpu", "--tests"], "gpu_check"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def bench_command(command: list[str], name: str, tmp_path: Path) -> None:
+    module, *options = command
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *options, "--results", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / f"{name}.json").read_text())
+    assert rows
+    for row in rows:
+        assert set(row) >= COLUMNS
+        if row["note"]:
+            assert row["backend"] in NEED_A_GPU, row
+            assert row["note"].startswith("absent: backend="), row
+        else:
+            assert None not in (row["cpu_s"], row["wall_s"], row["extra_mb"], row["ratio_to_floor"]), row
+            assert (row["error"] is None) == row["name"].startswith("floor"), row

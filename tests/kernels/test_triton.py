@@ -1,0 +1,99 @@
+"""The `triton` backend where rows are long: streamed by one program, or split over several; and what it refuses."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from gtpo_kernels import BackendUnavailable, gtpo_loss, gtpo_loss_, token_logprobs
+from gtpo_kernels.testing import assert_matches_reference
+from gtpo_kernels.token_logprobs import kernel_triton
+from tests.kernels.conftest import INF, Case, assert_equal, draws, edge_logits, logits_case, logits_loss_case
+
+KERNEL = "triton"
+
+
+@pytest.fixture(params=["streamed", "split"])
+def long_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Blocks of 32, so that a row of 293 is a long one."""
+    monkeypatch.setattr(kernel_triton, "MAX_BLOCK", {torch.float32: 16, torch.float64: 16})
+    monkeypatch.setattr(kernel_triton, "STREAM_BLOCK", 32)
+    monkeypatch.setattr(kernel_triton, "FEW_ROWS", 0 if request.param == "streamed" else 256)
+    return str(request.param)
+
+
+def test_the_plan(long_rows: str) -> None:
+    plan = kernel_triton.row_plan(13, 293, torch.zeros(13, 293))
+    assert (plan.one_block, plan.block, plan.unit) == (False, 32, 1)
+    assert plan.splits == (1 if long_rows == "streamed" else 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_long_rows_per_token(dtype: torch.dtype, long_rows: str) -> None:
+    cases = draws(KERNEL, logits_case, 13, 293, dtype=dtype)
+    for options in ({"temperature": 1.3, "softcap": 4.0}, {}):
+        assert_matches_reference(token_logprobs, [{**case, **options} for case in cases], ["logits"], backend=KERNEL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_long_rows_of_the_loss(dtype: torch.dtype, long_rows: str) -> None:
+    def check(head: Case, **options: Any) -> None:
+        cases = draws(KERNEL, logits_loss_case, 13, 293, dtype=dtype, scalar=True, **head)
+        assert_matches_reference(gtpo_loss, cases, ["logits"], backend=KERNEL, **options)
+
+    check({"temperature": 0.7, "softcap": 4.0})
+    check({}, metrics="all", num_loss_tokens=50)
+
+
+def test_long_rows_of_infinities(long_rows: str) -> None:
+    case = edge_logits()
+    # the only finite logit is in the last block but one, and in another row there is none
+    wide = torch.full((9, 131), -INF)
+    wide[:, 70:107] = case["logits"]
+    wide[8, 70:107] = -INF
+    wide[8, 100] = 3.0
+    targets = case["targets"] + 70
+    assert_matches_reference(token_logprobs, [{"logits": wide, "targets": targets}], ["logits"], backend=KERNEL)
+    wide_grad = wide.clone().requires_grad_()
+    loss = gtpo_loss(wide_grad, targets, torch.ones(9), backend=KERNEL).loss
+    loss.backward()
+    assert wide_grad.grad is not None
+    assert wide_grad.grad.isfinite().all()
+
+
+def test_long_rows_in_place(long_rows: str) -> None:
+    case = logits_loss_case(13, 293)
+    leaf = case.pop("logits").requires_grad_()
+    loss, metrics = gtpo_loss(leaf, **case, backend=KERNEL)
+    loss.backward()
+    logits = leaf.detach().clone()
+    in_place = gtpo_loss_(logits, **case, backend=KERNEL)
+    assert_equal([in_place.loss, *in_place.metrics], [loss, *metrics])
+    assert_equal([logits], [leaf.grad])
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "unit"),
+    [(512, torch.bfloat16, 8), (516, torch.bfloat16, 1), (516, torch.float32, 4), (517, torch.float32, 1)],
+)
+def test_loads_are_16_bytes_wide_where_rows_are_aligned(vocab: int, dtype: torch.dtype, unit: int) -> None:
+    logits = torch.zeros(4, vocab, dtype=dtype)
+    assert kernel_triton.row_plan(4, vocab, logits).unit == unit
+    # rows that start off a 16-byte boundary
+    assert kernel_triton.row_plan(4, vocab, torch.zeros(4, vocab + 1, dtype=dtype)[:, 1:]).unit == 1
+
+
+@pytest.mark.parametrize("vocab", [512, 517])
+def test_aligned_and_other_rows_give_the_same(vocab: int) -> None:
+    logits, targets = logits_case(5, vocab)["logits"], torch.tensor([0, 1, 2, vocab - 1, 7])
+    shifted = torch.zeros(5, vocab + 1)
+    shifted[:, 1:] = logits
+    results = [token_logprobs(x, targets, backend=KERNEL) for x in (logits, shifted[:, 1:])]
+    assert_equal(*results)
+
+
+def test_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(os.environ, "TRITON_INTERPRET")
+    with pytest.raises(BackendUnavailable, match="backend='triton' needs an NVIDIA or AMD GPU, or TRITON_INTERPRET=1"):
+        token_logprobs(torch.zeros(1, 2), torch.zeros(1).long(), backend=KERNEL)
