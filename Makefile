@@ -12,7 +12,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -
 # Nothing is fetched at run time; models and data come from packages or are made here.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo demo-repeat demo-smollm2 test lint bench clean
+.PHONY: help demo demo-repeat demo-smollm2 test lint bench cuda-compile clean
 .PHONY: bench-linear bench-logits bench-credit bench-skip gpu-check
 .DELETE_ON_ERROR:
 
@@ -46,7 +46,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks
 
-#: make bench-linear   the fused loss from hidden states beside its peers: CPU time, memory, errors (8 minutes)
+#: make bench-linear   the fused loss from hidden states beside its peers: CPU time, memory, errors (8 minutes on two cores)
 bench-linear: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.linear
 
@@ -68,6 +68,14 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 #: make gpu-check      on a machine with an NVIDIA GPU (GPU_PYTHON=python3): kernel tests on it, then the benchmarks
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check
+
+#: make cuda-compile   csrc/*.cu for sm_80, 90, 100 and 120 with nvcc, and the module imported; needs no GPU
+cuda-compile: $(VENV)/.dev
+	@command -v nvcc >/dev/null || { echo "cuda-compile needs nvcc on the PATH" >&2; exit 1; }
+	rm -rf build/cuda && mkdir -p build/cuda
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -C cmake.define.GTPO_CUDA=ON -w build/cuda .
+	$(BIN)/python -m zipfile -e build/cuda/*.whl build/cuda/wheel
+	cd build/cuda/wheel/gtpo_kernels && $(CURDIR)/$(BIN)/python -c "import _cuda; print('imported', _cuda.__file__)"
 
 #: make clean          remove the environment, caches and builds; runs/ stays
 clean:

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -233,9 +232,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shapes = SMOKE_SHAPES if options.smoke else SHAPES
     if options.shape is not None:
         with smoke_run(options.smoke):
-            measure = partial(measure_shape, shapes[options.shape], device, 1 if options.smoke else ROUNDS)
-            rows = measure(options.without, started + options.seconds, options.folder / "progress")
-        (options.folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
+            measured = measure_shape(
+                shapes[options.shape],
+                device,
+                1 if options.smoke else ROUNDS,
+                options.without,
+                started + options.seconds,
+                options.folder / "progress",
+            )
+        (options.folder / "rows.json").write_text(json.dumps([asdict(row) for row in measured]))
         return 0
     findings = []
     if options.device == "cuda":

@@ -7,6 +7,7 @@ Beside `gtpo_loss_`, which turns its logits into their gradient, and `gtpo_loss`
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ def exact_outputs(batch: LogitsBatch, dtype: torch.dtype = torch.float64) -> Out
     return {"loss": total, "d_logits": d_logits}
 
 
-def _our_arguments(batch: LogitsBatch, backend: str) -> dict[str, object]:
+def _our_arguments(batch: LogitsBatch, backend: str) -> dict[str, Any]:
     select_backend("gtpo_loss", backend, batch.logits.device)
     return {
         "targets": batch.targets,

@@ -15,8 +15,10 @@ struct Bfloat16 {
 constexpr float min_log_weight = -86.6f;
 // In place of y = -inf: its weight is 0 as well, but the product with it is 0, not NaN.
 constexpr float log_zero = -1e5f;
-// Vocabulary entries whose float32 sums are added in double; fixed, so the bits do not depend on the threads.
-constexpr std::int64_t block_vocab = 1024;
+// Vocabulary entries whose float32 sums are added in double; fixed, so the bits do not depend on the threads.  A block of a
+// row stays in the L1 cache between its maximum and its sums; a block of columns is the work of one thread.
+constexpr std::int64_t row_block_vocab = 4096;
+constexpr std::int64_t column_block_vocab = 1024;
 // Columns are processed in whole vectors of any instruction set.
 constexpr std::int64_t column_multiple = 16;
 
@@ -57,7 +59,7 @@ struct RowKernels {
 
 template <class T>
 struct ColumnKernels {
-    // of `vocab` rows of the matrix, at most block_vocab
+    // of `vocab` rows of the matrix, at most column_block_vocab
     void (*sums)(const T* logits, std::int64_t stride, std::int64_t vocab, std::int64_t width, const ColumnScale<T>& scale,
                  T* max, T* sum, T* weighted);
     void (*gradient)(T* logits, std::int64_t stride, std::int64_t vocab, std::int64_t width, const ColumnScale<T>& scale,

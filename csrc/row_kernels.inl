@@ -202,8 +202,8 @@ void row_sums_of(const Logit* row, std::int64_t vocab, const RowScale& scale, Ro
     const Vector<T> low = broadcast<T>(static_cast<T>(inverse - static_cast<double>(high[0])));
     sums = {-infinity, 0.0, 0.0};
     Vector<T> shift = {};
-    for (std::int64_t start = 0; start < vocab; start += block_vocab) {
-        const std::int64_t count = vocab - start < block_vocab ? vocab - start : block_vocab;
+    for (std::int64_t start = 0; start < vocab; start += row_block_vocab) {
+        const std::int64_t count = vocab - start < row_block_vocab ? vocab - start : row_block_vocab;
         const double max = static_cast<double>(block_max(row + start, count));
         if (max > sums.max) {
             const T old_shift = shift[0];
@@ -267,6 +267,12 @@ void row_gradient_of(const Logit* row, Logit* d_row, std::int64_t vocab, const R
 // Vocabulary entries that stay in the L1 cache between their maximum and their sums.
 constexpr std::int64_t tile_vocab = 32;
 
+// The entry a tile further on: the stride is too long for the hardware to see it coming.
+template <class T>
+void prefetch_next_tile(const T* at, std::int64_t stride) {
+    __builtin_prefetch(at + tile_vocab * stride);
+}
+
 template <class T, bool capped, bool scaled>
 void column_sums_of(const T* logits, std::int64_t stride, std::int64_t vocab, std::int64_t width,
                     const ColumnScale<T>& scale, T* max, T* sum, T* weighted) {
@@ -280,6 +286,7 @@ void column_sums_of(const T* logits, std::int64_t stride, std::int64_t vocab, st
         const T* tile = logits + start * stride;
         for (std::int64_t j = 0; j < width; j += lanes) {
             const auto at = [&](std::int64_t v) { return Memory<T>::load(tile + v * stride + j); };
+            for (std::int64_t v = 0; v < count; ++v) prefetch_next_tile(tile + v * stride + j, stride);
             const Vector<T> old_max = Memory<T>::load(max + j);
             Vector<T> a = old_max, b = old_max;
             std::int64_t v = 0;
@@ -334,6 +341,7 @@ void column_gradient_of(T* logits, std::int64_t stride, std::int64_t vocab, std:
             const Vector<T> of_y = has_linear ? Memory<T>::load(linear + j) : Vector<T>{};
             for (std::int64_t v = 0; v < count; ++v) {
                 T* at = tile + v * stride + j;
+                prefetch_next_tile(at, stride);
                 Vector<T> cap_slope;
                 const Vector<T> capped_logit = cap<T, capped>(Memory<T>::load(at), scale.softcap, &cap_slope);
                 const Vector<T> y = without_infinity<T>(divide<T, scaled>(capped_logit - shift, high, low));

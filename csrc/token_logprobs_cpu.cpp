@@ -149,7 +149,7 @@ template <class T>
 void sweep_as_columns(const Sweep& sweep, const ColumnKernels<T>& kernels) {
     const std::int64_t num_rows = sweep.batch.num_rows, vocab = sweep.logits.vocab, stride = sweep.logits.vocab_stride;
     const std::int64_t width = (num_rows + column_multiple - 1) / column_multiple * column_multiple;
-    const std::int64_t num_blocks = (vocab + block_vocab - 1) / block_vocab;
+    const std::int64_t num_blocks = (vocab + column_block_vocab - 1) / column_block_vocab;
     const bool scaled = sweep.batch.temperature != nullptr;
     T* logits = static_cast<T*>(sweep.logits.data);
     const auto rows_of = [&](std::int64_t count) { return std::vector<T>(static_cast<std::size_t>(count * width)); };
@@ -165,7 +165,7 @@ void sweep_as_columns(const Sweep& sweep, const ColumnKernels<T>& kernels) {
                                static_cast<T>(sweep.batch.softcap)};
     const auto for_each_block = [&](auto body) {
         for_each_task(num_blocks, sweep.threads(), [&](std::int64_t b) {
-            body(logits + b * block_vocab * stride, std::min(block_vocab, vocab - b * block_vocab), b * width);
+            body(logits + b * column_block_vocab * stride, std::min(column_block_vocab, vocab - b * column_block_vocab), b * width);
         });
     };
     for_each_block([&](T* block, std::int64_t count, std::int64_t at) {

@@ -3,9 +3,9 @@
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,8 @@ from gtpo.sandbox import SandboxUnavailable
 if TYPE_CHECKING:
     from gtpo.trainer import Trainer
 
+# what is not the key of a config
+_FLAGS = ("--help", "--checkpoint", "--overwrite", "--resume")
 _DESCRIPTION = """\
 Train tool-using language models with one reward a turn (GTPO, arXiv 2511.14846).
 
@@ -30,7 +32,9 @@ Train tool-using language models with one reward a turn (GTPO, arXiv 2511.14846)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0 if it did its work, 2 for a mistake of the caller, said in one line."""
     parser = _parser()
-    options, overrides = parser.parse_known_args(arguments)
+    own, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
+    options, stray = parser.parse_known_args(own)
+    overrides += stray
     if options.command is None:
         parser.print_help()
         return 2
@@ -41,6 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Takes the `--key value` pairs out, wherever they stand: argparse would take a value for the CONFIG.toml."""
+    own, overrides = [], []
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--") or word.partition("=")[0] in _FLAGS:
+            own.append(word)
+        else:
+            overrides += [word] if "=" in word else [word, *itertools.islice(words, 1)]
+    return own, overrides
+
+
 class _Refused(Exception):
     """What the caller asked for cannot be done, and no work was started. A fault in mid-run keeps its traceback."""
 
@@ -49,8 +65,8 @@ class _Refused(Exception):
 def _refusing_mistakes() -> Iterator[None]:
     try:
         yield
-    except (ValueError, FileNotFoundError, IsADirectoryError, SandboxUnavailable) as error:
-        raise _Refused(str(error)) from error
+    except (ValueError, OSError, ImportError, SandboxUnavailable) as error:
+        raise _Refused(" ".join(str(error).split())) from error
 
 
 @contextlib.contextmanager
@@ -109,14 +125,10 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from gtpo.report.table import before_after_table
     from gtpo.run_folder import read_rows, write_json
 
-    started = time.perf_counter()
     with _opened(config, resume=options.resume, overwrite=options.overwrite) as trainer:
         _say(trainer.describe())
         before, after = trainer.train()
-        summary = trainer.summary(before, after) | {
-            "seconds": {"total": time.perf_counter() - started, **trainer.seconds},
-            "peak_memory_mb": _peak_memory_mb(),
-        }
+        summary = trainer.summary(before, after) | {"peak_memory_mb": _peak_memory_mb()}
     folder = trainer.run.path
     table = before_after_table(before, after)
     (folder / "table.md").write_text(table + "\n")
@@ -132,12 +144,11 @@ def _sft(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = _load(options, overrides)
     if config.sft.steps < 1:
         raise _Refused(f"sft.steps must be at least 1 for `gtpo sft`, got {config.sft.steps}")
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=0))
     with _opened(config, overwrite=options.overwrite) as trainer:
         _say(trainer.describe())
         evaluation = trainer.warm_up_only()
     print(f"success {evaluation.success:.1%} on {evaluation.num_tasks} held-out tasks")
-    print(f"results: {trainer.run.path}/checkpoints/last")
+    print(f"results: {trainer.run.path}/checkpoints/last; `gtpo train CONFIG.toml --resume` goes on from there")
     return 0
 
 
@@ -147,7 +158,9 @@ def _eval(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise _Refused(f"--checkpoint must be a Hugging Face model folder, got {options.checkpoint!r}")
     model = dataclasses.replace(config.model, source=options.checkpoint, lora_rank=0)
     folder = Path(config.output_dir) / "eval"
-    config = dataclasses.replace(config, model=model, output_dir=str(folder))
+    # without steps, what only training needs is not asked for
+    sft, train = dataclasses.replace(config.sft, steps=0), dataclasses.replace(config.train, steps=0)
+    config = dataclasses.replace(config, model=model, output_dir=str(folder), sft=sft, train=train)
     with _opened(config, overwrite=True) as trainer:
         _say(trainer.describe())
         evaluation = trainer.evaluate(step=0)
@@ -166,12 +179,12 @@ def _list_keys(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if overrides:
         raise _Refused(f"`gtpo config` takes no arguments, got {' '.join(overrides)}")
     previous = ""
-    for key, value, purpose in describe_keys():
+    for key, value, meaning, allowed, purpose in describe_keys():
         table = key.rpartition(".")[0]
         if table != previous:
             print(f"\n[{table}]  {purpose}")
             previous = table
-        print(f"  {key} = {value!r}")
+        print(f"  {key} = {value!r}".ljust(46) + f"  # {meaning} ({allowed})")
     print(f"\nmethods: {', '.join(METHODS)}; the keys of [credit] default to those of the method")
     return 0
 

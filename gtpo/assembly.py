@@ -1,52 +1,75 @@
 """Building the parts of a run from its configuration: environments, chat, sandbox, the text of a tiny tokenizer."""
 
 import contextlib
+import importlib.util
 import random
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from gtpo.chat import Chat
-from gtpo.config import Config
+from gtpo.config import Config, ModelConfig
 from gtpo.environments import Answer, Environment, Mixture, make_environment
 from gtpo.policy import Policy
 from gtpo.rollout import offered_schemas
 from gtpo.sandbox import SandboxLimits, SandboxPool
+from gtpo.tools import named_tools
 from gtpo.types import Task
 
 # roles of the chat template and the head of the commonest error message: a token each
 _PROTOCOL_WORDS = ("system\n", "user\n", "assistant\n", "tool\n", "LookupError: ", " is in ")
 
 
+def refuse_missing_device(model: ModelConfig) -> None:
+    """Raises ValueError where `model.device` or `model.attention` asks for what is not here."""
+    try:
+        device = torch.empty(0, device=None if model.device == "auto" else model.device).device
+    # AssertionError is how a build of PyTorch without CUDA says so
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"model.device must be one that PyTorch has here, got {model.device!r}: {reason}") from error
+    has_gpu = device.type == "cuda" or (model.device == "auto" and torch.cuda.is_available())
+    if model.attention == "flash" and not (has_gpu and importlib.util.find_spec("flash_attn")):
+        raise ValueError('model.attention = "flash" needs a GPU and the package flash-attn; "auto" takes what is here')
+
+
 def make_mixture(config: Config) -> Environment:
-    """The environments of the configuration as one. Raises ValueError for an unknown name or option."""
-    made = [make_environment(item.name, **item.options) for item in config.environments]
+    """The environments of the configuration as one. Raises ValueError for an unknown name, option or type of option."""
+    made = []
+    for item in config.environments:
+        try:
+            made.append(make_environment(item.name, **item.options))
+        except TypeError as error:
+            raise ValueError(f"options of environment '{item.name}': {error}, got {dict(item.options)}") from error
     return made[0] if len(made) == 1 else Mixture(made, [item.weight for item in config.environments])
 
 
-def make_chat(policy: Policy, config: Config) -> Chat:
+def make_chat(policy: Policy, config: Config, environment: Environment) -> Chat:
     rollout = config.rollout
     return Chat(
         policy.tokenizer,
         call_format=rollout.call_format,
         tool_role=rollout.tool_role,
         schemas=offered_schemas(rollout.tools),
+        explain_protocol=environment.explain_protocol,
     )
 
 
 def make_sandbox(config: Config) -> SandboxPool | None:
     """The sandbox that the configured tools need; None where none of them runs code."""
-    if "python" not in config.rollout.tools:
+    if not any(tool.needs_session for tool in named_tools(config.rollout.tools)):
         return None
-    limits = config.sandbox
-    return SandboxPool(
-        SandboxLimits(
-            cpu_time_s=limits.cpu_time_s,
-            wall_time_s=limits.wall_time_s,
-            memory_bytes=limits.memory_bytes,
-            output_bytes=limits.output_bytes,
-        ),
-        min_tier=limits.min_tier,
-        max_concurrent=limits.max_concurrent,
-    )
+    asked = config.sandbox
+    try:
+        limits = SandboxLimits(
+            cpu_time_s=asked.cpu_time_s,
+            wall_time_s=asked.wall_time_s,
+            memory_bytes=asked.memory_bytes,
+            output_bytes=asked.output_bytes,
+        )
+    except ValueError as error:
+        raise ValueError(f"sandbox.{error}") from None
+    return SandboxPool(limits, min_tier=asked.min_tier, max_concurrent=asked.max_concurrent)
 
 
 def tokenizer_corpus(environment: Environment, tasks: Sequence[Task]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Packing trajectories into one row of tokens for training.
 
-Alignment is done here, once: row i of the hidden states predicts `targets[i]`, and `turn_ids[i]`, `loss_mask[i]` and
-`advantages[i]` belong to that target. The last token of a sequence predicts nothing and is not an input.
+Alignment is done here, once: row i of the hidden states predicts `targets[i]`, and `loss_mask[i]`, `advantages[i]` and
+`rollout_logprobs[i]` belong to that target. The last token of a sequence predicts nothing and is not an input.
 """
 
 from collections.abc import Sequence
@@ -13,14 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """One trajectory as training sees it: its ids, for each id the row of `turn_rewards` ([-1] where not sampled), its
-    advantage, whether it counts in the loss, and the log-prob that the sampler reported (0 where not sampled).
+    """One trajectory as training sees it: its ids, and for each id its advantage, whether it counts in the loss, and
+    the log-prob that the sampler reported (advantage and log-prob are 0 where not sampled).
 
     All lists have the length of `token_ids`; entries belong to the token at the same place.
     """
 
     token_ids: list[int]
-    turn_ids: list[int]
     advantages: list[float]
     loss_mask: list[bool]
     rollout_logprobs: list[float]
@@ -35,13 +34,12 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows, each [N] unless said: `input_ids`, `position_ids` (from 0 in each sequence), `targets`, `turn_ids`
-    (-1 where not sampled), `advantages`, `loss_mask`, `rollout_logprobs`; `cu_seqlens` [B+1] int32."""
+    """Packed rows, each [N] unless said: `input_ids`, `position_ids` (from 0 in each sequence), `targets`,
+    `advantages`, `loss_mask`, `rollout_logprobs`, `old_logprobs`; `cu_seqlens` [B+1] int32."""
 
     input_ids: Tensor
     position_ids: Tensor
     targets: Tensor
-    turn_ids: Tensor
     advantages: Tensor
     loss_mask: Tensor
     rollout_logprobs: Tensor
@@ -57,12 +55,12 @@ class Batch:
 def pack(sequences: Sequence[PackedSequence], *, device: torch.device | str = "cpu") -> Batch:
     """Packs sequences back to back. A sequence of T tokens gives T - 1 rows.
 
-    >>> sequence = PackedSequence([7, 8, 9], [-1, 0, 0], [0.0, 2.0, 2.0], [False, True, True], [0.0, -1.0, -2.0])
+    >>> sequence = PackedSequence([7, 8, 9], [0.0, 2.0, 2.0], [False, True, True], [0.0, -1.0, -2.0])
     >>> batch = pack([sequence, sequence])
     >>> batch.input_ids.tolist(), batch.targets.tolist(), batch.position_ids.tolist()
     ([7, 8, 7, 8], [8, 9, 8, 9], [0, 1, 0, 1])
-    >>> batch.turn_ids.tolist(), batch.cu_seqlens.tolist()
-    ([0, 0, 0, 0], [0, 2, 4])
+    >>> batch.advantages.tolist(), batch.cu_seqlens.tolist()
+    ([2.0, 2.0, 2.0, 2.0], [0, 2, 4])
     """
     if not sequences:
         raise ValueError("there must be at least one sequence to pack, got none")
@@ -76,7 +74,6 @@ def pack(sequences: Sequence[PackedSequence], *, device: torch.device | str = "c
         input_ids=rows("token_ids", torch.long, inputs=True),
         position_ids=torch.cat([torch.arange(length) for length in lengths]).to(device),
         targets=rows("token_ids", torch.long),
-        turn_ids=rows("turn_ids", torch.long),
         advantages=rows("advantages", torch.float32),
         loss_mask=rows("loss_mask", torch.bool),
         rollout_logprobs=rows("rollout_logprobs", torch.float32),

@@ -13,10 +13,17 @@ from typing import Any, Literal
 
 from gtpo.types import ToolCall
 
-_FENCED_CODE = re.compile(r"```(?:python|py)[ \t]*\n(.*?)```", re.DOTALL)
+_FENCED_CODE = re.compile(r"```py(?:thon)?3?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
+# quotes, which call nothing
+_FENCED_TEXT = re.compile(r"```(?:text|txt|output|json|markdown)[ \t]*\r?\n.*?```", re.DOTALL | re.IGNORECASE)
 _JSON_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _ANSWER = re.compile(r"answer:[ \t]*(\S[^\n]*)", re.IGNORECASE)
 _MARK = "\x00tool-output\x00"
+_SYSTEM_MARK, _PROMPT_MARK = "\x00system\x00", "\x00prompt\x00"
+_ANSWER_PROTOCOL = "Give the result as: answer: ..."
+_CODE_PROTOCOL = (
+    "Call Python with a block that opens with ```python and closes with ```. You then read what it printed.\n"
+)
 
 
 class BrokenPrefix(ValueError):
@@ -32,7 +39,13 @@ class ParsedTurn:
 
 
 class Chat:
-    """The chat template of one tokenizer, in one call format. `schemas` are the tools offered in the format "json"."""
+    """The chat template of one tokenizer, in one call format.
+
+    schemas: the tools offered in the format "json". explain_protocol: tell the model in the system prompt how to call
+    Python in the format "code" and how to answer; the format "json" always does.
+    The template must keep the system prompt and earlier turns, and end a turn of the assistant with `eos_token`.
+    Raises BrokenPrefix or ValueError where it does not.
+    """
 
     def __init__(
         self,
@@ -41,6 +54,7 @@ class Chat:
         call_format: Literal["code", "json"] = "code",
         tool_role: str = "tool",
         schemas: Sequence[Mapping[str, Any]] = (),
+        explain_protocol: bool = False,
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
@@ -52,29 +66,47 @@ class Chat:
         self.call_format = call_format
         self.tool_role = tool_role
         self.schemas = list(schemas)
+        self.explain_protocol = explain_protocol
         self.end_of_turn_id: int = tokenizer.eos_token_id
         self._before, self._between, self._after = self._tool_glue()
 
     def prompt_ids(self, system_prompt: str, prompt: str) -> list[int]:
-        """Ids of everything before the first sampled token, the generation prompt included."""
-        system = system_prompt
-        if self.call_format == "json":
-            tools = "\n".join(json.dumps(_without_return(schema), sort_keys=True) for schema in self.schemas)
-            system = (
-                f"{system_prompt}\n\nTools, as JSON schemas:\n{tools}\n\nCall a tool with a JSON object inside tags:\n"
-                '<tool_call>{"name": "tool", "arguments": {}}</tool_call>\nGive the result as: answer: ...'
-            )
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-        return self._encode(self._render(messages, add_generation_prompt=True), control=True)
+        """Ids of everything before the first sampled token, the generation prompt included.
+
+        The text of the prompts never becomes a special token.
+        """
+        system = system_prompt + self._protocol()
+        if not (self._has_control(system) or self._has_control(prompt)):
+            return self._encode(self._render_prompt(system, prompt), control=True)
+        rendered = self._render_prompt(_SYSTEM_MARK, _PROMPT_MARK)
+        before, system_mark, rest = rendered.partition(_SYSTEM_MARK)
+        between, prompt_mark, after = rest.partition(_PROMPT_MARK)
+        if not (system_mark and prompt_mark):
+            raise ValueError(f"the chat template must keep the system prompt and the prompt, got {rendered!r}")
+        ids = self._encode(before, control=True) + self._encode(system, control=False)
+        ids += self._encode(between, control=True) + self._encode(prompt, control=False)
+        return ids + self._encode(after, control=True)
 
     def tool_ids(self, outputs: Sequence[str]) -> list[int]:
-        """Ids inserted after a completion that ended its turn. A tool's text never becomes a control token."""
+        """Ids inserted after a completion that ended its turn.
+
+        A tool's text never becomes a special token; an added token that is not special, as Qwen's <tool_call>, it can.
+        """
         ids = self._encode(self._before, control=True)
         for number, output in enumerate(outputs):
             if number:
                 ids += self._encode(self._between, control=True)
             ids += self._encode(output, control=False)
         return ids + self._encode(self._after, control=True)
+
+    def _protocol(self) -> str:
+        if self.call_format == "json":
+            tools = "\n".join(json.dumps(_without_return(schema), sort_keys=True) for schema in self.schemas)
+            return (
+                f"\n\nTools, as JSON schemas:\n{tools}\n\nCall a tool with a JSON object inside tags:\n"
+                f'<tool_call>{{"name": "tool", "arguments": {{}}}}</tool_call>\n{_ANSWER_PROTOCOL}'
+            )
+        return f"\n\n{_CODE_PROTOCOL}{_ANSWER_PROTOCOL}" if self.explain_protocol else ""
 
     def completion_ids(self, text: str) -> list[int]:
         """Ids of a demonstrated completion, its end-of-turn id included."""
@@ -99,7 +131,7 @@ class Chat:
         if calls:
             return ParsedTurn(calls=calls, answer=None)
         answers = _ANSWER.findall(text)
-        return ParsedTurn(calls=(), answer=answers[-1].strip() if answers else None)
+        return ParsedTurn(calls=(), answer=(_bare(answers[-1]) or None) if answers else None)
 
     def _tool_glue(self) -> tuple[str, str, str]:
         opening = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
@@ -108,13 +140,17 @@ class Chat:
         rendered = self._render(opening, add_generation_prompt=False)
         if end not in rendered[rendered.rindex("reply") :]:
             raise BrokenPrefix(f"the chat template must end an assistant turn with eos_token {end!r}, got {rendered!r}")
-        prefix = rendered[: rendered.index(end, rendered.rindex("reply")) + len(end)]
         one = self._render([*opening, outputs[0]], add_generation_prompt=True)
         two = self._render([*opening, *outputs], add_generation_prompt=True)
+        # an earlier turn must stand as the template closed it, or as it was sampled: Qwen3 puts an empty <think> into
+        # the last turn only, and no turn that is appended here has it
+        closed = rendered[: rendered.index(end, rendered.rindex("reply")) + len(end)]
+        appended = self._render(opening[:1], add_generation_prompt=True) + "reply" + end
+        prefix = closed if one.startswith(closed) else appended
         if not (one.startswith(prefix) and two.startswith(prefix)):
             raise BrokenPrefix(
                 "the chat template must keep earlier turns as they were rendered; "
-                f"expected a conversation starting with {prefix!r}, got {one!r}"
+                f"expected a conversation starting with {closed!r} or {appended!r}, got {one!r}"
             )
         if one.count(_MARK) != 1 or two.count(_MARK) != 2:
             raise ValueError(
@@ -128,15 +164,32 @@ class Chat:
             self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         )
 
+    def _render_prompt(self, system: str, prompt: str) -> str:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+        return self._render(messages, add_generation_prompt=True)
+
+    def _has_control(self, text: str) -> bool:
+        return self._encode(text, control=True) != self._encode(text, control=False)
+
     def _encode(self, text: str, *, control: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"])
 
 
 def _fenced_calls(text: str) -> tuple[ToolCall, ...]:
-    calls = [ToolCall(name="python", arguments={"code": code.strip("\n")}) for code in _FENCED_CODE.findall(text)]
-    if "```" in _FENCED_CODE.sub("", text):
+    calls = [ToolCall(name="python", arguments={"code": code.strip("\r\n")}) for code in _FENCED_CODE.findall(text)]
+    if "```" in _FENCED_TEXT.sub("", _FENCED_CODE.sub("", text)):
         calls.append(_malformed("a code block must open with ```python and close with ```"))
     return tuple(calls)
+
+
+def _bare(answer: str) -> str:
+    """The answer without the emphasis of Markdown around it.
+
+    >>> _bare(" **4** "), _bare("`x = 1`"), _bare("2**3")
+    ('4', 'x = 1', '2**3')
+    """
+    bare = answer.strip().removeprefix("**").removesuffix("**").strip()
+    return bare[1:-1].strip() if len(bare) > 1 and bare[0] == bare[-1] == "`" else bare
 
 
 def _json_calls(text: str) -> tuple[ToolCall, ...]:

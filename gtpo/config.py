@@ -14,11 +14,14 @@ ValueError: unknown config key 'rolout'; did you mean 'rollout'?
 
 import dataclasses
 import difflib
+import math
+import operator
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,19 @@ class Method:
     trajectory is one entry of them.
     """
 
-    reward: Literal["turn", "outcome"] = "turn"
-    gamma: float = 0.9
-    scope: Literal["group", "batch", "group_turn"] = "group"
-    population: Literal["turns", "trajectories"] = "turns"
-    ddof: int = 1
-    eps: float = 1e-6
-    format_penalty: float = 0.1
-    similarity_alpha: float = 0.5
-    similarity: str = "ngram"
-    execution_bonus: float = 0.0
-    execution_penalty: float = 0.0
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    reward: Annotated[Literal["turn", "outcome"], "rewards of single turns, or one of the outcome"] = "turn"
+    gamma: Annotated[float, "discount from a turn to the one before it"] = 0.9
+    scope: Annotated[Literal["group", "batch", "group_turn"], "whose returns are normalised together"] = "group"
+    population: Annotated[Literal["turns", "trajectories"], "what is one entry of mean and deviation"] = "turns"
+    ddof: Annotated[int, "degrees of freedom taken off the deviation"] = 1
+    eps: Annotated[float, "added to the deviation"] = 1e-6
+    format_penalty: Annotated[float, "taken off a turn with a format fault"] = 0.1
+    similarity_alpha: Annotated[float, "most credit for code like that of a success"] = 0.5
+    similarity: Annotated[Literal["ngram"], "how code is compared"] = "ngram"
+    execution_bonus: Annotated[float, "paid once, for output as expected"] = 0.0
+    execution_penalty: Annotated[float, "taken off a turn whose tool failed"] = 0.0
+    clip_low: Annotated[float, "least ratio is 1 minus this"] = 0.2
+    clip_high: Annotated[float, "greatest ratio is 1 plus this"] = 0.28
 
 
 METHODS: dict[str, Method] = {
@@ -58,22 +61,22 @@ class ModelConfig:
     """`source`: "tiny" builds a small random Qwen3-style model with its own tokenizer; "package:NAME" takes the GGUF
     file that a Python package carries; anything else is a folder that `from_pretrained` reads."""
 
-    source: str = "tiny"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = "auto"
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_heads: int = 2
-    num_kv_heads: int = 1
-    head_dim: int = 64
-    intermediate_size: int = 384
-    vocab_size: int = 320
-    initializer_range: float = 0.02
-    attention: Literal["auto", "sdpa", "flash"] = "auto"
-    freeze_head: bool = False
-    lora_rank: int = 0
-    lora_alpha: int = 16
-    gradient_checkpointing: bool = False
+    source: Annotated[str, '"tiny", "package:NAME" or a folder'] = "tiny"
+    dtype: Annotated[Literal["float32", "bfloat16"], "of the weights; bfloat16 trains adapters only"] = "float32"
+    device: Annotated[str, '"auto" takes a GPU where there is one'] = "auto"
+    hidden_size: Annotated[int, "of a tiny model"] = 128
+    num_layers: Annotated[int, "of a tiny model"] = 4
+    num_heads: Annotated[int, "of a tiny model, a multiple of num_kv_heads"] = 2
+    num_kv_heads: Annotated[int, "of a tiny model"] = 1
+    head_dim: Annotated[int, "of a tiny model"] = 64
+    intermediate_size: Annotated[int, "of a tiny model"] = 384
+    vocab_size: Annotated[int, "of a tiny model's tokenizer"] = 320
+    initializer_range: Annotated[float, "deviation of a tiny model's first weights"] = 0.02
+    attention: Annotated[Literal["auto", "sdpa", "flash"], "in training; flash needs flash-attn and a GPU"] = "auto"
+    freeze_head: Annotated[bool, "leave the output embeddings as they are"] = False
+    lora_rank: Annotated[int, "of adapters on all linear layers; 0: all weights train"] = 0
+    lora_alpha: Annotated[int, "scale of the adapters times lora_rank"] = 16
+    gradient_checkpointing: Annotated[bool, "compute activations twice to save memory"] = False
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ class EnvironmentConfig:
 class TasksConfig:
     """Sizes of the two disjoint splits. Training tasks are visited in a seeded order, epoch after epoch."""
 
-    num_train: int = 2000
-    num_eval: int = 200
+    num_train: Annotated[int, "size of the training split"] = 2000
+    num_eval: Annotated[int, "size of the held-out split"] = 200
 
 
 @dataclass(frozen=True)
@@ -98,31 +101,33 @@ class RolloutConfig:
     """Rollouts. A tool's result joins its trajectory `tool_join_steps` decoding steps after the call, whenever it came:
     so the schedule, and with it every bit of the run, does not depend on how fast the tools were. -1 joins at once."""
 
-    tasks_per_step: int = 16
-    group_size: int = 8
-    temperature: float = 1.0
-    max_turns: int = 6
-    max_completion_tokens: int = 96
-    max_trajectory_tokens: int = 512
-    max_concurrent: int = 128
-    call_format: Literal["code", "json"] = "code"
-    tools: tuple[str, ...] = ("python",)
-    tool_role: str = "tool"
-    tool_join_steps: int = 4
-    mask_truncated: bool = False
-    mask_void_turns: bool = False
+    tasks_per_step: Annotated[int, "tasks of one step"] = 16
+    group_size: Annotated[int, "trajectories for each task"] = 8
+    temperature: Annotated[float, "of sampling and of the log-probs trained on"] = 1.0
+    max_turns: Annotated[int, "completions of a trajectory at most"] = 6
+    max_completion_tokens: Annotated[int, "sampled tokens of a turn at most"] = 96
+    max_trajectory_tokens: Annotated[int, "prompt, completions and tool output at most"] = 512
+    max_concurrent: Annotated[int, "trajectories sampled at once"] = 128
+    call_format: Annotated[Literal["code", "json"], "fenced Python, or JSON in <tool_call> tags"] = "code"
+    tools: Annotated[tuple[str, ...], "offered tools: python, calculator"] = ("python",)
+    tool_role: Annotated[str, "role of tool output in the model's chat template"] = "tool"
+    tool_join_steps: Annotated[int, "decoding steps from a call to its result"] = 4
+    mask_truncated: Annotated[bool, "keep truncated trajectories out of the loss"] = False
+    mask_void_turns: Annotated[bool, "keep those with a void turn out of the loss"] = False
 
 
 @dataclass(frozen=True)
 class SandboxConfig:
     """Limits of one session of model-written code; `min_tier` is the least isolation that the run accepts."""
 
-    min_tier: Literal["none", "rlimits", "landlock", "namespaces"] = "landlock"
-    cpu_time_s: float = 2.0
-    wall_time_s: float = 30.0
-    memory_bytes: int = 512 * 1024 * 1024
-    output_bytes: int = 4096
-    max_concurrent: int = 8
+    min_tier: Annotated[Literal["none", "rlimits", "landlock", "namespaces"], "least isolation that is accepted"] = (
+        "landlock"
+    )
+    cpu_time_s: Annotated[float, "of a cell"] = 2.0
+    wall_time_s: Annotated[float, "of a cell"] = 30.0
+    memory_bytes: Annotated[int, "address space of a session"] = 512 * 1024 * 1024
+    output_bytes: Annotated[int, "of a cell; the rest is cut off"] = 4096
+    max_concurrent: Annotated[int, "cells that run at once"] = 8
 
 
 @dataclass(frozen=True)
@@ -131,16 +136,16 @@ class TrainConfig:
     micro-batches of an optimizer step under one denominator. `updates_per_rollout` above 1 splits a rollout into as
     many optimizer steps."""
 
-    steps: int = 100
-    learning_rate: float = 2e-4
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = 5
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    micro_batch_tokens: int = 8192
-    updates_per_rollout: int = 1
-    eval_every: int = 0
-    checkpoint_every: int = 20
+    steps: Annotated[int, "rollouts that are trained on"] = 100
+    learning_rate: Annotated[float, "after the rise, before the fall"] = 2e-4
+    schedule: Annotated[Literal["linear", "cosine", "constant"], "fall of the learning rate to 0"] = "linear"
+    warmup_steps: Annotated[int, "rise of the learning rate from 0"] = 5
+    weight_decay: Annotated[float, "AdamW's"] = 0.0
+    max_grad_norm: Annotated[float, "longer gradients are shortened, in the warm-up too"] = 1.0
+    micro_batch_tokens: Annotated[int, "tokens of one forward pass at most"] = 8192
+    updates_per_rollout: Annotated[int, "optimizer steps on one rollout"] = 1
+    eval_every: Annotated[int, "steps between evaluations; 0: only before and after"] = 0
+    checkpoint_every: Annotated[int, "steps between checkpoints"] = 20
 
 
 @dataclass(frozen=True)
@@ -150,34 +155,36 @@ class SftConfig:
     `optimizer`: "muon" for a model that starts from random weights learns to copy in half the steps; "adamw" otherwise.
     """
 
-    steps: int = 0
-    batch_size: int = 32
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-3
-    warmup_steps: int = 10
-    num_demonstrations: int = 1000
-    only_successful: bool = True
+    steps: Annotated[int, "optimizer steps of the warm-up; 0: none"] = 0
+    batch_size: Annotated[int, "demonstrations of one step"] = 32
+    optimizer: Annotated[Literal["adamw", "muon"], "muon learns faster from random weights"] = "adamw"
+    learning_rate: Annotated[float, "after the rise, before a linear fall"] = 1e-3
+    warmup_steps: Annotated[int, "rise of the learning rate from 0"] = 10
+    num_demonstrations: Annotated[int, "tasks that the scripted demonstrator plays"] = 1000
+    only_successful: Annotated[bool, "learn from right answers only"] = True
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """Evaluation on the held-out split with `samples` attempts a task, at the training temperature unless set."""
 
-    samples: int = 1
-    temperature: float | None = None
+    samples: Annotated[int, "attempts at each task, the k of avg@k"] = 1
+    temperature: Annotated[float | None, "of evaluation; left out: rollout.temperature"] = None
 
 
 @dataclass(frozen=True)
 class Config:
     """One run. Everything random derives from `seed`; `num_threads = 0` keeps PyTorch's own choice."""
 
-    method: str = "gtpo"
-    seed: int = 0
-    output_dir: str = "runs/run"
-    num_threads: int = 0
+    method: Annotated[str, "preset of [credit]"] = "gtpo"
+    seed: Annotated[int, "all that is random derives from it"] = 0
+    output_dir: Annotated[str, "the run's folder"] = "runs/run"
+    num_threads: Annotated[int, "of PyTorch; 0: its own choice"] = 0
     credit: Method = field(default_factory=Method)
     model: ModelConfig = field(default_factory=ModelConfig)
-    environments: tuple[EnvironmentConfig, ...] = (EnvironmentConfig(name="retry"),)
+    environments: Annotated[tuple[EnvironmentConfig, ...], "where the tasks come from"] = (
+        EnvironmentConfig(name="retry"),
+    )
     tasks: TasksConfig = field(default_factory=TasksConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
@@ -189,38 +196,68 @@ class Config:
         _check(self)
 
 
+# Which numbers the keys may have: what is said of them, least, greatest, keys. None stands for a key left out.
+_GREATEST, _LEAST_ABOVE_0 = sys.float_info.max, math.ulp(0.0)
+_RANGES: tuple[tuple[str, float, float, str], ...] = (
+    ("at least 2", 2, _GREATEST, "rollout.group_size"),
+    (
+        "at least 1",
+        1,
+        _GREATEST,
+        "model.hidden_size model.num_layers model.num_heads model.num_kv_heads model.head_dim model.intermediate_size "
+        "model.vocab_size model.lora_alpha tasks.num_train tasks.num_eval rollout.tasks_per_step rollout.max_turns "
+        "rollout.max_completion_tokens rollout.max_trajectory_tokens rollout.max_concurrent sandbox.max_concurrent "
+        "sft.batch_size sft.num_demonstrations train.updates_per_rollout train.micro_batch_tokens "
+        "train.checkpoint_every eval.samples",
+    ),
+    (
+        "above 0",
+        _LEAST_ABOVE_0,
+        _GREATEST,
+        "model.initializer_range rollout.temperature eval.temperature train.max_grad_norm sandbox.cpu_time_s "
+        "sandbox.wall_time_s sandbox.memory_bytes sandbox.output_bytes",
+    ),
+    (
+        "at least 0",
+        0,
+        _GREATEST,
+        "seed num_threads model.lora_rank credit.eps credit.format_penalty credit.similarity_alpha "
+        "credit.execution_bonus credit.execution_penalty credit.clip_high sft.steps sft.learning_rate sft.warmup_steps "
+        "train.steps train.learning_rate train.warmup_steps train.weight_decay train.eval_every",
+    ),
+    ("at least -1", -1, _GREATEST, "rollout.tool_join_steps"),
+    ("in [0, 1]", 0, 1, "credit.gamma credit.clip_low credit.ddof"),
+)
+
+
 def _check(config: Config) -> None:
-    at_least = {
-        "rollout.group_size": (config.rollout.group_size, 2, "a group of one has no one to be compared with"),
-        "rollout.tasks_per_step": (config.rollout.tasks_per_step, 1, "a step needs a task"),
-        "rollout.max_turns": (config.rollout.max_turns, 1, "a trajectory needs a turn"),
-        "rollout.max_completion_tokens": (config.rollout.max_completion_tokens, 1, "a turn needs a token"),
-        "rollout.max_concurrent": (config.rollout.max_concurrent, 1, "one trajectory must be able to run"),
-        "tasks.num_train": (config.tasks.num_train, 1, "there must be something to train on"),
-        "eval.samples": (config.eval.samples, 1, "avg@k needs a sample"),
-        "train.updates_per_rollout": (config.train.updates_per_rollout, 1, "a rollout gives at least one update"),
-        "train.micro_batch_tokens": (config.train.micro_batch_tokens, 1, "a micro-batch needs a token"),
-        "train.checkpoint_every": (config.train.checkpoint_every, 1, "a run must be resumable"),
-    }
-    for key, (value, least, why) in at_least.items():
-        if value < least:
-            raise ValueError(f"{key} must be at least {least}, got {value}: {why}")
-    if config.rollout.temperature <= 0:
-        raise ValueError(f"rollout.temperature must be above 0, got {config.rollout.temperature}")
-    if config.eval.temperature is not None and config.eval.temperature <= 0:
-        raise ValueError(f"eval.temperature must be above 0, or left out, got {config.eval.temperature}")
-    if config.rollout.call_format == "code" and "python" not in config.rollout.tools:
+    for expected, least, greatest, keys in _RANGES:
+        for key in keys.split():
+            value = operator.attrgetter(key)(config)
+            # written so that NaN is refused too
+            if value is not None and not least <= value <= greatest:
+                raise ValueError(f"{key} must be {expected}, got {value}")
+    if config.model.num_heads % config.model.num_kv_heads:
         raise ValueError(
-            f'rollout.tools must hold "python", which call_format = "code" calls; got {list(config.rollout.tools)}'
+            f"model.num_heads must be a multiple of model.num_kv_heads = {config.model.num_kv_heads}, "
+            f"got {config.model.num_heads}"
         )
-    if not 0 <= config.credit.gamma <= 1:
-        raise ValueError(f"credit.gamma must be in [0, 1], got {config.credit.gamma}")
+    tools = list(config.rollout.tools)
+    if not tools or len(set(tools)) < len(tools):
+        raise ValueError(f"rollout.tools must name at least one tool, and each once; got {tools}")
+    if config.rollout.call_format == "code" and "python" not in tools:
+        raise ValueError(f'rollout.tools must hold "python", which call_format = "code" calls; got {tools}')
     if not config.environments:
         raise ValueError("environments must name at least one environment, got none")
-    names = [environment.name for environment in config.environments]
-    if any(environment.weight <= 0 for environment in config.environments):
+    for number, environment in enumerate(config.environments):
+        if not 0 < environment.weight < math.inf:
+            raise ValueError(f"environments.{number}.weight must be above 0, got {environment.weight}")
+    shaping = ("format_penalty", "similarity_alpha", "execution_bonus", "execution_penalty")
+    unused = {name: value for name in shaping if (value := getattr(config.credit, name)) != 0}
+    if config.credit.reward == "outcome" and unused:
         raise ValueError(
-            f"every environment's weight must be above 0, got {dict(zip(names, config.environments, strict=True))}"
+            'credit.reward = "outcome" pays no term of a turn, so these must be 0: '
+            + ", ".join(f"credit.{name}, got {value}" for name, value in unused.items())
         )
 
 
@@ -252,12 +289,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         except tomllib.TOMLDecodeError as error:
             raise ValueError(f"{path} is not valid TOML: {error}") from None
     for key, value in _override_pairs(overrides):
-        table = raw
         *tables, last = key.split(".")
+        table: Any = raw
         for name in tables:
-            table = table.setdefault(name, {})
-            if not isinstance(table, dict):
-                raise ValueError(f"--{key}: {name!r} is not a table of the config")
+            table = table.setdefault(name, {}) if isinstance(table, dict) else _entry(table, name, key)
+        if not isinstance(table, dict):
+            raise ValueError(f"--{key}: {tables[-1]!r} is not a table of the config")
         table[last] = _toml_literal(value)
     return config_from_dict(raw)
 
@@ -267,20 +304,28 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def describe_keys() -> Iterator[tuple[str, Any, str]]:
-    """Every scalar key with its default and the purpose of its table, for `gtpo config`."""
-    default = Config()
-    for entry in dataclasses.fields(Config):
-        value = getattr(default, entry.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            for sub in dataclasses.fields(value):
-                yield (
-                    f"{entry.name}.{sub.name}",
-                    getattr(value, sub.name),
-                    " ".join((type(value).__doc__ or "").split()),
-                )
-        else:
-            yield entry.name, value, " ".join((Config.__doc__ or "").split())
+def describe_keys() -> Iterator[tuple[str, Any, str, str, str]]:
+    """Every key with its default, its meaning and what it may be, and the purpose of its table, for `gtpo config`."""
+    yield from _describe(Config(), prefix="")
+
+
+def _describe(table: Any, *, prefix: str) -> Iterator[tuple[str, Any, str, str, str]]:
+    ranges = {key: expected for expected, _, _, keys in _RANGES for key in keys.split()}
+    types = get_type_hints(type(table), include_extras=True)
+    for entry in dataclasses.fields(table):
+        key, value = prefix + entry.name, getattr(table, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from _describe(value, prefix=f"{key}.")
+            continue
+        kind, meaning = get_args(types[entry.name])
+        allowed = str(kind).replace("gtpo.config.", "") if get_args(kind) else kind.__name__
+        if get_origin(kind) is Literal:
+            allowed = "one of " + ", ".join(get_args(kind))
+        if key == "method":
+            allowed = "one of " + ", ".join(METHODS)
+        if key in ranges:
+            allowed += f" {ranges[key]}"
+        yield key, value, meaning, allowed, " ".join((type(table).__doc__ or "").split())
 
 
 def _refuse_unknown_keys(raw: Mapping[str, Any], cls: type, *, prefix: str) -> None:
@@ -317,11 +362,19 @@ def _override_pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
             raise ValueError(f"expected --key value, got {word!r}")
         key, equals, value = word[2:].partition("=")
         if not equals:
-            try:
-                value = next(words)
-            except StopIteration:
-                raise ValueError(f"--{key} needs a value") from None
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise ValueError(f"--{key} needs a value")
         yield key.replace("-", "_"), value
+
+
+def _entry(tables: Any, number: str, key: str) -> Any:
+    """Entry `number` of a list of tables such as `environments`, for the override `--key`."""
+    if not isinstance(tables, list):
+        raise ValueError(f"--{key}: what stands before {number!r} is not a table of the config")
+    if not (number.isdecimal() and int(number) < len(tables)):
+        raise ValueError(f"--{key}: expected the number of one of {len(tables)} entries, from 0, got {number!r}")
+    return tables[int(number)]
 
 
 def _toml_literal(text: str) -> Any:

@@ -56,7 +56,7 @@ def assign_credit(
 
 
 def to_sequence(
-    trajectory: Trajectory, credit: Credit, *, first_turn_id: int, mask_truncated: bool, mask_void_turns: bool
+    trajectory: Trajectory, credit: Credit, *, mask_truncated: bool, mask_void_turns: bool
 ) -> PackedSequence:
     """The trajectory as training sees it. Masked out of the loss: prompt and tool tokens, and on demand all of a
     truncated trajectory or of one with a void turn; these keep their place in the group's statistics."""
@@ -70,7 +70,6 @@ def to_sequence(
         logprobs += [0.0] * len(turn.tool_ids)
     return PackedSequence(
         token_ids=trajectory.token_ids(),
-        turn_ids=[-1 if turn < 0 else first_turn_id + turn for turn in turns],
         advantages=[0.0 if turn < 0 else credit.advantages[turn] for turn in turns],
         loss_mask=[turn >= 0 and not is_masked for turn in turns],
         rollout_logprobs=logprobs,

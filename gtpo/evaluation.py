@@ -45,9 +45,9 @@ def evaluate_groups(groups: Sequence[Sequence[Trajectory]]) -> Evaluation:
     return Evaluation(
         num_tasks=len(groups),
         samples=max(len(group) for group in groups),
-        success=mean([float(t.outcome == 1) for t in trajectories]),
+        success=mean([float(t.is_success) for t in trajectories]),
         pass_at_k=mean(
-            [pass_at_k(len(group), sum(t.outcome == 1 for t in group), len(group)) for group in scored if group]
+            [pass_at_k(len(group), sum(t.is_success for t in group), len(group)) for group in scored if group]
         ),
         turns=mean([float(len(t.turns)) for t in trajectories]),
         calls=mean([float(t.num_calls) for t in trajectories]),

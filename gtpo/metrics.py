@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gtpo.credit import Credit
 from gtpo.rewards import TurnRewards, has_format_fault, is_void_turn
 from gtpo.types import StopReason, ToolStatus, Trajectory
@@ -32,19 +35,21 @@ def rollout_metrics(
     totals = [sum(reward.rewards) for reward in flat_rewards]
     turns = [turn for t in trajectories for turn in t.turns]
     calls = [result for turn in turns for result in turn.results]
-    correct = [lp for t in trajectories if t.outcome == 1 for turn in t.turns for lp in turn.rollout_logprobs]
+    correct = [lp for t in trajectories if t.is_success for turn in t.turns for lp in turn.rollout_logprobs]
+    after_tools = [lp for t in trajectories for turn in t.turns[1:] for lp in turn.rollout_logprobs]
     spreads = [_std([sum(reward.rewards) for reward in group]) for group in rewards]
     metrics = {
         "reward": _mean(totals),
         "reward_std": _mean(spreads),
         "frac_reward_zero_std": _mean([float(spread == 0) for spread in spreads]),
-        "success": _mean([float(t.outcome == 1) for t in trajectories]),
+        "success": _mean([float(t.is_success) for t in trajectories]),
         "num_completion_tokens": float(sum(lengths)),
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": _mean([float(t.stop is StopReason.TRUNCATED) for t in trajectories]),
         "completions/correct_logprob": _mean(correct),
+        "completions/min_logprob_after_tools": min(after_tools, default=0.0),
         "turns/mean": _mean([len(t.turns) for t in trajectories]),
         "turns/max": float(max(len(t.turns) for t in trajectories)),
         "turns/void_ratio": _mean([float(is_void_turn(t, i)) for t in trajectories for i in range(len(t.turns))]),
@@ -69,9 +74,10 @@ def rollout_metrics(
     return metrics
 
 
-def update_metrics(parts: Sequence[LossMetrics]) -> dict[str, float]:
+def update_metrics(parts: Sequence[LossMetrics], gaps: Sequence[Tensor]) -> dict[str, float]:
     """The loss's metrics over the micro-batches of a step: counts add up, maxima stay, means weigh by active tokens.
 
+    gaps: for each micro-batch |log-prob of the trainer - log-prob of the sampler| of each token in the loss.
     Empty where no micro-batch had a token in the loss.
     """
     if not parts:
@@ -87,7 +93,12 @@ def update_metrics(parts: Sequence[LossMetrics]) -> dict[str, float]:
             merged[name] = max(values)
         else:
             merged[name] = sum(w * v for w, v in zip(weights, values, strict=True)) / max(sum(weights), 1.0)
-    return {_TRL_NAMES.get(name, f"loss/{name}"): value for name, value in merged.items()}
+    gap = torch.cat(list(gaps))
+    named = {_TRL_NAMES.get(name, f"loss/{name}"): value for name, value in merged.items()}
+    return named | {
+        "sampling/sampling_logp_difference/mean": float(gap.mean()),
+        "sampling/sampling_logp_difference/max": float(gap.max()),
+    }
 
 
 def turn_rows(
@@ -111,6 +122,8 @@ def turn_rows(
                     "advantage": assigned.advantages[number],
                     "outcome": trajectory.outcome,
                     "stop": trajectory.stop.value,
+                    "expected_answer": trajectory.task.answer,
+                    "given_answer": trajectory.answer,
                     "seconds": turn.seconds,
                 }
 

@@ -38,9 +38,16 @@ def _attention(
     packed_lengths: list[int] | None = None,
     cu_seqlens: Tensor | None = None,
     use_flash: bool = False,
-    **kwargs: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """The attention that transformers calls in every layer: packed training, or sampling with a `SlotCache`."""
+    """The attention that transformers calls in every layer: packed training, or sampling with a `SlotCache`.
+
+    Raises ValueError for any other argument that changes the result, such as a window, a softcap or a sink (`s_aux`).
+    """
+    # dropout is 0 in every layer (`Policy._dropout_off`), positions are in query and key already
+    unknown = others.keys() - {"position_ids", "use_cache", "dropout"}
+    if refused := sorted(name for name in unknown if others[name] is not None):
+        raise ValueError(f"{type(module).__name__} needs attention that is not supported: {', '.join(refused)}")
     if slot_cache is not None:
         output = slot_cache.attend(query, key, value, scale=scaling)
     elif packed_lengths is None:

@@ -6,13 +6,14 @@ Pure functions of trajectories. Source: arXiv 2511.14846; what it leaves open is
 import ast
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gtpo.config import Method
 from gtpo.types import StopReason, ToolStatus, Trajectory
 
-Similarity = Callable[[str, str], float]
+# of two trajectories' cells, in [0, 1]
+Similarity = Callable[[Sequence[str], Sequence[str]], float]
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class TurnRewards:
 def turn_rewards(group: Sequence[Trajectory], method: Method) -> list[TurnRewards]:
     """Rewards of every trajectory of one group (the attempts at one task; lost ones are left out by the caller).
 
-    r_ij = (on the last turn: the outcome, or the similarity credit where the outcome is 0)
+    r_ij = (on the last turn: the outcome, or the similarity credit of a failure where that is larger)
     + (min(format_ij, execution_ij) where either is negative, else execution_ij).
 
     The positive execution term is paid once a trajectory, for the first turn whose tools printed what the task expects;
-    the negative one for every turn whose tool failed or printed something else. Success is the unshaped outcome.
+    the negative one for every turn whose tool failed or printed something else. Success is an unshaped outcome of 1.
 
     Raises ValueError if a trajectory has no turn, is lost, or its outcome is not a number in [0, 1].
     """
@@ -52,7 +53,7 @@ def turn_rewards(group: Sequence[Trajectory], method: Method) -> list[TurnReward
             min(form, run) if min(form, run) < 0 else run
             for form, run in zip(format_terms, execution_terms, strict=True)
         ]
-        totals[-1] += trajectory.outcome if trajectory.outcome > 0 else credit
+        totals[-1] += max(trajectory.outcome, credit)
         rewards.append(TurnRewards(totals, trajectory.outcome, credit, format_terms, execution_terms))
     return rewards
 
@@ -64,13 +65,13 @@ def similarity_credits(group: Sequence[Trajectory], *, alpha: float, similarity:
     """
     if alpha == 0:
         return [0.0] * len(group)
-    successes = [trajectory.code for trajectory in group if trajectory.outcome > 0]
+    successes = [trajectory.cells for trajectory in group if trajectory.is_success]
     credits = []
     for trajectory in group:
-        if trajectory.outcome > 0 or not successes or not trajectory.code:
+        if trajectory.is_success or not successes or not trajectory.cells:
             credits.append(0.0)
         else:
-            credits.append(alpha * sum(similarity(trajectory.code, code) for code in successes) / len(successes))
+            credits.append(alpha * sum(similarity(trajectory.cells, cells) for cells in successes) / len(successes))
     return credits
 
 
@@ -85,19 +86,19 @@ def is_void_turn(trajectory: Trajectory, turn: int) -> bool:
     return not trajectory.turns[turn].calls and not (is_last and trajectory.answer is not None)
 
 
-def ngram_similarity(code_a: str, code_b: str, *, order: int = 3) -> float:
+def ngram_similarity(cells_a: Sequence[str], cells_b: Sequence[str], *, order: int = 3) -> float:
     """Cosine of the counts of token n-grams of length 1 to `order`; literals and names count as they stand.
 
-    Code that does not parse is split at white space instead. In [0, 1]; 0 if either is empty.
+    A cell that does not parse is split at white space instead. In [0, 1]; 0 if either has no token.
 
-    >>> ngram_similarity("print(1 + 2)", "print(1 + 2)")
+    >>> ngram_similarity(["print(1 + 2)"], ["print(1 + 2)"])
     1.0
-    >>> 0 < ngram_similarity("print(gcd(4, 6))", "print(gcd(4, 8))") < 1
+    >>> 0 < ngram_similarity(["print(gcd(4, 6))"], ["print(gcd(4, 8))"]) < 1
     True
-    >>> ngram_similarity("", "print(1)")
+    >>> ngram_similarity([], ["print(1)"])
     0.0
     """
-    counts_a, counts_b = (_ngrams(_tokens(code), order) for code in (code_a, code_b))
+    counts_a, counts_b = (_ngrams(cells, order) for cells in (cells_a, cells_b))
     if not counts_a or not counts_b:
         return 0.0
     if counts_a == counts_b:
@@ -122,7 +123,7 @@ def _check(trajectory: Trajectory) -> None:
 
 def _outcome_reward(trajectory: Trajectory) -> TurnRewards:
     clean = not any(has_format_fault(trajectory, turn) for turn in range(len(trajectory.turns)))
-    reward = 1.0 if trajectory.outcome == 1 and clean else 0.0
+    reward = 1.0 if trajectory.is_success and clean else 0.0
     zeros = [0.0] * len(trajectory.turns)
     return TurnRewards([*zeros[:-1], reward], trajectory.outcome, 0.0, zeros, zeros)
 
@@ -146,13 +147,16 @@ def _execution_terms(trajectory: Trajectory, method: Method) -> list[float]:
     return terms
 
 
-def _tokens(code: str) -> list[str]:
-    try:
-        tree = ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return code.split()
+def _tokens(cells: Sequence[str]) -> Iterator[list[str]]:
+    """The words of each cell that does not parse, then the tokens of all those that do."""
+    program = ast.Module(body=[], type_ignores=[])
+    for cell in cells:
+        try:
+            program.body += ast.parse(cell).body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            yield cell.split()
     # of the tree and not of the text, so that layout and comments do not count
-    return [token for node in ast.walk(tree) for token in _node_tokens(node)]
+    yield [token for node in ast.walk(program) for token in _node_tokens(node)]
 
 
 def _node_tokens(node: ast.AST) -> list[str]:
@@ -169,9 +173,10 @@ def _node_tokens(node: ast.AST) -> list[str]:
             return [type(node).__name__]
 
 
-def _ngrams(tokens: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
+def _ngrams(cells: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
     return Counter(
         tuple(tokens[start : start + length])
+        for tokens in _tokens(cells)
         for length in range(1, order + 1)
         for start in range(len(tokens) - length + 1)
     )

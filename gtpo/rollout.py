@@ -11,22 +11,17 @@ from gtpo.chat import Chat
 from gtpo.config import RolloutConfig
 from gtpo.environments import Environment
 from gtpo.sampler import Completion, SampledSequence, Sampler
-from gtpo.sandbox import SandboxPool, SandboxSession
-from gtpo.tools import FunctionTool, PythonTool, Tool, Toolbox, calculator, python_schema
-from gtpo.types import StopReason, Task, ToolStatus, Trajectory, Turn
+from gtpo.sandbox import SandboxPool, SandboxSession, SandboxUnavailable
+from gtpo.tools import Toolbox, named_tools
+from gtpo.types import StopReason, Task, ToolResult, ToolStatus, Trajectory, Turn
 
 # Takes the ids to append, the text that they render (for demonstrators) and a token budget; gives the next completion.
 Writer = Callable[[list[int], str, int], Awaitable[Completion]]
 
-TOOL_NAMES = ("python", "calculator")
-
 
 def offered_schemas(tools: Sequence[str]) -> list[dict[str, object]]:
     """The JSON schemas of the configured tools. Raises ValueError for an unknown name."""
-    for name in tools:
-        if name not in TOOL_NAMES:
-            raise ValueError(f"rollout.tools must be among {', '.join(TOOL_NAMES)}, got {name!r}")
-    return [dict(python_schema() if name == "python" else FunctionTool(calculator).schema) for name in tools]
+    return [dict(tool.schema()) for tool in named_tools(tools)]
 
 
 class Rollout:
@@ -40,6 +35,16 @@ class Rollout:
         self.sandbox = sandbox
         self.config = config
         self.tool_seconds = 0.0
+
+    def prompt_ids(self, task: Task) -> list[int]:
+        """The ids that a trajectory of `task` starts with. Raises ValueError where they leave no room for a turn."""
+        prompt_ids = self.chat.prompt_ids(self.environment.system_prompt, task.prompt)
+        if len(prompt_ids) >= self.config.max_trajectory_tokens:
+            raise ValueError(
+                f"the prompt of task {task.id!r} has {len(prompt_ids)} tokens; "
+                f"rollout.max_trajectory_tokens must be above that, got {self.config.max_trajectory_tokens}"
+            )
+        return prompt_ids
 
     async def sample_groups(
         self,
@@ -69,12 +74,7 @@ class Rollout:
 
     async def play(self, task: Task, sample: int, write: Writer) -> Trajectory:
         """One trajectory: completions by `write`, tools by the sandbox, until an answer or a limit."""
-        prompt_ids = self.chat.prompt_ids(self.environment.system_prompt, task.prompt)
-        if len(prompt_ids) >= self.config.max_trajectory_tokens:
-            raise ValueError(
-                f"the prompt of task {task.id!r} has {len(prompt_ids)} tokens; "
-                f"rollout.max_trajectory_tokens must be above that, got {self.config.max_trajectory_tokens}"
-            )
+        prompt_ids = self.prompt_ids(task)
         trajectory = Trajectory(task=task, sample=sample, prompt_ids=prompt_ids)
         session: SandboxSession | None = None
         toolbox: Toolbox | None = None
@@ -91,11 +91,17 @@ class Rollout:
                 if not parsed.calls:
                     trajectory.answer = parsed.answer
                     break
-                if toolbox is None:
-                    if self.sandbox is not None:
-                        session = await self.sandbox.open(self.environment.setup_code(task))
-                    toolbox = Toolbox(self._tools(session))
                 turn.calls = list(parsed.calls)
+                if toolbox is None:
+                    try:
+                        if self.sandbox is not None:
+                            session = await self.sandbox.open(self.environment.setup_code(task))
+                    except (SandboxUnavailable, OSError) as failure:
+                        fault = ToolResult(ToolStatus.INFRA_ERROR, f"sandbox failure: {failure}")
+                        turn.results = [fault] * len(turn.calls)
+                        trajectory.stop = StopReason.LOST
+                        break
+                    toolbox = Toolbox([tool.make(session) for tool in named_tools(self.config.tools)])
                 await self._call_tools(task, turn, toolbox)
                 if any(result.status is ToolStatus.INFRA_ERROR for result in turn.results):
                     trajectory.stop = StopReason.LOST
@@ -140,9 +146,3 @@ class Rollout:
         ]
         decided = [verdict for verdict in verdicts if verdict is not None]
         turn.as_expected = all(decided) if decided else None
-
-    def _tools(self, session: SandboxSession | None) -> list[Tool]:
-        tools: dict[str, Tool] = {"calculator": FunctionTool(calculator)}
-        if session is not None:
-            tools["python"] = PythonTool(session)
-        return [tools[name] for name in self.config.tools]

@@ -1,9 +1,9 @@
 """A run on disk: resolved config and versions, metrics and turns as JSON lines, checkpoints, and what resuming needs.
 
-`config.json`, `versions.json`, `metrics.jsonl`, `turns.jsonl`, `summary.json`, `checkpoints/step-N/` (a plain Hugging
-Face model and `trainer.pt`), `checkpoints/last` and `checkpoints/best` (links). A checkpoint holds how long the logs
-were when it was written; resuming cuts them back to that, so a killed and resumed run leaves the records of an
-uninterrupted one.
+`gtpo_run` (an empty file: it marks what `--overwrite` may delete), `config.json`, `versions.json`, `metrics.jsonl`,
+`turns.jsonl`, `summary.json`, `checkpoints/step-N/` (a plain Hugging Face model and `trainer.pt`), `checkpoints/last`
+and `checkpoints/best` (links). A checkpoint holds how long the logs were when it was written; resuming cuts them back
+to that, so a killed and resumed run leaves the records of an uninterrupted one.
 """
 
 import json
@@ -20,32 +20,42 @@ import torch
 from gtpo.config import Config, config_to_dict
 
 _LOGS = ("metrics.jsonl", "turns.jsonl")
+_MARKER = "gtpo_run"
 
 
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run. `changed_versions` says what a resumed run finds installed in place of what it began with.
 
-    Raises ValueError if it holds a run already and neither `resume` nor `overwrite` is asked for.
+    Raises ValueError if it holds a run already and not exactly one of `resume` and `overwrite` is asked for, and
+    whatever is asked for if it holds anything else than a run, or folders of runs.
     """
 
     def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
         self.path = Path(config.output_dir)
-        saved = self.path / "config.json"
-        if saved.exists():
+        if resume and overwrite:
+            raise ValueError("expected --resume or --overwrite, got both")
+        saved, self.changed_versions = self.path / "config.json", ""
+        if (self.path / _MARKER).exists():
             if overwrite:
                 shutil.rmtree(self.path)
             elif not resume:
                 raise ValueError(f"{self.path} holds a run already; pass --resume, --overwrite or another --output_dir")
-            else:
+            elif saved.exists():
                 _refuse_other_config(json.loads(saved.read_text()), json.loads(json.dumps(config_to_dict(config))))
+        elif self.path.exists() and any(not (entry / _MARKER).exists() for entry in self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and holds no run of gtpo; pass another --output_dir")
         self.checkpoints = self.path / "checkpoints"
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / _MARKER).touch()
+        self.checkpoints.mkdir(exist_ok=True)
         for leftover in self.checkpoints.glob("*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-        write_json(self.path / "versions.json", versions())
         write_json(saved, config_to_dict(config))
         state = self.load_state()
-        if state is not None:
+        if state is None:
+            write_json(self.path / "versions.json", versions())
+        else:
+            self.changed_versions = _changes(json.loads((self.path / "versions.json").read_text()), versions())
             # it may have been killed between the checkpoint and the links to it
             self._link_last(best=state["is_best"])
         self._cut_logs(dict.fromkeys(_LOGS, 0) if state is None else state["log_sizes"])
@@ -151,13 +161,14 @@ def versions() -> dict[str, str]:
 
 
 def _refuse_other_config(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    was, are = _flat(saved), _flat(now)
-    changed = [key for key in sorted(was.keys() | are.keys()) if was.get(key) != are.get(key)]
-    if changed:
-        raise ValueError(
-            "a run can only be resumed with the configuration it began with; changed: "
-            + "; ".join(f"{key} was {was.get(key)}, now {are.get(key)}" for key in changed)
-        )
+    # a folder may be moved, or named in another way
+    if changed := _changes(_flat({**saved, "output_dir": ""}), _flat({**now, "output_dir": ""})):
+        raise ValueError(f"a run can only be resumed with the configuration it began with; changed: {changed}")
+
+
+def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {was.get(key)}, now {now.get(key)}" for key in changed)
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

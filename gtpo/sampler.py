@@ -183,8 +183,9 @@ class Sampler:
         )
         input_ids = torch.tensor([token for sequence in ready for token in sequence.pending], device=device)
         logits = self.policy.extend(input_ids, self._cache)
-        if bool(logits.isnan().any()):
-            raise FloatingPointError(f"the policy's logits are NaN at decoding step {self._step}")
+        # a greatest logit of NaN or infinity leaves no distribution to draw from
+        if not bool(logits.amax(dim=-1).isfinite().all()):
+            raise FloatingPointError(f"the policy's logits are NaN or infinite at decoding step {self._step}")
         uniforms = torch.tensor([sequence.uniforms[sequence.length] for sequence in ready], device=device)
         tokens, logprobs = sample_tokens(logits, uniforms, temperature=self.temperature)
         self._step += 1

@@ -60,13 +60,12 @@ async def demonstrate_one(rollout: Rollout, task: Task, *, rng: random.Random) -
 
 def to_demonstration_sequence(trajectory: Trajectory) -> PackedSequence:
     """The oracle's turns are what is learned; prompt and tool tokens are context."""
-    turn_ids = trajectory.turn_index_of_tokens()
+    turns = trajectory.turn_index_of_tokens()
     return PackedSequence(
         token_ids=trajectory.token_ids(),
-        turn_ids=turn_ids,
-        advantages=[0.0] * len(turn_ids),
-        loss_mask=[turn >= 0 for turn in turn_ids],
-        rollout_logprobs=[0.0] * len(turn_ids),
+        advantages=[0.0] * len(turns),
+        loss_mask=[turn >= 0 for turn in turns],
+        rollout_logprobs=[0.0] * len(turns),
     )
 
 
@@ -125,8 +124,10 @@ def run_sft(
     micro_batch_tokens: int,
     max_grad_norm: float,
     on_step: Callable[[int, float], None],
+    check: Callable[[int, float, float, list[PackedSequence]], None] = lambda step, loss, norm, sequences: None,
 ) -> None:
-    """The warm-up loop, with optimizers of its own; `on_step(step, loss)` after each step."""
+    """The warm-up loop, with optimizers of its own: `check(step, loss, gradient_norm, sequences)` may refuse a step
+    before its weights move; `on_step(step, loss)` comes after it."""
     optimizers = make_optimizers(policy, config.optimizer)
     for step in range(config.steps):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -135,7 +136,8 @@ def run_sft(
             )
         sequences = sft_batch(demonstrations, step=step, batch_size=config.batch_size, seed=seed)
         loss = accumulate_sft_gradient(policy, sequences, micro_batch_tokens=micro_batch_tokens)
-        torch.nn.utils.clip_grad_norm_(policy.trainable().values(), max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(policy.trainable().values(), max_grad_norm)
+        check(step, loss, float(norm), sequences)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -7,7 +7,9 @@ from (seed, phase, step, task, sample), so nothing but weights, optimizer and st
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import math
+import random
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtpo.assembly import make_chat, make_mixture, make_sandbox, tokenizer_corpus
+from gtpo.assembly import make_chat, make_mixture, make_sandbox, refuse_missing_device, tokenizer_corpus
 from gtpo.batch import Batch, PackedSequence, pack, split_by_tokens
 from gtpo.config import Config
 from gtpo.credit import Credit, assign_credit, to_sequence
@@ -42,9 +44,14 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Trainer:
-    """Everything of one run. Use as a context manager: the sandbox and the logs are closed at the end."""
+    """Everything of one run. Use as a context manager: the sandbox and the logs are closed at the end.
+
+    What can be known to be wrong is refused with ValueError, before the run's folder is touched.
+    """
 
     def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
+        refuse_missing_device(config.model)
+        _refuse_rounded_updates(config)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.config = config
@@ -53,29 +60,40 @@ class Trainer:
         self.environment = make_mixture(config)
         self.train_tasks = self.environment.tasks("train", config.tasks.num_train, config.seed)
         self.eval_tasks = self.environment.tasks("eval", config.tasks.num_eval, config.seed)
+        self.demonstration_tasks: list[Task] = []
+        if config.sft.steps:
+            self.demonstration_tasks = self.environment.tasks("train", config.sft.num_demonstrations, config.seed + 1)
+        for task in self.demonstration_tasks:
+            # an environment without demonstrations raises here
+            self.environment.oracle(task, random.Random(0))
         offered_schemas(config.rollout.tools)
         self.policy = load_policy(
             config.model, corpus=tokenizer_corpus(self.environment, self.train_tasks), seed=config.seed
         )
-        self.chat = make_chat(self.policy, config)
-        self.run = RunFolder(config, resume=resume, overwrite=overwrite)
+        self.chat = make_chat(self.policy, config, self.environment)
+        self.sandbox = make_sandbox(config)
+        self.rollout = Rollout(self.environment, self.chat, self.sandbox, config.rollout)
+        visited = self.train_tasks if config.train.steps else []
+        for task in (*visited, *self.eval_tasks, *self.demonstration_tasks):
+            self.rollout.prompt_ids(task)
         self.progress = Progress()
         self.seconds = {"sft": 0.0, "generate": 0.0, "train": 0.0, "eval": 0.0, "tools": 0.0}
         self.num_tokens = {"sampled": 0, "trained": 0}
         self.best_success = -1.0
+        self._started = time.perf_counter()
+        self._open_run = functools.partial(RunFolder, config, resume=resume, overwrite=overwrite)
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> "Trainer":
         with contextlib.ExitStack() as resources:
-            resources.callback(self.run.close)
             self._loop = resources.enter_context(asyncio.Runner())
-            self.sandbox = make_sandbox(self.config)
             if self.sandbox is not None:
                 self._loop.run(self.sandbox.start())
                 resources.callback(self._close_sandbox)
-            # only now: a sandbox that does not start leaves nothing open
+            # only now: where the sandbox does not start, an older run is not deleted
+            self.run = self._open_run()
+            resources.callback(self.run.close)
             self._resources = resources.pop_all()
-        self.rollout = Rollout(self.environment, self.chat, self.sandbox, self.config.rollout)
         return self
 
     def _close_sandbox(self) -> None:
@@ -88,16 +106,9 @@ class Trainer:
 
     def train(self) -> tuple[Evaluation, Evaluation]:
         """The whole job; returns the evaluations before and after the policy-gradient steps."""
-        optimizer = torch.optim.AdamW(
-            self.policy.trainable().values(), betas=(0.9, 0.95), weight_decay=self.config.train.weight_decay
-        )
+        optimizer = self._make_optimizer()
         state = self.run.load_state()
-        if state is None:
-            self._warm_up()
-            before, first_step = self.evaluate(step=0), 0
-            self._checkpoint(0, optimizer, before)
-        else:
-            before, first_step = self._restore(state, optimizer)
+        before, first_step = (self._begin(optimizer), 0) if state is None else self._restore(state, optimizer)
         with self.progress.phase("training", total=self.config.train.steps, done=first_step) as advance:
             for step in range(first_step, self.config.train.steps):
                 metrics = self.step(step, optimizer)
@@ -111,12 +122,20 @@ class Trainer:
         return before, after
 
     def warm_up_only(self) -> Evaluation:
-        """The warm-up, an evaluation and a checkpoint."""
-        optimizer = torch.optim.AdamW(self.policy.trainable().values())
+        """The warm-up, an evaluation and a checkpoint, from which a resumed run goes on."""
+        return self._begin(self._make_optimizer())
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.policy.trainable().values(), betas=(0.9, 0.95), weight_decay=self.config.train.weight_decay
+        )
+
+    def _begin(self, optimizer: torch.optim.Optimizer) -> Evaluation:
         self._warm_up()
-        evaluation = self.evaluate(step=0)
-        self._checkpoint(0, optimizer, evaluation)
-        return evaluation
+        before = self.evaluate(step=0)
+        self.best_success = before.success
+        self._checkpoint(0, optimizer, before, best=True)
+        return before
 
     def describe(self) -> list[str]:
         """What a run says of itself before it starts."""
@@ -129,6 +148,7 @@ class Trainer:
             f"{torch.get_num_threads()} threads, loss backend {select_backend('gtpo_loss', None, policy.device)}",
             f"sandbox tier: {self.sandbox.tier.name.lower()}" if self.sandbox else "sandbox: none, no tool runs code",
             f"run folder: {self.run.path}",
+            *([f"versions changed since the run began: {changed}"] if (changed := self.run.changed_versions) else []),
         ]
 
     def summary(self, before: Evaluation, after: Evaluation) -> dict[str, Any]:
@@ -138,7 +158,13 @@ class Trainer:
             **{f"{name}_before": getattr(before, name) for name in ("success", "turns", "calls", "invalid_calls")},
             **{f"{name}_after": getattr(after, name) for name in ("success", "turns", "calls", "invalid_calls")},
             "num_tokens": self.num_tokens,
+            "seconds": {"total": self.total_seconds, **self.seconds},
         }
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall time of the run; of a resumed one, with what led to the checkpoint that it went on from."""
+        return time.perf_counter() - self._started
 
     def step(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """One step of the method: sample groups, reward their turns, assign credit, update the policy."""
@@ -198,16 +224,17 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = rate
         collected: list[LossMetrics] = []
-        losses, norms = [], []
+        losses, norms, gaps = [], [], []
         for part in batches:
             num_loss_tokens = sum(batch.num_loss_tokens for batch in part)
             if num_loss_tokens == 0:
                 continue
             loss = 0.0
             for batch in part:
-                value, metrics = self.accumulate_gradient(batch, num_loss_tokens=num_loss_tokens)
+                value, metrics, gap = self.accumulate_gradient(batch, num_loss_tokens=num_loss_tokens)
                 loss += value
                 collected.append(metrics)
+                gaps.append(gap)
             norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable().values(), config.max_grad_norm)
             self._refuse_non_finite(loss, float(norm), part, step)
             optimizer.step()
@@ -215,11 +242,21 @@ class Trainer:
             losses.append(loss)
             norms.append(float(norm))
         self.num_tokens["trained"] += sum(len(sequence.token_ids) for sequence in sequences)
-        return {"learning_rate": rate, "loss": _mean(losses), "grad_norm": _mean(norms), **update_metrics(collected)}
+        means = {"loss": _mean(losses), "grad_norm": _mean(norms)}
+        return {"learning_rate": rate, **means, **update_metrics(collected, gaps)}
 
-    def accumulate_gradient(self, batch: Batch, *, num_loss_tokens: int) -> tuple[float, LossMetrics]:
-        """Adds the gradient of one micro-batch to the parameters; their sum is the gradient of the whole batch."""
+    def accumulate_gradient(self, batch: Batch, *, num_loss_tokens: int) -> tuple[float, LossMetrics, Tensor]:
+        """Adds the gradient of one micro-batch to the parameters; their sum is the gradient of the whole batch.
+
+        The third value is, for each token of the loss, how far the sampler's log-prob is from the trainer's, in nats.
+        """
         hidden = self.policy.hidden_states(batch)
+        sampled = batch.loss_mask
+        if batch.old_logprobs is None:
+            old_logprobs = self._logprobs(hidden.detach()[sampled], batch.targets[sampled])
+        else:
+            old_logprobs = batch.old_logprobs[sampled]
+        gap = (old_logprobs - batch.rollout_logprobs[sampled]).abs()
         loss, metrics = linear_gtpo_loss(
             hidden,
             self.policy.head.weight,
@@ -234,7 +271,7 @@ class Trainer:
             num_loss_tokens=float(num_loss_tokens),
         )
         loss.backward()
-        return float(loss.detach()), metrics
+        return float(loss.detach()), metrics, gap
 
     def sample_groups(self, tasks: Sequence[Task], *, seed: list[int]) -> list[list[Trajectory]]:
         """`group_size` trajectories for each task at the training temperature."""
@@ -275,9 +312,12 @@ class Trainer:
         )
         tool_seconds = self.rollout.tool_seconds
         with self.progress.phase(label, total=len(tasks) * group_size) as advance:
-            groups = self._loop.run(
-                self.rollout.sample_groups(sampler, tasks, group_size=group_size, seed=seed, on_finished=advance)
-            )
+            try:
+                groups = self._loop.run(
+                    self.rollout.sample_groups(sampler, tasks, group_size=group_size, seed=seed, on_finished=advance)
+                )
+            except FloatingPointError as error:
+                raise NonFiniteLoss(f"{error}; the last good weights are in the last checkpoint") from error
         self.num_tokens["sampled"] += sampler.num_sampled_tokens
         self.seconds["tools"] += self.rollout.tool_seconds - tool_seconds
         return groups
@@ -287,22 +327,24 @@ class Trainer:
         if not config.steps:
             return
         started = time.perf_counter()
-        tasks = self.environment.tasks("train", config.num_demonstrations, self.config.seed + 1)
-        with self.progress.phase("demonstrations", total=len(tasks)) as advance:
+        with self.progress.phase("demonstrations", total=len(self.demonstration_tasks)) as advance:
             played = self._loop.run(
                 demonstrate(
                     self.rollout,
-                    tasks,
+                    self.demonstration_tasks,
                     seed=self.config.seed,
                     max_concurrent=self.config.rollout.max_concurrent,
                     on_finished=advance,
                 )
             )
         whole = (StopReason.FINISHED, StopReason.MAX_TURNS)
-        kept = [t for t in played if t.stop in whole and (t.outcome == 1 or not config.only_successful)]
+        kept = [t for t in played if t.stop in whole and (t.is_success or not config.only_successful)]
         if not kept:
             raise RuntimeError("no demonstration to learn from: the oracle finished none within the rollout's limits")
         with self.progress.phase("warm-up", total=config.steps) as advance:
+
+            def check(step: int, loss: float, norm: float, sequences: list[PackedSequence]) -> None:
+                self._refuse_non_finite(loss, norm, sequences, step, phase="warm-up ")
 
             def on_step(step: int, loss: float) -> None:
                 self.run.log({"phase": "sft", "step": step + 1, "loss": loss})
@@ -315,6 +357,7 @@ class Trainer:
                 seed=self.config.seed,
                 micro_batch_tokens=self.config.train.micro_batch_tokens,
                 max_grad_norm=self.config.train.max_grad_norm,
+                check=check,
                 on_step=on_step,
             )
         self.seconds["sft"] += time.perf_counter() - started
@@ -334,22 +377,30 @@ class Trainer:
 
     @torch.no_grad()
     def _with_old_logprobs(self, batch: Batch) -> Batch:
+        logprobs = self._logprobs(self.policy.hidden_states(batch), batch.targets)
+        return dataclasses.replace(batch, old_logprobs=logprobs)
+
+    @torch.no_grad()
+    def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logprobs: Tensor = linear_token_logprobs(
-            self.policy.hidden_states(batch),
+            hidden,
             self.policy.head.weight,
-            batch.targets,
+            targets,
             bias=self.policy.head.bias,
             temperature=self.config.rollout.temperature,
         ).logprobs
-        return dataclasses.replace(batch, old_logprobs=logprobs)
+        return logprobs
 
-    def _refuse_non_finite(self, loss: float, norm: float, batches: list[Batch], step: int) -> None:
+    def _refuse_non_finite(
+        self, loss: float, norm: float, batches: Sequence[Batch | PackedSequence], step: int, *, phase: str = ""
+    ) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        path = self.run.path / f"nonfinite_batch_step_{step + 1}.pt"
+        name = f"{phase}step {step + 1}"
+        path = self.run.path / f"nonfinite_batch_{name.replace(' ', '_')}.pt"
         torch.save({"step": step + 1, "batches": [dataclasses.asdict(batch) for batch in batches]}, path)
         raise NonFiniteLoss(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}; the batch is in {path}, "
+            f"{name}: loss {loss}, gradient norm {norm}; the batch is in {path}, "
             "the last good weights in the last checkpoint"
         )
 
@@ -379,6 +430,7 @@ class Trainer:
             "optimizer": optimizer.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "seconds": self.seconds,
+            "total_seconds": self.total_seconds,
             "num_tokens": self.num_tokens,
         }
         self.run.save_checkpoint(step, state, self.policy.save_model, best=best)
@@ -391,6 +443,7 @@ class Trainer:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["torch_rng"])
         self.best_success = state["best_success"]
+        self._started -= state["total_seconds"]
         self.seconds, self.num_tokens = dict(state["seconds"]), dict(state["num_tokens"])
         return Evaluation(**state["before"]), int(state["step"])
 
@@ -398,21 +451,26 @@ class Trainer:
 def to_sequences(
     groups: Sequence[Sequence[Trajectory]], credit: Sequence[Sequence[Credit]], config: Config
 ) -> list[PackedSequence]:
-    """All trajectories of a rollout as packed sequences, their turns numbered through."""
-    sequences, first_turn_id = [], 0
-    for group, group_credit in zip(groups, credit, strict=True):
-        for trajectory, assigned in zip(group, group_credit, strict=True):
-            sequences.append(
-                to_sequence(
-                    trajectory,
-                    assigned,
-                    first_turn_id=first_turn_id,
-                    mask_truncated=config.rollout.mask_truncated,
-                    mask_void_turns=config.rollout.mask_void_turns,
-                )
-            )
-            first_turn_id += len(trajectory.turns)
-    return sequences
+    """All trajectories of a rollout as packed sequences."""
+    return [
+        to_sequence(
+            trajectory,
+            assigned,
+            mask_truncated=config.rollout.mask_truncated,
+            mask_void_turns=config.rollout.mask_void_turns,
+        )
+        for group, group_credit in zip(groups, credit, strict=True)
+        for trajectory, assigned in zip(group, group_credit, strict=True)
+    ]
+
+
+def _refuse_rounded_updates(config: Config) -> None:
+    model = config.model
+    if model.dtype == "bfloat16" and not model.lora_rank and (config.sft.steps or config.train.steps):
+        raise ValueError(
+            'model.dtype = "bfloat16" can train adapters only (model.lora_rank of at least 1; they are float32): '
+            'most updates of a bfloat16 weight would round to nothing. Use "float32" to train all weights'
+        )
 
 
 def _mean(values: Sequence[float]) -> float:

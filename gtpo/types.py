@@ -128,9 +128,14 @@ class Trajectory:
         return index
 
     @property
-    def code(self) -> str:
-        """The code of all turns, concatenated: what the similarity credit compares."""
-        return "\n".join(call.code for turn in self.turns for call in turn.calls if call.code)
+    def is_success(self) -> bool:
+        """An outcome of 1 and nothing less: what the success rate counts and the similarity credit learns from."""
+        return self.outcome == 1.0
+
+    @property
+    def cells(self) -> list[str]:
+        """The code of each call, in order: what the similarity credit compares."""
+        return [call.code for turn in self.turns for call in turn.calls if call.code]
 
     @property
     def num_calls(self) -> int:

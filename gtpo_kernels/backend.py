@@ -73,18 +73,21 @@ BACKENDS: dict[str, Backend] = {
     "triton": Backend(why_unavailable=_needs_triton),
     "cuda": Backend(frozenset({"turn_advantages", "token_logprobs", "gtpo_loss"}), _needs_compiled_cuda_module),
 }
+# By kind of device, what runs in place of DEFAULT_BACKEND where it can.
+PREFERRED_BACKEND = {"cpu": "cpp", "cuda": "triton"}
 DEFAULT_BACKEND = "torch"
 
 
 def select_backend(family: str, requested: str | None, device: torch.device) -> str:
-    """The backend that runs `family` on `device`: `requested`, or the default where it is None.
+    """The backend that runs `family` on `device`: `requested`, or the device's default where it is None.
 
+    The default is the preferred one of the device if that can run there, else `torch`.
     Raises ValueError for a name that is not registered, BackendUnavailable where the named backend cannot run.
 
-    >>> select_backend("gtpo_loss", None, torch.device("cpu"))
-    'torch'
+    >>> select_backend("gtpo_loss", None, torch.device("cpu"))   # 'torch' without the compiled module
+    'cpp'
     """
-    name = DEFAULT_BACKEND if requested is None else requested
+    name = default_backend(family, device) if requested is None else requested
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {requested!r}")
     backend = BACKENDS[name]
@@ -94,6 +97,14 @@ def select_backend(family: str, requested: str | None, device: torch.device) -> 
     if reason is not None:
         raise BackendUnavailable(f"backend={name!r} {reason}")
     return name
+
+
+def default_backend(family: str, device: torch.device) -> str:
+    """The preferred backend of the device where it has a kernel for `family` and can run, else DEFAULT_BACKEND."""
+    name = PREFERRED_BACKEND.get(device.type, DEFAULT_BACKEND)
+    backend = BACKENDS[name]
+    can_run = family in backend.families and backend.why_unavailable(device) is None
+    return name if can_run else DEFAULT_BACKEND
 
 
 def run_kernel(family: str, backend: str, function: str, device: torch.device, *args: Any) -> Any:

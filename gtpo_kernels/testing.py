@@ -110,20 +110,26 @@ def run_trial(
 ) -> Trial:
     """Run `op` forward and backward on its arguments, floating-point tensors cast to `dtype` where one is given.
 
-    The upstream gradient of every differentiable output is random and the same for every dtype and backend.
+    The upstream gradient of every differentiable output is random and the same for every dtype and backend.  That of a
+    scalar is a power of two: a gradient that the forward pass kept in 16 bits is scaled without rounding it again.
     """
     copies = {name: _copy(value, dtype, name in differentiable) for name, value in arguments.items()}
     outputs = dict(_named_tensors(op(**copies, **options), "output"))
     generator = torch.Generator().manual_seed(0)
-    upstream = {
-        name: torch.randn(value.shape, generator=generator, device="cpu").to(value) for name, value in outputs.items()
-    }
+    upstream = {name: _random_upstream(value, generator) for name, value in outputs.items()}
     roots = {name: value for name, value in outputs.items() if value.requires_grad}
     leaves = [copies[name] for name in differentiable]
     gradients = torch.autograd.grad(list(roots.values()), leaves, [upstream[name] for name in roots]) if leaves else ()
     return Trial(
         {name: value.detach() for name, value in outputs.items()}, dict(zip(differentiable, gradients, strict=True))
     )
+
+
+def _random_upstream(output: Tensor, generator: torch.Generator) -> Tensor:
+    upstream = torch.randn(output.shape, generator=generator, device="cpu")
+    if output.dim() == 0:
+        upstream = torch.ldexp(upstream.sign(), torch.frexp(upstream).exponent)
+    return upstream.to(output)
 
 
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

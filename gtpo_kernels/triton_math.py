@@ -1,13 +1,14 @@
 """What the Triton kernels share: how they are launched, and device functions of a row, its softmax, the loss's slope.
 
-A row is held as y with x = scale * y, where x are the logits that the softmax sees: y = logits, scale = 1 / temperature,
-or with a softcap y = tanh(logits / softcap), scale = softcap / temperature.  So x - x_max = scale * (y - y_max) has no
-rounding of x in it.  ACC is the accumulator dtype.
+A row is held as y with x = scale * y, where x is what the softmax sees: y = logits, scale = 1 / temperature, or with a
+softcap y = tanh(logits / softcap), scale = softcap / temperature.  So x - x_max = scale * (y - y_max) has no rounding
+of x in it.  ACC is the accumulator dtype.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +27,27 @@ MAX_LOG_RATIO = tl.constexpr(20.0)
 
 @contextmanager
 def device_of(tensor: Tensor) -> Iterator[None]:
-    """Launch on the tensor's device.  Infinities are part of the arithmetic, so the interpreter does not warn of them."""
+    """Launch on the tensor's device.  Infinities are part of the arithmetic: the interpreter does not warn of them."""
     with torch.cuda.device_of(tensor), np.errstate(all="ignore"):
         yield
+
+
+class RowScale(NamedTuple):
+    """How kernels are told to scale logits: by products alone, as a division in float64 is a call.
+
+    row_inverse: [N] float64, 1 / temperature of every row, or None for one of all rows.
+    """
+
+    inverse_temperature: float
+    row_inverse: Tensor | None
+    softcap: float
+    inverse_softcap: float
+
+
+def row_scaling(temperature: float, row_temperature: Tensor | None, softcap: float) -> RowScale:
+    """The scale of ops that take temperature, row_temperature and softcap (0.0 for none)."""
+    row_inverse = None if row_temperature is None else 1.0 / row_temperature.double()
+    return RowScale(1.0 / temperature, contiguous(row_inverse), softcap, 1.0 / softcap if softcap else 0.0)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -66,29 +85,29 @@ def tanh(u):
 
 
 @triton.jit
-def squash(logits, softcap, HAS_SOFTCAP: tl.constexpr):
+def squash(logits, inverse_softcap, HAS_SOFTCAP: tl.constexpr):
     """y of logits.  An infinite logit is a mask, put on after the cap: it stays what it is."""
     if HAS_SOFTCAP:
-        capped = tanh(logits / scalar(softcap, logits.dtype))
+        capped = tanh(logits * scalar(inverse_softcap, logits.dtype))
         return tl.where(tl.abs(logits) == INF, logits, capped)
     else:
         return logits
 
 
 @triton.jit
-def load_row_block(row_ptr, columns, vocab, softcap, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr):
+def load_row_block(row_ptr, columns, vocab, inverse_softcap, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr):
     """y of some columns of a row, -inf beyond its end."""
     logits = tl.load(row_ptr + columns, mask=columns < vocab, other=-float("inf")).to(ACC)
-    return squash(logits, softcap, HAS_SOFTCAP)
+    return squash(logits, inverse_softcap, HAS_SOFTCAP)
 
 
 @triton.jit
-def row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP: tl.constexpr):
+def row_scale(inverse_temperature, row_inverse_ptr, row, softcap, HAS_SOFTCAP: tl.constexpr):
     """(1 / temperature, scale) of a row, or of a block of rows, in float64."""
-    if row_temperature_ptr is None:
-        inverse = 1.0 / scalar(temperature, tl.float64)
+    if row_inverse_ptr is None:
+        inverse = scalar(inverse_temperature, tl.float64)
     else:
-        inverse = 1.0 / tl.load(row_temperature_ptr + row).to(tl.float64)
+        inverse = tl.load(row_inverse_ptr + row)
     scale = inverse * scalar(softcap, tl.float64) if HAS_SOFTCAP else inverse
     return inverse, scale
 
@@ -108,11 +127,11 @@ def target_logprob(y_target, y_max, scale, log_sum):
 
 @triton.jit
 def row_statistics(y, scale):
-    """(y_max, sum w, sum w log w) of a block of one row, with w = exp(x - x_max)."""
+    """(y_max, sum w, sum w log w, w) of a block of one row, with w = exp(x - x_max)."""
     y_max = tl.max(y, 0)
     below = below_max(y, y_max, scale)
     weights = tl.exp(below)
-    return y_max, tl.sum(weights, 0), tl.sum(weights * tl.maximum(below, LOG_ZERO), 0)
+    return y_max, tl.sum(weights, 0), tl.sum(weights * tl.maximum(below, LOG_ZERO), 0), weights
 
 
 @triton.jit
@@ -125,7 +144,7 @@ def shift_statistics(total, moment, y_max, new_max, scale):
 
 @triton.jit
 def streamed_statistics(
-    row_ptr, first, end, softcap, scale, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr
+    row_ptr, first, end, inverse_softcap, scale, HAS_SOFTCAP: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """`row_statistics` of the columns first .. end of a row, a block at a time.  first: a multiple of BLOCK_V."""
     lanes = tl.arange(0, BLOCK_V)
@@ -133,7 +152,7 @@ def streamed_statistics(
     total = tl.zeros((BLOCK_V,), ACC)
     moment = tl.zeros((BLOCK_V,), ACC)
     for start in range(first, end, BLOCK_V):
-        y = load_row_block(row_ptr, start + lanes, end, softcap, HAS_SOFTCAP, ACC)
+        y = load_row_block(row_ptr, start + lanes, end, inverse_softcap, HAS_SOFTCAP, ACC)
         new_max = tl.maximum(y_max, tl.max(y, 0))
         total, moment = shift_statistics(total, moment, y_max, new_max, scale)
         below = below_max(y, new_max, scale)
@@ -159,6 +178,12 @@ def log_sum_and_entropy(total, moment):
 
 
 @triton.jit
+def d_cap(d_capped, y):
+    """Times the slope of the cap.  An infinite y has no probability, and no slope."""
+    return tl.where(tl.abs(y) == INF, 0.0, d_capped * (1.0 - y * y))
+
+
+@triton.jit
 def d_logits_block(
     y,
     below,
@@ -179,8 +204,7 @@ def d_logits_block(
         d_x = -p * d_logprob
     d_x = (d_x + tl.where(is_target, d_logprob, 0.0)) * inverse_temperature
     if HAS_SOFTCAP:
-        # an infinite y has no probability, and no slope
-        d_x = tl.where(tl.abs(y) == INF, 0.0, d_x * (1.0 - y * y))
+        d_x = d_cap(d_x, y)
     return d_x
 
 

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("credit", "policy"),
     ("sampler", "schedule"),
     ("rollout",),
-    ("assembly", "sft", "evaluation", "metrics", "checkpoint", "run_folder"),
+    ("assembly", "sft", "evaluation", "metrics", "run_folder"),
     ("report",),
     ("trainer",),
     ("__main__",),
@@ -48,7 +48,7 @@ KERNELS_NEVER = ("gtpo", "transformers", "flash_attn")
 KERNEL_FILES_ONLY: dict[str, tuple[str, ...]] = {
     "triton": ("kernel_triton.py", "triton_math.py"),
     "gtpo_kernels._cpu": ("kernel_cpp.py",),
-    "gtpo_kernels._cuda": ("kernel_cuda.py",),
+    "gtpo_kernels._cuda": ("kernel_cuda.py", "cuda_launch.py"),
 }
 
 

@@ -41,10 +41,15 @@ Demonstration = Generator[Call | Answer, str, None]
 
 
 class Environment(ABC):
-    """Base of all environments. `name` is what `Task.environment` holds, and the key of the registry."""
+    """Base of all environments. `name` is what `Task.environment` holds, and the key of the registry.
+
+    explain_protocol: whether the chat adds to `system_prompt` how to call a tool and how to answer. The demo
+    environments say False: a tiny model reads short prompts, and learns the protocol in its warm-up.
+    """
 
     name: str
     system_prompt: str
+    explain_protocol: bool = True
 
     @abstractmethod
     def tasks(self, split: Split, num: int, seed: int) -> list[Task]:

@@ -36,7 +36,7 @@ class JsonlEnvironment(Environment):
         self,
         path: str,
         eval_path: str | None = None,
-        system_prompt: str = "Solve the task. You can run Python. Then give the final answer only.",
+        system_prompt: str = "Solve the task. You can run Python.",
     ) -> None:
         self.system_prompt = system_prompt
         rows = _read_rows(Path(path))

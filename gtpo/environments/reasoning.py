@@ -118,6 +118,7 @@ class ReasoningGymEnvironment(GeneratedEnvironment):
 
     name = "reasoning_gym"
     system_prompt = DEMO_SYSTEM_PROMPT
+    explain_protocol = False
 
     def __init__(self, datasets: Sequence[str] = ("chain_sum", "lcm")) -> None:
         unknown = [name for name in datasets if name not in _RECIPES]

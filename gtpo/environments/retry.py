@@ -55,6 +55,7 @@ class RetryEnvironment(GeneratedEnvironment):
 
     name = "retry"
     system_prompt = DEMO_SYSTEM_PROMPT
+    explain_protocol = False
 
     def __init__(self, num_items: int = 2, num_getters: int = 4, num_digits: int = 2) -> None:
         if not 1 <= num_items <= len(ITEMS):

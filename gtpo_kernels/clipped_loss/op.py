@@ -183,8 +183,15 @@ def scale_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None
             # A compiler traces with a subclass of Tensor, and decides itself which buffers to reuse.
             in_place = ctx.consume and type(kept) is Tensor
             ctx.spent |= in_place
-            gradients[i] = (kept.mul_(grad_loss) if in_place else kept * grad_loss).to(ctx.dtype)
+            if not (in_place and _is_one(grad_loss)):
+                kept = kept.mul_(grad_loss) if in_place else kept * grad_loss
+            gradients[i] = kept.to(ctx.dtype)
     return tuple(gradients)
+
+
+def _is_one(grad_loss: Tensor) -> bool:
+    """Whether scaling changes nothing, where looking costs no wait for a device."""
+    return grad_loss.device.type == "cpu" and bool(grad_loss == 1.0)
 
 
 _clipped_loss.register_autograd(scale_gradients, setup_context=keep_gradients)

@@ -12,9 +12,7 @@ from gtpo_kernels.token_logprobs.kernel_torch import Head
 from gtpo_kernels.turn_advantages.kernel_cpp import buffer, buffer_or_none
 
 
-def sweep(
-    logits: Tensor, d_logits: Tensor | None, logit_rows: Tensor | None, rows: Tensor, state: LossPass
-) -> None:
+def sweep(logits: Tensor, d_logits: Tensor | None, logit_rows: Tensor | None, rows: Tensor, state: LossPass) -> None:
     """Store log-probability and entropy of `rows` in the state, and write d_logits, which may be the logits."""
     i = state.inputs
     swept = _cpu.gtpo_loss(

@@ -1,6 +1,6 @@
 """The `cuda` backend of the fused losses: a compiled sweep turns logits into their gradient, in place where asked to.
 
-A launch skips the rows without loss by itself, so the losses from logits wait for nothing.
+One launch a pass or chunk: a block whose row has no loss reads nothing, and writes zeros where a gradient is wanted.
 """
 
 import torch

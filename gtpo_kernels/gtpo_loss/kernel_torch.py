@@ -5,6 +5,7 @@ projection is needed: logits -> softmax -> slope -> d_logits -> d_hidden and d_w
 """
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,16 +28,24 @@ class LossPass:
     """
 
     def __init__(self, inputs: LossInputs, dtype: torch.dtype) -> None:
-        mask, advantages = inputs.loss_mask, inputs.advantages
+        mask = inputs.loss_mask
         self.inputs = inputs
         self.dtype = dtype
         self.scale = LogitScale(inputs.temperature, inputs.row_temperature, inputs.softcap)
         self.denominator = loss_denominator(inputs.num_loss_tokens, mask, dtype)
-        self.active_rows = (mask & (advantages != 0)).nonzero().squeeze(1)
-        silent = mask & (advantages == 0) if inputs.all_metrics else torch.zeros_like(mask)
-        self.forward_only_rows = silent.nonzero().squeeze(1) if inputs.all_metrics else self.active_rows[:0]
         self.logprobs = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         self.entropy = torch.zeros_like(self.logprobs)
+
+    # found when they are asked for: on a GPU that waits for the device
+    @cached_property
+    def active_rows(self) -> Tensor:
+        return (self.inputs.loss_mask & (self.inputs.advantages != 0)).nonzero().squeeze(1)
+
+    @cached_property
+    def forward_only_rows(self) -> Tensor:
+        if not self.inputs.all_metrics:
+            return self.active_rows[:0]
+        return (self.inputs.loss_mask & (self.inputs.advantages == 0)).nonzero().squeeze(1)
 
     def slope(self, rows: Tensor) -> Tensor:
         """d loss / d logprob of `rows`, once their log-probabilities are known."""
@@ -50,8 +59,8 @@ class LossPass:
             inputs.clip_high,
         )
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """(loss [], metrics [11]) from the per-row results, by the one definition."""
+    def finish(self, clipped_loss: Callable[..., tuple[Tensor, ...]] = clipped_loss) -> tuple[Tensor, Tensor]:
+        """(loss [], metrics [11]) from the per-row results.  clipped_loss: the kernel that makes them."""
         i = self.inputs
         loss, metrics, _ = clipped_loss(
             self.logprobs,

@@ -11,27 +11,32 @@ from torch import Tensor
 
 from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.clipped_loss.kernel_torch import loss_slope as loss_slope_of
+from gtpo_kernels.clipped_loss.kernel_triton import clipped_loss
 from gtpo_kernels.clipped_loss.reference import counted_tokens
 from gtpo_kernels.gtpo_loss.kernel_torch import LossPass, chunked_linear_loss
 from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
 from gtpo_kernels.token_logprobs.kernel_torch import Head, empty_statistics
 from gtpo_kernels.token_logprobs.kernel_triton import (
     adjacent_columns,
+    max_block,
     row_plan,
     sweep_gradient,
     sweep_statistics,
 )
 from gtpo_kernels.triton_math import (
     LAUNCH,
+    RowScale,
     below_max,
     contiguous,
-    d_logits_block,
+    d_cap,
     device_of,
     load_row_block,
     log_sum_and_entropy,
     loss_slope,
+    precise_exp,
     rounded,
     row_scale,
+    row_scaling,
     row_statistics,
     squash,
     streamed_statistics,
@@ -48,9 +53,10 @@ def sweep_kernel(
     advantages_ptr,
     loss_mask_ptr,
     old_logprobs_ptr,
-    temperature: tl.float64,
-    row_temperature_ptr,
+    inverse_temperature: tl.float64,
+    row_inverse_ptr,
     softcap: tl.float64,
+    inverse_softcap: tl.float64,
     denominator_ptr,
     clip_low: tl.float64,
     clip_high: tl.float64,
@@ -84,15 +90,17 @@ def sweep_kernel(
         d_row_ptr = d_logits_ptr + i * d_stride_units.to(tl.int64) * UNIT
     if counted:
         row_ptr = logits_ptr + i * stride_units.to(tl.int64) * UNIT
-        inverse_temperature, exact_scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP)
-        inverse_temperature, scale = inverse_temperature.to(ACC), exact_scale.to(ACC)
-        target = tl.load(targets_ptr + row)
-        y_target = squash(tl.load(row_ptr + target).to(ACC), softcap, HAS_SOFTCAP)
+        row_inverse, exact_scale = row_scale(inverse_temperature, row_inverse_ptr, row, softcap, HAS_SOFTCAP)
+        scale = exact_scale.to(ACC)
         if ONE_BLOCK:
-            y = load_row_block(row_ptr, lanes, vocab, softcap, HAS_SOFTCAP, ACC)
-            y_max, total, moment = row_statistics(y, scale)
+            y = load_row_block(row_ptr, lanes, vocab, inverse_softcap, HAS_SOFTCAP, ACC)
+            y_max, total, moment, weights = row_statistics(y, scale)
         else:
-            y_max, total, moment = streamed_statistics(row_ptr, 0, vocab, softcap, scale, HAS_SOFTCAP, ACC, BLOCK_V)
+            y_max, total, moment = streamed_statistics(
+                row_ptr, 0, vocab, inverse_softcap, scale, HAS_SOFTCAP, ACC, BLOCK_V
+            )
+        target = tl.load(targets_ptr + row).to(tl.int32)
+        y_target = squash(tl.load(row_ptr + target).to(ACC), inverse_softcap, HAS_SOFTCAP)
         log_sum, entropy = log_sum_and_entropy(total, moment)
         logprob = target_logprob(y_target, y_max, exact_scale, log_sum)
         tl.store(logprobs_ptr + row, logprob)
@@ -102,22 +110,24 @@ def sweep_kernel(
             if old_logprobs_ptr is not None:
                 old_logprob = tl.load(old_logprobs_ptr + row).to(ACC)
             slope = loss_slope(logprob, old_logprob, advantage, tl.load(denominator_ptr), clip_low, clip_high)
+            # slope (1[v = target] - p_v) / temperature, with all that is common to a row taken together
+            slope *= row_inverse.to(ACC)
+            d_target = slope * (1.0 - tl.exp(logprob))
+            factor = -slope * precise_exp(-log_sum)
             if ONE_BLOCK:
-                below = below_max(y, y_max, scale)
-                d_logits = d_logits_block(
-                    y, below, log_sum, lanes == target, inverse_temperature, slope, 0.0, 0.0, HAS_SOFTCAP, False
-                )
+                d_logits = tl.where(lanes == target, d_target, weights * factor)
+                if HAS_SOFTCAP:
+                    d_logits = d_cap(d_logits, y)
                 tl.store(d_row_ptr + lanes, rounded(d_logits, d_logits_ptr.dtype.element_ty), mask=lanes < vocab)
             else:
                 # backwards: the end of the row was read last, and may still be in the cache
                 blocks = tl.cdiv(vocab, BLOCK_V)
                 for block in range(blocks):
                     columns = (blocks - 1 - block) * BLOCK_V + lanes
-                    y = load_row_block(row_ptr, columns, vocab, softcap, HAS_SOFTCAP, ACC)
-                    below = below_max(y, y_max, scale)
-                    d_logits = d_logits_block(
-                        y, below, log_sum, columns == target, inverse_temperature, slope, 0.0, 0.0, HAS_SOFTCAP, False
-                    )
+                    y = load_row_block(row_ptr, columns, vocab, inverse_softcap, HAS_SOFTCAP, ACC)
+                    d_logits = tl.where(columns == target, d_target, tl.exp(below_max(y, y_max, scale)) * factor)
+                    if HAS_SOFTCAP:
+                        d_logits = d_cap(d_logits, y)
                     stored = rounded(d_logits, d_logits_ptr.dtype.element_ty)
                     tl.store(d_row_ptr + columns, stored, mask=columns < vocab)
     if HAS_GRADIENT and not active:
@@ -129,11 +139,12 @@ def sweep_kernel(
 def sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, state: LossPass) -> None:
     """Write d_logits, which may be the logits [n, V] themselves, and what the state keeps of rows [n] (None: all)."""
     num_rows, vocab = logits.shape
-    plan = row_plan(num_rows, vocab, logits, d_logits)
+    i, scale = state.inputs, row_scaling(*state.scale)
+    most = max_block(logits, scale.softcap != 0.0)
+    plan = row_plan(num_rows, vocab, most, logits, d_logits)
     if plan.splits > 1:
-        split_sweep(logits, d_logits, rows, state)
+        split_sweep(logits, d_logits, rows, state, scale)
         return
-    i, scale = state.inputs, state.scale
     with device_of(logits):
         sweep_kernel[(num_rows,)](
             logits,
@@ -143,9 +154,7 @@ def sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, state: L
             i.advantages,
             i.loss_mask,
             i.old_logprobs,
-            scale.temperature,
-            scale.row_temperature,
-            scale.softcap,
+            *scale,
             state.denominator,
             i.clip_low,
             i.clip_high,
@@ -164,12 +173,12 @@ def sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, state: L
         )
 
 
-def split_sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, state: LossPass) -> None:
+def split_sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, state: LossPass, scale: RowScale) -> None:
     """`sweep` of a few long rows, each split over programs."""
     i = state.inputs
     statistics = empty_statistics(state.logprobs)._replace(logprobs=state.logprobs, entropy=state.entropy)
     counted = counted_tokens(i.advantages, i.loss_mask, i.all_metrics)
-    sweep_statistics(logits, rows, counted, i.targets, state.scale, statistics)
+    sweep_statistics(logits, rows, counted, i.targets, scale, statistics)
     if d_logits is None:
         return
     silent = ~(i.loss_mask & (i.advantages != 0))
@@ -183,7 +192,7 @@ def split_sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, st
     )
     # a slope of 0 writes zeros, whatever the row holds
     slope.masked_fill_(silent, 0.0)
-    sweep_gradient(logits, d_logits, rows, i.targets, state.scale, slope, None, statistics)
+    sweep_gradient(logits, d_logits, rows, i.targets, scale, slope, None, statistics)
 
 
 def contiguous_inputs(inputs: LossInputs) -> LossInputs:
@@ -203,14 +212,14 @@ def gtpo_loss(logits: Tensor, inputs: LossInputs, need_logits: bool) -> tuple[Te
     d_logits = logits.new_empty(logits.shape if need_logits else (0,))
     state = LossPass(contiguous_inputs(inputs), accumulator_dtype(logits.dtype))
     sweep(adjacent_columns(logits), d_logits if need_logits else None, None, state)
-    return *state.finish(), d_logits
+    return *state.finish(clipped_loss), d_logits
 
 
 def gtpo_loss_(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """(loss [], metrics [11]); logits [N, V], contiguous, become d_logits."""
     state = LossPass(contiguous_inputs(inputs), accumulator_dtype(logits.dtype))
     sweep(logits, logits, None, state)
-    return state.finish()
+    return state.finish(clipped_loss)
 
 
 def linear_gtpo_loss(

@@ -12,10 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.token_logprobs.kernel_torch import (
     Head,
-    LogitScale,
     chunked_gradients,
     chunked_statistics,
     empty_statistics,
@@ -27,6 +25,7 @@ from gtpo_kernels.triton_math import (
     INTERPRETED,
     LAUNCH,
     LOG_ZERO,
+    RowScale,
     below_max,
     contiguous,
     d_logits_block,
@@ -35,6 +34,7 @@ from gtpo_kernels.triton_math import (
     log_sum_and_entropy,
     rounded,
     row_scale,
+    row_scaling,
     row_statistics,
     shift_statistics,
     squash,
@@ -43,8 +43,9 @@ from gtpo_kernels.triton_math import (
 )
 
 VECTOR_BYTES = 16
-# Longest row that is one block, its elements in registers: 32 a thread, half as many where they take two each.
-MAX_BLOCK = {torch.float32: 32768, torch.float64: 8192}
+# Longest row that a sweep keeps in registers between its read and its write.
+MAX_BLOCK = 32768
+# Elements of one step of a longer one.
 STREAM_BLOCK = 4096
 # Fewer rows than this leave multiprocessors idle, so long ones are split, into about as many programs in all.
 FEW_ROWS = 256
@@ -66,14 +67,29 @@ class RowPlan(NamedTuple):
     num_warps: int
 
 
-def row_plan(num_rows: int, vocab: int, logits: Tensor, d_logits: Tensor | None = None) -> RowPlan:
-    """The plan, by sizes, dtype and alignment alone.  logits, d_logits: [n, V] with adjacent columns."""
+def max_block(logits: Tensor, has_softcap: bool, blackwell: bool | None = None) -> int:
+    """Longest row that is one block: elements that a program's registers hold, less what the arithmetic takes.
+
+    blackwell: whether it is for sm_100 or later, where the compiler needs a little more; None for the logits' device.
+    """
+    if logits.dtype == torch.float64:
+        return MAX_BLOCK // 4
+    if blackwell is None:
+        blackwell = logits.is_cuda and torch.cuda.get_device_capability(logits.device)[0] >= 10
+    return MAX_BLOCK // 2 if has_softcap or (blackwell and logits.dtype == torch.float32) else MAX_BLOCK
+
+
+def row_plan(num_rows: int, vocab: int, most: int, logits: Tensor, d_logits: Tensor | None = None) -> RowPlan:
+    """The plan, by sizes, dtype and alignment alone.  logits, d_logits: [n, V] with adjacent columns.
+
+    most: elements of the longest row that is one block.
+    """
     unit = VECTOR_BYTES // logits.element_size()
     matrices = [logits] if d_logits is None else [logits, d_logits]
     aligned = all(x.stride(0) % unit == 0 and x.data_ptr() % VECTOR_BYTES == 0 for x in matrices)
     unit = unit if aligned and vocab % unit == 0 else 1
     whole = triton.next_power_of_2(vocab)
-    if whole <= MAX_BLOCK[accumulator_dtype(logits.dtype)]:
+    if whole <= most:
         return RowPlan(unit, whole, True, 1, warps(whole))
     blocks = triton.cdiv(vocab, STREAM_BLOCK)
     splits = 1 if num_rows >= FEW_ROWS else min(blocks, triton.cdiv(SPLIT_PROGRAMS, max(num_rows, 1)))
@@ -105,9 +121,10 @@ def statistics_kernel(
     rows_ptr,
     counted_ptr,
     targets_ptr,
-    temperature: tl.float64,
-    row_temperature_ptr,
+    inverse_temperature: tl.float64,
+    row_inverse_ptr,
     softcap: tl.float64,
+    inverse_softcap: tl.float64,
     parts_ptr,
     y_target_ptr,
     logprobs_ptr,
@@ -136,17 +153,19 @@ def statistics_kernel(
             return
     vocab = vocab_units * UNIT
     row_ptr = logits_ptr + i * stride_units.to(tl.int64) * UNIT
-    _, exact_scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP)
+    _, exact_scale = row_scale(inverse_temperature, row_inverse_ptr, row, softcap, HAS_SOFTCAP)
     scale = exact_scale.to(ACC)
-    y_target = squash(tl.load(row_ptr + tl.load(targets_ptr + row)).to(ACC), softcap, HAS_SOFTCAP)
+    y_target = squash(tl.load(row_ptr + tl.load(targets_ptr + row)).to(ACC), inverse_softcap, HAS_SOFTCAP)
     if ONE_BLOCK:
-        y = load_row_block(row_ptr, tl.arange(0, BLOCK_V), vocab, softcap, HAS_SOFTCAP, ACC)
-        y_max, total, moment = row_statistics(y, scale)
+        y = load_row_block(row_ptr, tl.arange(0, BLOCK_V), vocab, inverse_softcap, HAS_SOFTCAP, ACC)
+        y_max, total, moment, _ = row_statistics(y, scale)
     else:
         length = tl.cdiv(tl.cdiv(vocab, BLOCK_V), splits) * BLOCK_V
         first = part * length
         end = tl.minimum(first + length, vocab)
-        y_max, total, moment = streamed_statistics(row_ptr, first, end, softcap, scale, HAS_SOFTCAP, ACC, BLOCK_V)
+        y_max, total, moment = streamed_statistics(
+            row_ptr, first, end, inverse_softcap, scale, HAS_SOFTCAP, ACC, BLOCK_V
+        )
     if SPLIT:
         part_ptr = parts_ptr + program * 3
         tl.store(part_ptr, y_max)
@@ -163,9 +182,10 @@ def statistics_kernel(
 def merge_kernel(
     rows_ptr,
     counted_ptr,
-    temperature: tl.float64,
-    row_temperature_ptr,
+    inverse_temperature: tl.float64,
+    row_inverse_ptr,
     softcap: tl.float64,
+    inverse_softcap: tl.float64,
     parts_ptr,
     y_target_ptr,
     logprobs_ptr,
@@ -187,7 +207,7 @@ def merge_kernel(
     if counted_ptr is not None:
         mask = mask & (tl.load(counted_ptr + row, mask=mask, other=0) != 0)
     row = tl.where(mask, row, 0)
-    _, exact_scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP)
+    _, exact_scale = row_scale(inverse_temperature, row_inverse_ptr, row, softcap, HAS_SOFTCAP)
     scale = exact_scale.to(ACC)
     y_max = tl.full((BLOCK_N,), -INF, ACC)
     total = tl.zeros((BLOCK_N,), ACC)
@@ -215,9 +235,10 @@ def gradient_kernel(
     d_logits_ptr,
     rows_ptr,
     targets_ptr,
-    temperature: tl.float64,
-    row_temperature_ptr,
+    inverse_temperature: tl.float64,
+    row_inverse_ptr,
     softcap: tl.float64,
+    inverse_softcap: tl.float64,
     d_logprobs_ptr,
     d_entropy_ptr,
     logprobs_ptr,
@@ -250,17 +271,17 @@ def gradient_kernel(
         d_entropy = tl.load(d_entropy_ptr + row).to(ACC)
         flows = flows | (d_entropy != 0.0)
     if flows:
-        inverse_temperature, scale = row_scale(temperature, row_temperature_ptr, row, softcap, HAS_SOFTCAP)
+        row_inverse, scale = row_scale(inverse_temperature, row_inverse_ptr, row, softcap, HAS_SOFTCAP)
         row_ptr = logits_ptr + i * stride_units.to(tl.int64) * UNIT
-        y = load_row_block(row_ptr, columns, vocab, softcap, HAS_SOFTCAP, ACC)
+        y = load_row_block(row_ptr, columns, vocab, inverse_softcap, HAS_SOFTCAP, ACC)
         d_logprob = tl.where(tl.load(logprobs_ptr + row) == -INF, 0.0, d_logprob)
         # row_max is the same product for the largest y, and here too it is rounded before the difference is taken
         d_logits = d_logits_block(
             y,
             below_max(y * scale.to(ACC), tl.load(row_max_ptr + row), 1.0),
             tl.load(log_sum_ptr + row),
-            columns == tl.load(targets_ptr + row),
-            inverse_temperature.to(ACC),
+            columns == tl.load(targets_ptr + row).to(tl.int32),
+            row_inverse.to(ACC),
             d_logprob,
             d_entropy,
             tl.load(entropy_ptr + row),
@@ -279,9 +300,10 @@ def tile_kernel(
     weight_ptr,
     bias_ptr,
     targets_ptr,
-    temperature: tl.float64,
-    row_temperature_ptr,
+    inverse_temperature: tl.float64,
+    row_inverse_ptr,
     softcap: tl.float64,
+    inverse_softcap: tl.float64,
     parts_ptr,
     y_target_ptr,
     num_rows,
@@ -304,7 +326,7 @@ def tile_kernel(
     in_rows = rows < num_rows
     rows = tl.where(in_rows, rows, 0)
     targets = tl.load(targets_ptr + rows)
-    _, scale = row_scale(temperature, row_temperature_ptr, rows, softcap, HAS_SOFTCAP)
+    _, scale = row_scale(inverse_temperature, row_inverse_ptr, rows, softcap, HAS_SOFTCAP)
     scale = tl.zeros((BLOCK_N,), tl.float32) + scale.to(tl.float32)
     length = tl.cdiv(tl.cdiv(vocab, BLOCK_V), splits) * BLOCK_V
     first = part * length
@@ -328,7 +350,7 @@ def tile_kernel(
             logits = tl.dot(hidden, tl.trans(weight), logits, input_precision="ieee")
         if bias_ptr is not None:
             logits += tl.load(bias_ptr + columns, mask=in_vocab, other=0.0).to(tl.float32)[None, :]
-        y = tl.where(in_vocab[None, :], squash(logits, softcap, HAS_SOFTCAP), -INF)
+        y = tl.where(in_vocab[None, :], squash(logits, inverse_softcap, HAS_SOFTCAP), -INF)
         is_target = columns[None, :] == targets[:, None]
         y_target += tl.sum(tl.where(is_target, y, 0.0), 1)
         new_max = tl.maximum(y_max, tl.max(y, 1))
@@ -355,12 +377,13 @@ def sweep_statistics(
     rows: Tensor | None,
     counted: Tensor | None,
     targets: Tensor,
-    scale: LogitScale,
+    scale: RowScale,
     statistics: RowStatistics,
 ) -> None:
-    """Write the statistics of rows [n] (None: all), whose logits [n, V] are given.  counted: [N] bool, which of them."""
+    """Write the statistics of rows [n] (None: all), whose logits [n, V] are given. counted: [N] bool, which."""
     num_rows, vocab = logits.shape
-    plan = row_plan(num_rows, vocab, logits)
+    # they are read once either way
+    plan = row_plan(num_rows, vocab, STREAM_BLOCK, logits)
     parts = y_target = None
     if plan.splits > 1:
         parts = statistics.logprobs.new_empty(num_rows * plan.splits * 3)
@@ -371,9 +394,7 @@ def sweep_statistics(
             rows,
             counted,
             targets,
-            scale.temperature,
-            scale.row_temperature,
-            scale.softcap,
+            *scale,
             parts,
             y_target,
             *statistics,
@@ -399,7 +420,7 @@ def merge_parts(
     splits: int,
     rows: Tensor | None,
     counted: Tensor | None,
-    scale: LogitScale,
+    scale: RowScale,
     statistics: RowStatistics,
 ) -> None:
     """Write the statistics of the rows whose parts [n, splits, 3] are given."""
@@ -407,9 +428,7 @@ def merge_parts(
         merge_kernel[(triton.cdiv(num_rows, MERGE_ROWS),)](
             rows,
             counted,
-            scale.temperature,
-            scale.row_temperature,
-            scale.softcap,
+            *scale,
             parts,
             y_target,
             *statistics,
@@ -427,24 +446,21 @@ def sweep_gradient(
     d_logits: Tensor,
     rows: Tensor | None,
     targets: Tensor,
-    scale: LogitScale,
+    scale: RowScale,
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
     statistics: RowStatistics,
 ) -> None:
     """Write d_logits [n, V], which may be the logits themselves, of rows [n], by default all."""
     num_rows, vocab = logits.shape
-    plan = row_plan(num_rows, vocab, logits, d_logits)
-    block = min(plan.block, STREAM_BLOCK)
+    plan = row_plan(num_rows, vocab, STREAM_BLOCK, logits, d_logits)
     with device_of(logits):
-        gradient_kernel[(num_rows * triton.cdiv(vocab, block),)](
+        gradient_kernel[(num_rows * triton.cdiv(vocab, plan.block),)](
             logits,
             d_logits,
             rows,
             targets,
-            scale.temperature,
-            scale.row_temperature,
-            scale.softcap,
+            *scale,
             grad_logprobs,
             grad_entropy,
             *statistics,
@@ -452,9 +468,9 @@ def sweep_gradient(
             d_logits.stride(0) // plan.unit,
             vocab // plan.unit,
             UNIT=plan.unit,
-            BLOCK_V=block,
+            BLOCK_V=plan.block,
             HAS_SOFTCAP=scale.softcap != 0.0,
-            num_warps=warps(block),
+            num_warps=plan.num_warps,
             **LAUNCH,
         )
 
@@ -464,7 +480,7 @@ def token_logprobs(
 ) -> RowStatistics:
     """Statistics of every row of logits [N, V]."""
     statistics = empty_statistics(logits)
-    scale = LogitScale(temperature, contiguous(row_temperature), softcap)
+    scale = row_scaling(temperature, row_temperature, softcap)
     sweep_statistics(adjacent_columns(logits), None, None, targets.contiguous(), scale, statistics)
     return statistics
 
@@ -481,7 +497,7 @@ def token_logprobs_backward(
 ) -> Tensor:
     """d_logits [N, V] in the logits' dtype."""
     d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    scale = LogitScale(temperature, contiguous(row_temperature), softcap)
+    scale = row_scaling(temperature, row_temperature, softcap)
     upstream = grad_logprobs.contiguous(), contiguous(grad_entropy)
     sweep_gradient(adjacent_columns(logits), d_logits, None, targets.contiguous(), scale, *upstream, statistics)
     return d_logits
@@ -499,7 +515,7 @@ def linear_token_logprobs(
 ) -> RowStatistics:
     """Statistics of every row of hidden @ weight.T + bias."""
     targets = targets.contiguous()
-    scale = LogitScale(temperature, contiguous(row_temperature), softcap)
+    scale = row_scaling(temperature, row_temperature, softcap)
     if hidden.dtype == torch.float64:
         return chunked_statistics(
             Head(hidden, weight, bias, chunk_rows),
@@ -521,9 +537,7 @@ def linear_token_logprobs(
             weight,
             bias,
             targets,
-            scale.temperature,
-            scale.row_temperature,
-            scale.softcap,
+            *scale,
             parts,
             y_target,
             num_rows,
@@ -560,7 +574,7 @@ def linear_token_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]), [0] where not needed; the logits are projected anew."""
     targets = targets.contiguous()
-    scale = LogitScale(temperature, contiguous(row_temperature), softcap)
+    scale = row_scaling(temperature, row_temperature, softcap)
     upstream = grad_logprobs.contiguous(), contiguous(grad_entropy)
 
     # Not the statistics of the forward pass: its logits were added up in another order, and p would not sum to 1.

@@ -125,6 +125,13 @@ def test_missing_file(tmp_path: Path) -> None:
         JsonlEnvironment(str(tmp_path / "none.jsonl"))
 
 
+def test_the_protocol_is_left_to_the_chat(write: Write) -> None:
+    own = JsonlEnvironment(write(*numbered(2)), system_prompt="Be brief.")
+    assert own.explain_protocol and own.system_prompt == "Be brief."
+    # a model that is told to give the answer alone would leave out the words by which it is found
+    assert "only" not in JsonlEnvironment(write(*numbered(2))).system_prompt
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -23,6 +23,15 @@ def test_a_backend_without_the_kernel_never_falls_back(monkeypatch: pytest.Monke
         gtpo_loss(torch.zeros(1, 3), torch.zeros(1).long(), torch.ones(1), backend="partial")
 
 
+def test_the_default_is_the_compiled_one_on_a_cpu_and_torch_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in FAMILIES:
+        assert select_backend(family, None, CPU) == "cpp"
+        assert select_backend(family, None, torch.device("meta")) == DEFAULT_BACKEND
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for family in FAMILIES:
+        assert select_backend(family, None, CPU) == DEFAULT_BACKEND
+
+
 def test_an_unknown_backend_is_refused_by_name() -> None:
     for family in FAMILIES:
         with pytest.raises(ValueError, match=r"backend must be one of 'reference', 'torch', .*, got 'tpu'"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gtpo_kernels import TurnAdvantages, TurnCredit, turn_advantages, turn_returns
 from gtpo_kernels.testing import assert_matches_reference
-from tests.kernels.conftest import Case, assert_equal, assert_opcheck, cpu_only, examples, strided
+from tests.kernels.conftest import Case, assert_equal, assert_opcheck, cpu_only, examples, interpreted, strided
 
 FAMILY = "turn_advantages"
 RULES = [
@@ -57,13 +57,11 @@ def one_token_a_turn(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("scope", "population", "ddof"), RULES)
-def test_equals_the_reference(
-    scope: str, population: str, ddof: int, ids: torch.dtype, dtype: torch.dtype, kernel: str
-) -> None:
-    cases = [random_case(seed, dtype=dtype, ids=ids) for seed in range(examples(kernel, 12))]
-    for gamma in (0.0, 0.9, 1.0):
+def test_equals_the_reference(scope: str, population: str, ddof: int, dtype: torch.dtype, kernel: str) -> None:
+    ids = (torch.int32, torch.int64)
+    cases = [random_case(seed, dtype=dtype, ids=ids[seed % 2]) for seed in range(examples(kernel, 12))]
+    for gamma in (0.9,) if interpreted(kernel) else (0.0, 0.9, 1.0):
         rule: Case = {"gamma": gamma, "scope": scope, "population": population, "ddof": ddof}
         if dtype != torch.float64:
             assert_matches_reference(turn_advantages, cases, backend=kernel, **rule)

@@ -78,13 +78,12 @@ def make_trajectory(
     return Trajectory(TASK, sample, [1, 2, 3], list(turns), stop=stop, answer=answer, outcome=outcome)
 
 
-def make_sequence(token_ids: Sequence[int], *, num_prompt: int = 1, turn: int = 0) -> PackedSequence:
+def make_sequence(token_ids: Sequence[int], *, num_prompt: int = 1) -> PackedSequence:
     """A sequence with one turn, from token `num_prompt` on."""
     sampled = [i >= num_prompt for i in range(len(token_ids))]
     return PackedSequence(
         list(token_ids),
-        [turn if is_sampled else -1 for is_sampled in sampled],
-        [1.0 + turn if is_sampled else 0.0 for is_sampled in sampled],
+        [1.0 if is_sampled else 0.0 for is_sampled in sampled],
         sampled,
         [-1.0 if is_sampled else 0.0 for is_sampled in sampled],
     )

@@ -16,7 +16,6 @@ def test_a_row_belongs_to_the_token_that_it_predicts(lengths: list[int]) -> None
     sequences = [
         PackedSequence(
             [100 * number + i for i in range(length)],
-            [1000 * number + i for i in range(length)],
             [float(i) for i in range(length)],
             [i % 2 == 1 for i in range(length)],
             [-float(i) for i in range(length)],
@@ -30,7 +29,6 @@ def test_a_row_belongs_to_the_token_that_it_predicts(lengths: list[int]) -> None
         for i in range(1, length):
             assert batch.input_ids[row] == 100 * number + i - 1
             assert batch.targets[row] == 100 * number + i
-            assert batch.turn_ids[row] == 1000 * number + i
             assert (batch.position_ids[row], batch.advantages[row]) == (i - 1, i)
             assert (batch.loss_mask[row], batch.rollout_logprobs[row]) == (i % 2 == 1, -i)
             row += 1
@@ -40,7 +38,7 @@ def test_a_row_belongs_to_the_token_that_it_predicts(lengths: list[int]) -> None
 
 def test_dtypes_are_those_of_the_ops() -> None:
     batch = pack([make_sequence([1, 2, 3])])
-    assert batch.cu_seqlens.dtype is torch.int32 and batch.targets.dtype is batch.turn_ids.dtype is torch.int64
+    assert batch.cu_seqlens.dtype is torch.int32 and batch.targets.dtype is torch.int64
     assert batch.loss_mask.dtype is torch.bool and batch.advantages.dtype is torch.float32
     assert batch.old_logprobs is None
 
@@ -61,9 +59,9 @@ def test_nothing_to_pack_is_refused() -> None:
 
 def test_lists_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match=r"must have one length, got .*'advantages': 1"):
-        PackedSequence([1, 2], [-1, 0], [0.0], [False, True], [0.0, 0.0])
+        PackedSequence([1, 2], [0.0], [False, True], [0.0, 0.0])
 
 
 def test_a_sequence_without_a_prediction_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 tokens to predict one, got 1"):
-        PackedSequence([1], [-1], [0.0], [False], [0.0])
+        PackedSequence([1], [0.0], [False], [0.0])

@@ -34,6 +34,19 @@ def test_code_calls() -> None:
     assert all(made.error is None and made.name == "python" for made in turn.calls) and turn.answer is None
 
 
+@pytest.mark.parametrize("opening", ["```Python\n", "```python3 \n", "```PY\n", "```python\r\n"])
+def test_fences_as_models_write_them(opening: str) -> None:
+    (made,) = CODE.parse(f"{opening}print(1)\r\n```").calls
+    assert (made.code, made.error) == ("print(1)", None)
+
+
+def test_a_quoted_block_is_no_call() -> None:
+    turn = CODE.parse("It printed\n```text\n4\n```\nanswer: 4")
+    assert (turn.calls, turn.answer) == ((), "4")
+    (made,) = CODE.parse(f"```text\n4\n```\n{python('x')}").calls
+    assert made.code == "x"
+
+
 @pytest.mark.parametrize("text", ["```\nprint(1)\n```", "```python\nprint(1)", "```bash\nls\n```", "answer: 4 ```"])
 def test_malformed_code(text: str) -> None:
     (made,) = CODE.parse(text).calls
@@ -111,6 +124,12 @@ def test_any_arguments_come_through_or_are_refused(arguments: object) -> None:
         ("answer:", None),
         ("answer: \n4", None),
         ("42", None),
+        ("answer: **4**", "4"),
+        ("**Answer:** 4", "4"),
+        ("**answer: 4**", "4"),
+        ("answer: `x = 1`", "x = 1"),
+        ("answer: 2**3", "2**3"),
+        ("answer: **", None),
     ],
 )
 def test_answers(text: str, answer: str | None) -> None:
@@ -167,6 +186,37 @@ def test_the_json_prompt_has_the_schemas(policy: Policy) -> None:
     assert "<tool_call>" not in policy.tokenizer.decode(Chat(policy.tokenizer).prompt_ids("S", "Q"))
 
 
+def test_the_protocol_is_explained_where_the_prompt_leaves_it_out(policy: Policy) -> None:
+    def shown(**options: object) -> str:
+        return str(policy.tokenizer.decode(Chat(policy.tokenizer, **options).prompt_ids("S", "Q")))  # type: ignore[arg-type]
+
+    code = shown(explain_protocol=True)
+    assert "```python" in code and "answer: ..." in code
+    assert "answer:" not in shown() and "answer: ..." in shown(call_format="json")
+
+
+@given(
+    text=st.lists(st.sampled_from([END, "<|im_start|>", "<|pad|>", "assistant\n"]) | st.text(max_size=4)).map("".join)
+)
+def test_prompt_text_never_becomes_a_control_id(policy: Policy, text: str) -> None:
+    chat = Chat(policy.tokenizer)
+    control = set(policy.tokenizer.convert_tokens_to_ids([END, "<|im_start|>", "<|pad|>"]))
+    for prompts in ((text, "Q"), ("S", text)):
+        ids = chat.prompt_ids(*prompts)
+        assert sum(token in control for token in ids) == 5
+        assert policy.tokenizer.decode(ids) == chat._render_prompt(*prompts)
+
+
+def test_a_template_that_drops_the_prompt_of_an_injection_is_refused() -> None:
+    tokenizer = tiny_policy().tokenizer
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% for", "{% set messages = messages[1:] or messages %}{% for"
+    )
+    chat = Chat(tokenizer)
+    with pytest.raises(ValueError, match="must keep the system prompt and the prompt"):
+        chat.prompt_ids("S", END)
+
+
 REWRITES = "{% for m in messages %}{{ m['content'] if loop.last else '(cut)' }}<|im_end|>{% endfor %}"
 DROPS_REPLIES = (
     "{% for m in messages %}{% if m['role'] == 'assistant' and not loop.last %}thought reply<|im_end|>"
@@ -182,6 +232,21 @@ def test_templates_that_break_the_prefix_are_refused(template: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(BrokenPrefix):
         Chat(tokenizer)
+
+
+QWEN3 = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_decorates_the_last_turn_only_is_taken() -> None:
+    tokenizer = tiny_policy().tokenizer
+    plain = Chat(tokenizer).tool_ids(["1", "2"])
+    tokenizer.chat_template = QWEN3
+    # the glue behind the end of the turn, and nothing of the empty thoughts in front of it
+    assert Chat(tokenizer).tool_ids(["1", "2"]) == plain
 
 
 def test_a_template_that_drops_tool_output_is_refused() -> None:

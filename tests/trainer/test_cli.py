@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from gtpo.__main__ import main
 from gtpo.config import describe_keys
 from gtpo.run_folder import read_rows
+from gtpo.sandbox import SandboxPool, SandboxUnavailable
 from tests.trainer.conftest import tiny_policy
 from tests.trainer.test_trainer import TINY_RUN, write_config
 
@@ -60,10 +62,13 @@ def test_help_and_the_list_of_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 2
     capsys.readouterr()
     assert main(["config"]) == 0
-    listing = capsys.readouterr().out
-    for key, value, _ in describe_keys():
-        assert f"  {key} = {value!r}\n" in listing
-    assert "methods: gtpo, gtpo_dense, grpo" in listing
+    listing = capsys.readouterr().out.splitlines()
+    for key, value, meaning, allowed, _ in describe_keys():
+        assert f"{f'  {key} = {value!r}':46}  # {meaning} ({allowed})" in listing
+    assert f"{'  rollout.group_size = 8':46}  # trajectories for each task (int at least 2)" in listing
+    assert any(line.endswith("# preset of [credit] (one of gtpo, gtpo_dense, grpo)") for line in listing)
+    assert any(line.endswith("learning rate to 0 (one of linear, cosine, constant)") for line in listing)
+    assert listing[-1].startswith("methods: gtpo, gtpo_dense, grpo")
     assert main(["config", "extra"]) == 2
 
 
@@ -93,6 +98,15 @@ def test_the_module_is_the_command_and_help_needs_no_model_library() -> None:
         (["--environments", '[{name = "jsonl"}]'], "environment 'jsonl' needs the options path"),
         (["--rollout.tools", '["python", "web"]'], "rollout.tools must be among python, calculator, got 'web'"),
         (["--rollout.tools", '["calculator"]'], 'rollout.tools must hold "python", which call_format = "code" calls'),
+        (["--environments.0.weight", "0"], "environments.0.weight must be above 0, got 0"),
+        (["--environments", '[{name = "retry", options = {num_items = "a"}}]'], "options of environment 'retry': "),
+        (["--credit.similarity", "foo"], "config key 'credit.similarity': Input should be 'ngram', got 'foo'"),
+        (["--model.device", "nowhere"], "model.device must be one that PyTorch has here, got 'nowhere': "),
+        (["--model.device", "meta", "--model.attention", "flash"], 'model.attention = "flash" needs a GPU and'),
+        (["--model.dtype", "bfloat16"], 'model.dtype = "bfloat16" can train adapters only'),
+        (["--sandbox.output_bytes", "1"], "sandbox.output_bytes must be from 512 to 16384, got 1"),
+        (["--rollout.max_trajectory_tokens", "9"], "the prompt of task 'retry-train-0-0' has"),
+        (["--resume", "--overwrite"], "expected --resume or --overwrite, got both"),
         (["--model.source", "no/such/model"], 'model.source must be "tiny", "package:NAME" or a folder'),
     ],
 )
@@ -101,6 +115,52 @@ def test_mistakes_in_the_configuration_are_named(
 ) -> None:
     write_config(tmp_path)
     assert message in refused(tmp_path, capsys, *overrides)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is there a GPU, it can be asked for")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(tmp_path)
+    assert "model.device must be one that PyTorch has here, got 'cuda'" in refused(
+        tmp_path, capsys, "--model.device", "cuda"
+    )
+
+
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    write_config(tmp_path)
+    assert "peft" in refused(tmp_path, capsys, "--model.lora_rank", "2")
+
+
+def test_a_key_may_stand_before_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path)
+    for words in (["--seed", "-1"], ["--seed=-1"]):
+        assert main(["train", *words, str(config), "--overwrite"]) == 2
+        assert capsys.readouterr().err == "gtpo: seed must be at least 0, got -1\n"
+    assert main(["train", str(config), "--seed"]) == 2
+    assert "--seed needs a value" in capsys.readouterr().err
+
+
+def test_a_data_set_without_demonstrations_cannot_warm_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_rows(tmp_path / "data.jsonl", ROWS * 4)
+    write_config(tmp_path, with_jsonl(data).replace("num_eval = 4", "num_eval = 1"))
+    assert "environment 'jsonl' has no scripted demonstrations" in refused(tmp_path, capsys)
+
+
+def test_a_sandbox_that_does_not_start_leaves_the_run_that_was_to_be_overwritten(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def unavailable(self: SandboxPool) -> None:
+        raise SandboxUnavailable("no isolation\nhere")
+
+    monkeypatch.setattr(SandboxPool, "start", unavailable)
+    before = (trained / "run" / "metrics.jsonl").read_bytes()
+    assert main(["train", str(trained / "config.toml"), "--overwrite"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "gtpo: no isolation here"
+    assert (trained / "run" / "metrics.jsonl").read_bytes() == before
+    assert main(["train", str(trained / "config.toml"), "--overwrite", "--sandbox.output_bytes", "1"]) == 2
+    assert (trained / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_bad_data_sets_are_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def test_masked_trajectories_keep_their_place_in_the_statistics(kind: str) -> No
         masked.stop, masked.answer = StopReason.TRUNCATED, "1"
     ((with_it, own),) = credit_of([[calls(2, 1.0), masked]], METHODS["gtpo"])
     assert with_it.advantages[1] > 0 > own.advantages[0]
-    off = to_sequence(masked, own, first_turn_id=0, mask_truncated=False, mask_void_turns=False)
-    on = to_sequence(masked, own, first_turn_id=0, mask_truncated=kind == "truncated", mask_void_turns=kind == "void")
+    off = to_sequence(masked, own, mask_truncated=False, mask_void_turns=False)
+    on = to_sequence(masked, own, mask_truncated=kind == "truncated", mask_void_turns=kind == "void")
     assert sum(off.loss_mask) == 4 and sum(on.loss_mask) == 0
-    assert on.advantages == off.advantages and on.turn_ids == off.turn_ids
+    assert on.advantages == off.advantages and on.token_ids == off.token_ids

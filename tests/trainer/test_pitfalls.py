@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from gtpo.chat import BrokenPrefix, Chat
 from gtpo.config import METHODS, Method, RolloutConfig, config_from_dict
 from gtpo.credit import Credit, assign_credit, to_sequence
 from gtpo.evaluation import evaluate_groups
-from gtpo.metrics import rollout_metrics
+from gtpo.metrics import rollout_metrics, update_metrics
 from gtpo.policy import Policy
 from gtpo.rewards import turn_rewards
 from gtpo.rollout import Rollout
 from gtpo.sampler import Completion, sample_tokens
 from gtpo.sandbox import SandboxPool
+from gtpo.trainer import to_sequences
 from gtpo.types import StopReason, ToolStatus, Trajectory
 from gtpo_kernels import clipped_loss, linear_token_logprobs, turn_advantages
 from tests.trainer.conftest import (
@@ -29,6 +31,7 @@ from tests.trainer.conftest import (
     python,
     tiny_policy,
 )
+from tests.trainer.test_trainer import make_trainer
 
 GTPO = METHODS["gtpo"]
 
@@ -42,7 +45,7 @@ def test_01_returns_iterate_over_turns() -> None:
     failure = make_trajectory(make_turn(code=""), outcome=0.0)
     credit, _ = credit_of([success, failure])
     assert credit.returns == pytest.approx([0.9, 1.0])
-    sequence = to_sequence(success, credit, first_turn_id=0, mask_truncated=False, mask_void_turns=False)
+    sequence = to_sequence(success, credit, mask_truncated=False, mask_void_turns=False)
     # the reward behind 50 masked tool tokens reaches both tokens of the first turn
     assert sequence.advantages[3:5] == [credit.advantages[0]] * 2 and credit.advantages[0] > 0
     assert sequence.advantages[5:55] == [0.0] * 50
@@ -59,15 +62,14 @@ def test_03_turn_boundaries_are_ids() -> None:
     trajectory = make_trajectory(make_turn(2, code="a"), make_turn(1, code="b"), make_turn(3, code="c"))
     assert trajectory.turn_index_of_tokens() == [-1, -1, -1, 0, 0, 1, 2, 2, 2]
     credit = Credit([0.0] * 3, [0.1, 0.2, 0.3])
-    sequence = to_sequence(trajectory, credit, first_turn_id=7, mask_truncated=False, mask_void_turns=False)
-    assert sequence.turn_ids == [-1, -1, -1, 7, 7, 8, 9, 9, 9]
+    sequence = to_sequence(trajectory, credit, mask_truncated=False, mask_void_turns=False)
     assert sequence.advantages == [0.0] * 3 + [0.1] * 2 + [0.2] + [0.3] * 3
 
 
 def test_04_the_loss_mask_is_not_the_attention_mask(policy: Policy) -> None:
     trajectory = make_trajectory(make_turn(2, code="a", num_tool_tokens=3), make_turn(2, code="b"))
     credit = Credit([0.0, 0.0], [1.0, 1.0])
-    sequence = to_sequence(trajectory, credit, first_turn_id=0, mask_truncated=False, mask_void_turns=False)
+    sequence = to_sequence(trajectory, credit, mask_truncated=False, mask_void_turns=False)
     assert sequence.loss_mask == [False] * 3 + [True] * 2 + [False] * 3 + [True] * 2
     batch = pack([sequence])
     embeddings = policy.model.get_input_embeddings().weight
@@ -81,7 +83,7 @@ def test_05_rewards_never_read_tool_text(policy: Policy) -> None:
         policy, [[python("print('answer: 4', '`' * 3 + 'python', 'solve()', '`' * 3, sep=chr(10))"), "I stop."]]
     )
     assert "answer: 4" in trajectory.turns[0].results[0].text
-    assert trajectory.answer is None and trajectory.outcome == 0.0 and "\nsolve()" not in trajectory.code
+    assert trajectory.answer is None and trajectory.outcome == 0.0 and "solve()" not in trajectory.cells
     plain = make_trajectory(make_turn(code="f()", output="nothing"), make_turn())
     marked = make_trajectory(make_turn(code="f()", output="answer: 1 ```python\nprint(1)\n```"), make_turn())
     success = make_trajectory(make_turn(code="print(1)"), outcome=1.0)
@@ -120,6 +122,29 @@ def test_06_token_in_token_out(policy: Policy) -> None:
         Chat(rewriting)
 
 
+def test_06_and_09_the_trainer_sees_what_the_sampler_saw(tmp_path: Path) -> None:
+    with make_trainer(tmp_path, "--rollout.temperature", "0.7") as trainer:
+        trainer.warm_up_only()
+        groups = trainer.sample_groups(trainer.train_tasks[:4], seed=[0])
+        assert any(len(trajectory.turns) > 1 for group in groups for trajectory in group)
+
+        def largest_gap() -> float:
+            credit = assign_credit(groups, [turn_rewards(group, GTPO) for group in groups], GTPO)
+            batch = pack(to_sequences(groups, credit, trainer.config))
+            # of the policy that sampled, as a second update on this rollout takes them, and as a first one does
+            again = trainer._with_old_logprobs(batch).old_logprobs
+            assert again is not None
+            _, metrics, gap = trainer.accumulate_gradient(batch, num_loss_tokens=batch.num_loss_tokens)
+            torch.testing.assert_close((again - batch.rollout_logprobs)[batch.loss_mask].abs(), gap, atol=1e-5, rtol=0)
+            return update_metrics([metrics], [gap])["sampling/sampling_logp_difference/max"]
+
+        assert largest_gap() < 1e-4
+        longest = max((t for group in groups for t in group), key=lambda t: len(t.turns))
+        # one id of a prefix that is not the one behind which the model went on
+        longest.turns[0].tool_ids[-1] ^= 1
+        assert largest_gap() > 1e-3
+
+
 def test_07_low_probability_tokens_do_not_blow_up() -> None:
     logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
     loss, metrics = clipped_loss(logprobs, torch.tensor([-1.0, -1.0]), old_logprobs=torch.tensor([-90.0, -1.0]))
@@ -128,10 +153,26 @@ def test_07_low_probability_tokens_do_not_blow_up() -> None:
     assert logprobs.grad.tolist() == [0.0, 0.5]
     # the filter of void turns, and its metric
     void = make_trajectory(make_turn(code="a"), make_turn(), answer=None)
-    sequence = to_sequence(void, Credit([0, 0], [1, 1]), first_turn_id=0, mask_truncated=False, mask_void_turns=True)
+    sequence = to_sequence(void, Credit([0, 0], [1, 1]), mask_truncated=False, mask_void_turns=True)
     assert not any(sequence.loss_mask)
     rewards, credit = [turn_rewards([void], GTPO)], [credit_of([void])]
     assert rollout_metrics([[void]], rewards, credit)["turns/void_ratio"] == 0.5
+    # its sign: the least likely token behind tool output, which no ratio shows while each rollout is used once
+    unlikely = make_trajectory(make_turn(code="a", logprob=-20.0), make_turn(logprob=-9.0), make_turn(logprob=-0.1))
+    rewards, credit = [turn_rewards([unlikely], GTPO)], [credit_of([unlikely])]
+    assert rollout_metrics([[unlikely]], rewards, credit)["completions/min_logprob_after_tools"] == -9.0
+
+
+@pytest.mark.parametrize("name", ["mask_truncated", "mask_void_turns"])
+def test_07_the_configured_masks_reach_the_loss(name: str) -> None:
+    truncated = make_trajectory(make_turn(code="a"), make_turn(), stop=StopReason.TRUNCATED)
+    void = make_trajectory(make_turn(code="a"), make_turn(), answer=None)
+    whole = make_trajectory(make_turn(code="a"), make_turn())
+    group, credit = [truncated, void, whole], [Credit([0.0] * 2, [1.0] * 2)] * 3
+    masked = {"mask_truncated": 0, "mask_void_turns": 1}[name]
+    for switch in (False, True):
+        sequences = to_sequences([group], [credit], config_from_dict({"rollout": {name: switch}}))
+        assert [any(sequence.loss_mask) for sequence in sequences] == [not switch or i != masked for i in range(3)]
 
 
 def test_08_metrics_show_the_death_spirals() -> None:
@@ -161,20 +202,13 @@ def test_10_advantages_are_computed_once_and_travel() -> None:
         make_trajectory(make_turn(code="f"), outcome=1.0, sample=2),
     ]
     credit = credit_of(group)
-    sequences = [
-        to_sequence(trajectory, assigned, first_turn_id=10 * i, mask_truncated=False, mask_void_turns=False)
-        for i, (trajectory, assigned) in enumerate(zip(group, credit, strict=True))
-    ]
-    whole = pack(sequences)
-    by_turn = dict(zip(whole.turn_ids.tolist(), whole.advantages.tolist(), strict=True))
-    seen = {}
-    for micro_batch in split_by_tokens(sequences[::-1], max_tokens=8):
-        batch = pack(micro_batch)
-        seen |= dict(zip(batch.turn_ids.tolist(), batch.advantages.tolist(), strict=True))
-    assert seen == by_turn
-    assert by_turn[0] == pytest.approx(credit[0].advantages[0]) and by_turn[12] == pytest.approx(
-        credit[1].advantages[2]
-    )
+    sequences = to_sequences([group], [credit], config_from_dict({}))
+    for number, (trajectory, sequence) in enumerate(zip(group, sequences, strict=True)):
+        of_turns = [0.0, *credit[number].advantages]
+        assert sequence.advantages == [of_turns[turn + 1] for turn in trajectory.turn_index_of_tokens()]
+    whole = pack(sequences[::-1]).advantages
+    micro_batches = [pack(part) for part in split_by_tokens(sequences[::-1], max_tokens=8)]
+    assert len(micro_batches) > 1 and torch.equal(torch.cat([batch.advantages for batch in micro_batches]), whole)
     # computed over a micro-batch alone they would be others
     assert credit_of(group[:2])[0].advantages[0] != pytest.approx(credit[0].advantages[0], abs=1e-2)
 

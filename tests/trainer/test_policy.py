@@ -162,6 +162,25 @@ def test_models_that_packing_would_compute_wrongly_are_refused(changes: dict[str
         Policy(policy.model, policy.tokenizer, policy.config)
 
 
+def test_attention_that_packing_does_not_compute_is_refused() -> None:
+    config = transformers.GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["full_attention"],
+        pad_token_id=0,
+    )
+    policy = Policy(transformers.GptOssForCausalLM(config), None, ModelConfig(device="cpu"))
+    with pytest.raises(ValueError, match="GptOssAttention needs attention that is not supported: s_aux"):
+        policy.hidden_states(pack([make_sequence([5, 6, 7])]))
+
+
 def test_the_seed_decides_the_weights_and_leaves_the_global_generator() -> None:
     torch.manual_seed(3)
     state = torch.get_rng_state()

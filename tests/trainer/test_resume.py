@@ -1,11 +1,13 @@
 """A run that was killed, with SIGKILL and at any moment, and resumed leaves the records of an uninterrupted one."""
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 from gtpo.__main__ import main
 from gtpo.report.compare import differences
 from gtpo.run_folder import read_rows
+from gtpo.trainer import Trainer
 from tests.trainer.test_trainer import write_config
 
 OVERRIDES = ["--train.steps", "4", "--train.eval_every", "3"]
@@ -105,14 +108,67 @@ def test_killed_and_resumed_equals_uninterrupted(
         with open(run / name, "a") as log:
             log.write('{"phase": "train", "step": 99}\n{"phase": "tr')
     assert train(tmp_path, "--resume") == run
-    assert differences(uninterrupted, run) == []
-    names = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (uninterrupted, run)]
+    assert_same_records(uninterrupted, run)
+
+
+def assert_same_records(whole: Path, resumed: Path) -> None:
+    """Equal metrics and turns, checkpoints of the same steps, and the last of them with equal weights."""
+    assert differences(whole, resumed) == []
+    names = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (whole, resumed)]
     assert names[0] == names[1]
-    one, two = (torch.load(path / "checkpoints/last/trainer.pt", weights_only=True) for path in (uninterrupted, run))
+    one, two = (torch.load(path / "checkpoints/last/trainer.pt", weights_only=True) for path in (whole, resumed))
     assert one["num_tokens"] == two["num_tokens"] and one["best_success"] == two["best_success"]
     assert one["trainable"].keys() == two["trainable"].keys()
     for name, value in one["trainable"].items():
         assert torch.equal(value, two["trainable"][name]), name
+
+
+# in one process: what a kill adds is tested above
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("--model.lora_rank=2", "--model.gradient_checkpointing=true", "--sft.learning_rate=0.05"),
+        ("--model.freeze_head=true", "--train.updates_per_rollout=2", "--train.eval_every=1"),
+        ("--model.lora_rank=2", "--model.dtype=bfloat16", "--sft.optimizer=muon"),
+    ],
+    ids=["adapters and checkpointing", "frozen head and two updates", "adapters of a bfloat16 model"],
+)
+def test_an_interrupted_run_of_other_options_equals_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
+    folders = [tmp_path / name for name in ("whole", "resumed")]
+    for folder in folders:
+        folder.mkdir()
+    step = Trainer.step
+
+    def interrupted(self: Trainer, number: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(self, number, optimizer)
+
+    whole = train(folders[0], *overrides)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "step", interrupted)
+        train(folders[1], *overrides)
+    assert (folders[1] / "run" / "checkpoints" / "last").resolve().name == "step-000002"
+    assert_same_records(whole, train(folders[1], *overrides, "--resume"))
+    assert any(row["grad_norm"] > 0 for row in read_rows(whole / "metrics.jsonl") if row["phase"] == "train")
+
+
+def test_a_warm_up_alone_and_the_rest_later_equal_one_run(uninterrupted: Path, tmp_path: Path) -> None:
+    assert main(["sft", str(write_config(tmp_path)), *OVERRIDES]) == 0
+    assert_same_records(uninterrupted, train(tmp_path, "--resume"))
+
+
+def test_the_total_of_seconds_holds_those_before_the_interruption(uninterrupted: Path, tmp_path: Path) -> None:
+    run = train(tmp_path)
+    state = torch.load(run / "checkpoints" / "last" / "trainer.pt", weights_only=True)
+    torch.save({**state, "total_seconds": 1000.0}, run / "checkpoints" / "last" / "trainer.pt")
+    train(tmp_path, "--resume")
+    seconds = json.loads((run / "summary.json").read_text())["seconds"]
+    assert seconds["total"] > 1000.0
+    began = json.loads((uninterrupted / "summary.json").read_text())["seconds"]
+    assert began["total"] >= began["sft"] + began["generate"] + began["train"]
 
 
 def test_a_finished_run_resumed_stays_as_it_is(uninterrupted: Path, tmp_path: Path) -> None:

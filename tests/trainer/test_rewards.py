@@ -44,7 +44,7 @@ def test_failures_earn_by_similarity_to_successes() -> None:
     same = make_trajectory(make_turn(code="print(1)"))
     silent = make_trajectory(make_turn())
     successes = [make_trajectory(make_turn(code=code), outcome=1.0) for code in ("print(1)", "x")]
-    other = ngram_similarity("print(1)", "x")
+    other = ngram_similarity(["print(1)"], ["x"])
     credits = similarity_credits([same, silent, *successes], alpha=0.5, similarity=ngram_similarity)
     assert credits == pytest.approx([0.25 * (1 + other), 0.0, 0.0, 0.0])
     assert similarity_credits([same, silent], alpha=0.5, similarity=ngram_similarity) == [0.0, 0.0]
@@ -58,10 +58,31 @@ def test_grpo_pays_a_clean_right_trajectory_only() -> None:
 
 
 def test_similarity_ignores_layout_only() -> None:
-    assert ngram_similarity("x=1 # one", "x = 1") == 1.0
-    assert 0 < ngram_similarity("f(1)", "f(2)") < 1
-    assert ngram_similarity("", "print(1)") == ngram_similarity("# note", "print(1)") == 0.0
-    assert ngram_similarity("a b (", "a b (") == 1.0
+    assert ngram_similarity(["x=1 # one"], ["x = 1"]) == 1.0
+    assert 0 < ngram_similarity(["f(1)"], ["f(2)"]) < 1
+    assert ngram_similarity([], ["print(1)"]) == ngram_similarity(["# note"], ["print(1)"]) == 0.0
+    assert ngram_similarity(["a b ("], ["a b ("]) == 1.0
+
+
+def test_a_cell_that_does_not_parse_leaves_the_others_as_they_are() -> None:
+    success = ["x = f(1)", "print( x )"]
+    assert ngram_similarity(["x=f(1)", "print(x)"], success) == 1.0
+    # the broken cell costs what it adds: the tokens of the others still count, whatever their layout
+    assert 0.8 < ngram_similarity(["x=f(1)", "print(", "print(x)"], success) < 1
+    assert ngram_similarity(["print("], success) == 0.0
+
+
+def test_only_the_whole_outcome_is_a_success() -> None:
+    partial = make_trajectory(make_turn(code="print(1)"), outcome=0.9)
+    failure = make_trajectory(make_turn(code="print(1)"))
+    assert not partial.is_success
+    # nobody succeeded, so nobody is an example; the partial outcome is paid as it is
+    assert [entry.rewards for entry in turn_rewards([partial, failure], GTPO)] == [[0.9], [0.0]]
+    success = make_trajectory(make_turn(code="print(1)"), outcome=1.0)
+    low = make_trajectory(make_turn(code="print(1)"), outcome=0.2)
+    found = turn_rewards([partial, low, failure, success], GTPO)
+    assert [entry.rewards for entry in found] == [[0.9], [0.5], [0.5], [1.0]]
+    assert [entry.similarity for entry in found] == [0.5, 0.5, 0.5, 0.0]
 
 
 def test_a_trajectory_without_turns_is_refused() -> None:

@@ -9,7 +9,7 @@ from gtpo.config import RolloutConfig
 from gtpo.policy import Policy
 from gtpo.rollout import Rollout, offered_schemas
 from gtpo.sampler import Completion, Sampler
-from gtpo.sandbox import SandboxLimits, SandboxPool
+from gtpo.sandbox import SandboxLimits, SandboxPool, SandboxSession, SandboxUnavailable
 from gtpo.tools import PythonTool
 from gtpo.types import StopReason, Task, ToolStatus, Trajectory
 from tests.trainer.conftest import TASK, SumEnvironment, make_chat, play_all, python, script
@@ -122,6 +122,40 @@ def test_a_fault_of_the_sandbox_loses_only_its_trajectory(policy: Policy) -> Non
     lost, after = asyncio.run(run())
     assert lost.stop is StopReason.LOST and lost.turns[-1].results[0].status is ToolStatus.INFRA_ERROR
     assert (after.stop, after.outcome) == (StopReason.FINISHED, 1.0)
+
+
+@pytest.mark.parametrize("fault", [SandboxUnavailable("the keeper was killed"), OSError("no more processes")])
+def test_a_session_that_cannot_be_opened_loses_only_its_trajectory(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    opened = SandboxPool.open
+    faults = iter([fault])
+
+    class WithSetup(SumEnvironment):
+        def setup_code(self, task: Task) -> str:
+            return "four = 4"
+
+    async def open_second(self: SandboxPool, setup_code: str = "") -> SandboxSession:
+        # the sandbox's own test opens a session without
+        for error in faults if setup_code else ():
+            raise error
+        return await opened(self, setup_code)
+
+    monkeypatch.setattr(SandboxPool, "open", open_second)
+    lost, played = play_all(policy, [[python("print(four)"), "answer: 4"]] * 2, environment=WithSetup())
+    assert (lost.stop, lost.outcome, len(lost.turns)) == (StopReason.LOST, 0.0, 1)
+    (result,) = lost.turns[0].results
+    assert result.status is ToolStatus.INFRA_ERROR and result.text == f"sandbox failure: {fault}"
+    assert (played.stop, played.outcome) == (StopReason.FINISHED, 1.0)
+
+
+def test_setup_code_that_fails_ends_the_run(policy: Policy) -> None:
+    class Broken(SumEnvironment):
+        def setup_code(self, task: Task) -> str:
+            return "1 / 0"
+
+    with pytest.raises(RuntimeError, match="setup_code: ZeroDivisionError"):
+        play_all(policy, [[python("print(4)")]], environment=Broken())
 
 
 def test_tools_of_different_trajectories_run_at_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,69 @@ def test_a_run_is_neither_mixed_with_another_nor_lost_by_accident(tmp_path: Path
     assert names(fresh) == [] and (run.path / "metrics.jsonl").read_bytes() == b""
 
 
+def test_only_a_run_is_ever_deleted(tmp_path: Path) -> None:
+    model = tmp_path / "run"
+    model.mkdir()
+    # what a Hugging Face model looks like
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_text("{}")
+    for asked in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(ValueError, match=r"run is not empty and holds no run of gtpo; pass another --output_dir"):
+            RunFolder(make_config(tmp_path), **asked)
+    assert sorted(path.name for path in model.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_folder_of_runs_may_hold_a_run_itself(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    inner = RunFolder(config_from_dict({"output_dir": f"{config.output_dir}/eval"}))
+    inner.close()
+    RunFolder(config).close()
+    assert (inner.path / "versions.json").exists()
+
+
+def test_resuming_and_overwriting_at_once_is_refused(tmp_path: Path) -> None:
+    run = RunFolder(make_config(tmp_path))
+    save(run, 1)
+    run.close()
+    with pytest.raises(ValueError, match="expected --resume or --overwrite, got both"):
+        RunFolder(make_config(tmp_path), resume=True, overwrite=True)
+    assert names(run) == ["last", "step-000001"]
+
+
+def test_a_run_killed_before_its_first_files_can_be_resumed(tmp_path: Path) -> None:
+    run = RunFolder(make_config(tmp_path))
+    run.close()
+    (run.path / "config.json").unlink()
+    (run.path / "versions.json").unlink()
+    RunFolder(make_config(tmp_path), resume=True).close()
+    assert (run.path / "config.json").exists() and (run.path / "versions.json").exists()
+
+
+def test_a_moved_run_is_resumed(tmp_path: Path) -> None:
+    run = RunFolder(make_config(tmp_path))
+    save(run, 1)
+    run.close()
+    (tmp_path / "elsewhere").mkdir()
+    run.path.rename(tmp_path / "elsewhere" / "run")
+    again = RunFolder(make_config(tmp_path / "elsewhere"), resume=True)
+    again.close()
+    assert names(again) == ["last", "step-000001"] and again.changed_versions == ""
+
+
+def test_a_resumed_run_keeps_the_versions_that_it_began_with_and_says_what_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(make_config(tmp_path))
+    save(run, 1)
+    run.close()
+    began = json.loads((run.path / "versions.json").read_text())
+    monkeypatch.setattr("gtpo.run_folder.versions", lambda: began | {"torch": "9.9"})
+    again = RunFolder(make_config(tmp_path), resume=True)
+    again.close()
+    assert again.changed_versions == f"torch was {torch.__version__}, now 9.9"
+    assert json.loads((run.path / "versions.json").read_text()) == began
+
+
 def test_compare_finds_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = []
     for name, loss, seconds in (("a", 0.1, 1.0), ("b", 0.1, 2.0), ("c", 0.1 + 1e-17, 1.0), ("d", 0.1 + 2e-17, 1.0)):

@@ -113,7 +113,7 @@ def test_nan_logits_are_an_error_not_a_token() -> None:
     policy = tiny_policy()
     with torch.no_grad():
         policy.head.weight[7] = math.nan
-    with pytest.raises(FloatingPointError, match=r"logits are NaN at decoding step 0"):
+    with pytest.raises(FloatingPointError, match=r"logits are NaN or infinite at decoding step 0"):
         run(make_sampler(policy))
 
 

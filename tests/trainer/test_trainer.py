@@ -1,5 +1,6 @@
 """The trainer's step: gradients, old log-probs, credit by method, refusals, metrics, checkpoints, on a tiny run."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from gtpo.batch import Batch, PackedSequence, pack
 from gtpo.config import load_config
+from gtpo.environments import RetryEnvironment, Split
 from gtpo.report.compare import without_timing
 from gtpo.run_folder import read_rows
 from gtpo.sampler import Sampler
 from gtpo.trainer import NonFiniteLoss, Trainer
-from gtpo.types import StopReason, ToolStatus
+from gtpo.types import StopReason, Task, ToolStatus
 from gtpo_kernels import LossMetrics, linear_token_logprobs
 from tests.trainer.conftest import make_sequence, make_trajectory, make_turn
 
@@ -79,7 +81,7 @@ def random_sequences(num: int) -> list[PackedSequence]:
         ids = torch.randint(3, 250, (length,), generator=generator).tolist()
         turns = [-1, 0, *([-1] * (length - 3)), 1]
         advantages = [0.0 if turn < 0 else float(torch.randn((), generator=generator)) for turn in turns]
-        sequences.append(PackedSequence(ids, turns, advantages, [turn >= 0 for turn in turns], [0.0] * length))
+        sequences.append(PackedSequence(ids, advantages, [turn >= 0 for turn in turns], [0.0] * length))
     return sequences
 
 
@@ -143,10 +145,10 @@ def test_a_second_update_is_measured_against_the_policy_that_sampled(tmp_path: P
         seen: list[tuple[Batch, LossMetrics]] = []
         accumulate = trainer.accumulate_gradient
 
-        def record(batch: Batch, *, num_loss_tokens: int) -> tuple[float, LossMetrics]:
-            loss, metrics = accumulate(batch, num_loss_tokens=num_loss_tokens)
+        def record(batch: Batch, *, num_loss_tokens: int) -> tuple[float, LossMetrics, Tensor]:
+            loss, metrics, gap = accumulate(batch, num_loss_tokens=num_loss_tokens)
             seen.append((batch, metrics))
-            return loss, metrics
+            return loss, metrics, gap
 
         trainer.accumulate_gradient = record  # type: ignore[method-assign]
         optimizer = GradientsOfUpdate(trainer)
@@ -200,6 +202,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(tmp_path: P
             trainer.step(0, make_optimizer(trainer))
 
 
+def test_a_warm_up_that_is_not_finite_stops_the_run_and_saves_the_batch(tmp_path: Path) -> None:
+    with make_trainer(tmp_path) as trainer:
+        weight = trainer.policy.model.get_input_embeddings().weight
+        with torch.no_grad():
+            weight[:] = float("nan")
+        kept = trainer.policy.head.weight.detach().clone()
+        with pytest.raises(NonFiniteLoss, match=r"^warm-up step 1: loss nan.*nonfinite_batch_warm-up_step_1\.pt"):
+            trainer.train()
+        assert torch.equal(trainer.policy.head.weight, kept)
+        saved = torch.load(tmp_path / "run" / "nonfinite_batch_warm-up_step_1.pt", weights_only=True)
+    assert saved["step"] == 1 and len(saved["batches"]) == 8 and saved["batches"][0]["token_ids"]
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_logits_that_overflow_stop_the_run_as_such(tmp_path: Path) -> None:
+    with make_trainer(tmp_path) as trainer:
+        # finite weights, whose products are not
+        with torch.no_grad():
+            trainer.policy.head.weight[:] = torch.tensor([3e38, -3e38]).repeat(trainer.policy.head.weight.shape[1] // 2)
+            trainer.policy.model.model.norm.weight[:] = 1e30
+        with pytest.raises(
+            NonFiniteLoss, match=r"logits are NaN or infinite at decoding step 0; the last good weights"
+        ):
+            trainer.evaluate(step=0)
+
+
 def test_the_last_checkpoint_is_a_plain_model(finished: Trainer) -> None:
     folder = finished.run.path / "checkpoints" / "last"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -239,7 +267,7 @@ def test_the_turn_table_agrees_with_the_metrics(finished: Trainer) -> None:
     for row in turns:
         assert list(row) == [
             "step", "task", "trajectory", "turn", "text", "tools", "results", "tokens", "reward", "return", "advantage",
-            "outcome", "stop", "seconds",
+            "outcome", "stop", "expected_answer", "given_answer", "seconds",
         ]  # fmt: skip
         assert len(row["tools"]) == len(row["results"])
     for metrics in (row for row in read_rows(finished.run.path / "metrics.jsonl") if row["phase"] == "train"):
@@ -283,6 +311,60 @@ def test_lost_trajectories_are_left_out_and_a_step_of_none_is_refused(
         with pytest.raises(RuntimeError, match=r"step 2: all 2 trajectories were lost .* first: no worker"):
             trainer.step(1, make_optimizer(trainer))
     assert len(read_rows(tmp_path / "run" / "turns.jsonl")) == 2
+
+
+def test_training_that_only_harms_leaves_the_first_model_as_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ("--sft.steps", "1", "--train.steps", "2", "--train.eval_every", "1", "--train.checkpoint_every", "1")
+    with make_trainer(tmp_path, *overrides) as trainer:
+        successes = iter([0.9, 0.1, 0.1])
+        plain = trainer.evaluate(step=0)
+        monkeypatch.setattr(
+            trainer, "evaluate", lambda step: type(plain)(**(vars(plain) | {"success": next(successes)}))
+        )
+        trainer.train()
+    assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == "step-000000"
+    assert trainer.best_success == 0.9
+
+
+@pytest.mark.parametrize("split", ["train", "eval", "demonstrations"])
+def test_a_prompt_that_is_too_long_is_named_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    tasks = RetryEnvironment.tasks
+
+    def with_a_long_one(self: RetryEnvironment, name: Split, num: int, seed: int) -> list[Task]:
+        found = tasks(self, name, num, seed)
+        if split == (name if name == "eval" or seed == 0 else "demonstrations"):
+            found[-1] = dataclasses.replace(found[-1], prompt=" ".join(map(str, range(300))))
+        return found
+
+    monkeypatch.setattr(RetryEnvironment, "tasks", with_a_long_one)
+    last = {"train": "retry-train-0-5", "eval": "retry-eval-0-3", "demonstrations": "retry-train-1-7"}[split]
+    with pytest.raises(ValueError, match=rf"prompt of task '{last}' has \d+ tokens; rollout\.max_trajectory_tokens"):
+        make_trainer(tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bfloat16_weights_are_evaluated_but_only_adapters_are_trained(tmp_path: Path) -> None:
+    bfloat16 = ("--model.dtype", "bfloat16")
+    for steps in ("sft", "train"):
+        with pytest.raises(ValueError, match=r'"bfloat16" can train adapters only \(model\.lora_rank'):
+            make_trainer(tmp_path, *bfloat16, f"--{steps}.steps", "0")
+    with make_trainer(tmp_path, *bfloat16, "--sft.steps", "0", "--train.steps", "0") as trainer:
+        assert trainer.policy.head.weight.dtype == torch.bfloat16 and trainer.evaluate(step=0).num_tasks == 4
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    with make_trainer(folder, *bfloat16, "--model.lora_rank", "2", "--train.learning_rate", "1e-5") as trainer:
+        before = {name: weight.detach().clone() for name, weight in trainer.policy.trainable().items()}
+        trainer.update(random_sequences(3), make_optimizer(trainer), step=0)
+        moved = [
+            bool((weight != before[name]).any())
+            for name, weight in trainer.policy.trainable().items()
+            if "lora_B" in name
+        ]
+        assert {weight.dtype for weight in trainer.policy.trainable().values()} == {torch.float32} and all(moved)
 
 
 def test_better_evaluations_move_the_best_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

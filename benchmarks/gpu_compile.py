@@ -1,0 +1,246 @@
+"""Compiles every GPU kernel ahead of time, without a GPU, and reads from the machine code what it will use.
+
+Triton kernels, in every dtype, with the blocks and warps of the backend: for sm_80, sm_90, sm_100, sm_120 and gfx942.
+CUDA kernels, with nvcc: for the first four.  The tools that read cubins come with Triton.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gtpo_kernels.clipped_loss import kernel_triton as clipped
+from gtpo_kernels.gtpo_loss import kernel_triton as loss
+from gtpo_kernels.token_logprobs import kernel_triton as token
+from gtpo_kernels.triton_math import LAUNCH
+from gtpo_kernels.turn_advantages import kernel_triton as turns
+
+CSRC = Path(__file__).parent.parent / "csrc"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+# Vocabularies of Llama 2, of Qwen2.5, and of GPT-2, whose rows are aligned to nothing.
+SHORT, LONG, ODD = 32000, 151936, 50257
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel to compile.  constants: of its constexpr arguments, and None for tensors that are left out.
+
+    types: of pointers, by name.  wide_loads: 16-byte loads that a thread needs, where the row is aligned.
+    """
+
+    name: str
+    kernel: Any
+    dtype: str
+    shape: str
+    constants: dict[str, Any]
+    types: dict[str, str] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    wide_loads: int = 0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses.  vector_bits: of the widest global load.  wide_loads: 16-byte loads in the code."""
+
+    name: str
+    backend: str
+    arch: str
+    dtype: str
+    shape: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    vector_bits: int
+    wide_loads: int
+    wide_loads_needed: int
+    threads: int
+
+
+def triton_variants(blackwell: bool) -> Iterator[Variant]:
+    """Every Triton kernel in every dtype, as the backend launches it for a large batch of the named vocabulary."""
+    for dtype, torch_dtype in DTYPES.items():
+        acc = "fp64" if dtype == "fp64" else "fp32"
+        matrix = types(acc, logits_ptr=dtype, d_logits_ptr=dtype)
+        rows = [(SHORT, False), (LONG, False), (LONG, True), (ODD, False)] if dtype != "fp64" else [(LONG, False)]
+        for vocab, softcap in rows:
+            logits = torch.empty(1, vocab, dtype=torch_dtype)
+            plan = token.row_plan(4096, vocab, token.max_block(logits, softcap, blackwell), logits)
+            passes = 1 if plan.one_block else 2
+            constants = {**cut(plan), "ONE_BLOCK": plan.one_block, "HAS_SOFTCAP": softcap, "ALL_METRICS": False}
+            name, wide = "sweep" + "+softcap" * softcap, wide_loads(plan, torch_dtype) * passes
+            yield Variant(name, loss.sweep_kernel, dtype, f"V={vocab}", constants, matrix, plan.num_warps, 3, wide)
+        logits = torch.empty(1, LONG, dtype=torch_dtype)
+        plan = token.row_plan(4096, LONG, token.STREAM_BLOCK, logits)
+        for name, kernel, extra in (
+            ("statistics", token.statistics_kernel, {"ONE_BLOCK": False, "SPLIT": True, "counted_ptr": None}),
+            ("gradient", token.gradient_kernel, {}),
+        ):
+            constants = {**cut(plan), "HAS_SOFTCAP": False, **extra}
+            wide = wide_loads(plan, torch_dtype)
+            yield Variant(name, kernel, dtype, f"V={LONG}", constants, matrix, plan.num_warps, 3, wide)
+        if dtype != "fp64":
+            tile = token.tile_plan(torch.empty(1, 4096, dtype=torch_dtype), torch.empty(1, 4096, dtype=torch_dtype))
+            blocks = {"UNIT": tile.unit, "BLOCK_N": tile.rows, "BLOCK_V": tile.vocab, "BLOCK_D": tile.width}
+            constants = {**blocks, "HAS_SOFTCAP": False, "UPCAST": False, "bias_ptr": None, "row_inverse_ptr": None}
+            operands = types(acc, hidden_ptr=dtype, weight_ptr=dtype)
+            yield Variant(
+                "tile", token.tile_kernel, dtype, "D=4096", constants, operands, tile.num_warps, tile.num_stages
+            )
+    for acc in ("fp32", "fp64"):
+        yield Variant("merge", token.merge_kernel, acc, "", merge_constants(), types(acc), 1)
+        yield Variant("clipped_loss", clipped.block_kernel, acc, "", block_constants(), types(acc), 4)
+        width = {"BLOCK_B": 64, "WIDTH": clipped.WIDTH}
+        yield Variant("clipped_loss_combine", clipped.combine_kernel, acc, "", width, types(acc), 4)
+    yield from turn_variants()
+
+
+def turn_variants() -> Iterator[Variant]:
+    scan, scope = {"BLOCK_K": turns.SCAN_TURNS}, {"BLOCK_K": turns.SCOPE_TURNS}
+    yield Variant("returns", turns.returns_kernel, "fp64", "", scan, types("fp32"), 1)
+    yield Variant("mark", turns.mark_kernel, "int64", "", {"BLOCK_N": turns.BLOCK}, types("fp32"))
+    yield Variant("scope_statistics", turns.statistics_kernel, "fp64", "", scope, types("fp32"), 1)
+    yield Variant("normalise", turns.normalise_kernel, "fp64", "", {"BLOCK_K": turns.BLOCK}, types("fp32"))
+    yield Variant("look_up", turns.look_up_kernel, "fp32", "", {"BLOCK_N": turns.BLOCK}, types("fp32"))
+
+
+def cut(plan: token.RowPlan) -> dict[str, Any]:
+    """Constants of a kernel that works on all rows, at one temperature."""
+    return {"UNIT": plan.unit, "BLOCK_V": plan.block, "row_inverse_ptr": None, "rows_ptr": None}
+
+
+def wide_loads(plan: token.RowPlan, dtype: torch.dtype) -> int:
+    """16-byte loads of a thread for one block of a row, 0 where the row is not aligned."""
+    return plan.block * dtype.itemsize // (plan.num_warps * 32 * token.VECTOR_BYTES) if plan.unit > 1 else 0
+
+
+def merge_constants() -> dict[str, Any]:
+    return {"BLOCK_N": token.MERGE_ROWS, "HAS_SOFTCAP": False, "rows_ptr": None, "counted_ptr": None}
+
+
+def block_constants() -> dict[str, Any]:
+    return {"BLOCK_N": clipped.TOKENS, "WIDTH": clipped.WIDTH, "ALL_METRICS": False}
+
+
+def types(acc: str, **others: str) -> dict[str, str]:
+    """Element types of the pointers, by name; those that are not listed are of the accumulator dtype."""
+    fixed = {
+        "rows_ptr": "i64",
+        "targets_ptr": "i64",
+        "turn_ids_ptr": "i64",
+        "cu_turns_ptr": "i64",
+        "scopes_ptr": "i64",
+        "ends_ptr": "i64",
+        "order_ptr": "i64",
+        "starts_ptr": "i64",
+        "loss_mask_ptr": "i1",
+        "counted_ptr": "i1",
+        "has_tokens_ptr": "i8",
+        "row_inverse_ptr": "fp64",
+        **{name: "fp64" for name in ("sums_ptr", "returns_ptr", "mean_ptr", "divisor_ptr")},
+    }
+    return {"": acc, **fixed, **others}
+
+
+def compile_triton(variant: Variant, arch: str) -> Resources:
+    """Compile one Triton kernel for one architecture."""
+    target = TARGETS[arch]
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(variant.kernel.params):
+        name = parameter.name
+        if name in variant.constants:
+            signature[name], constants[name] = "constexpr", variant.constants[name]
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + variant.types.get(name, variant.types[""])
+            attributes[index,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = parameter.annotation_type or "i32"
+    num_warps = max(1, variant.num_warps * 32 // target.warp_size)
+    stages = 2 if target.backend == "hip" else variant.num_stages
+    options = {"num_warps": num_warps, "num_stages": stages, **LAUNCH}
+    source = ASTSource(variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=target, options=options)
+    threads = num_warps * target.warp_size
+    read = read_hsaco(compiled.asm["amdgcn"]) if target.backend == "hip" else read_cubin(compiled.asm["cubin"])[0][1:]
+    needed = variant.wide_loads if target.backend == "cuda" else 0
+    shared = compiled.metadata.shared
+    return Resources(
+        variant.name, "triton", arch, variant.dtype, variant.shape, *read[:2], shared, *read[3:], needed, threads
+    )
+
+
+def read_hsaco(assembly: str) -> tuple[int, int, int, int, int]:
+    """(Registers, spilled bytes, shared bytes, bits of the widest global load, 16-byte loads) of AMD assembly."""
+
+    def count(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])  # type: ignore[index]
+
+    words = [int(x or 1) for x in re.findall(r"(?:global|buffer)_load_dword(?:x(\d))?\b", assembly)]
+    narrow = [int(x) for x in re.findall(r"(?:global|buffer)_load_[us](?:short|byte)", assembly) if x.isdigit()]
+    widest = max([32 * n for n in words] + narrow + [16])
+    return count("vgpr_count"), count("private_segment_fixed_size"), 0, widest, words.count(4)
+
+
+def read_cubin(cubin: bytes) -> list[tuple[str, int, int, int, int, int]]:
+    """(Mangled name, and the same as above) of every function of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        usage = run(TOOLS / "cuobjdump", "--dump-resource-usage", file.name)
+        sass = run(TOOLS / "cuobjdump", "--dump-sass", file.name)
+    bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", sass, re.DOTALL))
+    rows = []
+    pattern = r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    for function, registers, stack, shared, local in re.findall(pattern, usage):
+        # the width stands among the suffixes of the instruction, and is 32 where it does not
+        loads = [
+            re.search(r"\.(128|64|U16|S16|U8|S8)\b", suffix) for suffix in re.findall(r"LDG(\S*)", bodies[function])
+        ]
+        widths = [int(width[1].strip("US")) if width else 32 for width in loads]
+        spilled = int(stack) + int(local)
+        rows.append((function, int(registers), spilled, int(shared), max(widths, default=0), widths.count(128)))
+    return rows
+
+
+def run(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+
+
+def compile_cuda(source: Path, arch: str) -> list[Resources]:
+    """Compile one CUDA file with nvcc for one architecture: a row for each of its kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        run("nvcc", "-std=c++17", "-O3", "-cubin", f"-arch={arch}", f"-I{source.parent}", source, "-o", cubin)
+        functions = read_cubin(cubin.read_bytes())
+    rows = []
+    for mangled, registers, spilled, shared, vector_bits, wide in functions:
+        name, dtype, aligned = describe(mangled)
+        rows.append(
+            Resources(
+                name, "cuda", arch, dtype, source.name, registers, spilled, shared, vector_bits, wide, int(aligned), 256
+            )
+        )
+    return rows
+
+
+def describe(mangled: str) -> tuple[str, str, bool]:
+    """(Name, dtype, whether it is the kernel of aligned rows) of a function template <class T, bool aligned>."""
+    name = next(part for part in re.findall(r"\d+((?:sweep|merge|look)_[a-z_]+)", mangled + "0sweep_unknown"))
+    template = re.search(r"I(f|d|6__half|13__nv_bfloat16)Lb([01])E", mangled)
+    dtypes = {"f": "fp32", "d": "fp64", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+    return (name, dtypes[template[1]], template[2] == "1") if template else (name, "fp64", False)

@@ -1,0 +1,150 @@
+"""Settings reach the place that they are meant for, and records keep what went into them."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gtpo.assembly import make_chat, make_mixture
+from gtpo.batch import pack
+from gtpo.config import METHODS, SftConfig, config_from_dict
+from gtpo.credit import assign_credit
+from gtpo.metrics import turn_rows, update_metrics
+from gtpo.policy import Policy
+from gtpo.rewards import turn_rewards
+from gtpo.run_folder import read_rows
+from gtpo.sft import run_sft, to_demonstration_sequence
+from gtpo.trainer import NonFiniteLoss
+from gtpo_kernels import LossMetrics
+from tests.trainer.conftest import make_sequence, make_trajectory, make_turn, tiny_policy
+from tests.trainer.test_trainer import make_optimizer, make_trainer, random_sequences
+
+
+def test_each_clip_bound_stands_on_its_side(tmp_path: Path) -> None:
+    with make_trainer(tmp_path, "--credit.clip_low", "0.1", "--credit.clip_high", "0.5") as trainer:
+        batch = pack([make_sequence([5, 6, 7, 8, 9])])
+        now = trainer._with_old_logprobs(batch).old_logprobs
+        assert now is not None
+        off_policy = dataclasses.replace(
+            batch,
+            advantages=torch.tensor([1.0, 1.0, -1.0, -1.0]),
+            old_logprobs=now - torch.tensor([1.3, 1.6, 0.95, 0.8]).log(),
+        )
+        loss, metrics, _ = trainer.accumulate_gradient(off_policy, num_loss_tokens=4)
+    # only 1.6 and 0.8 are outside [0.9, 1.5]
+    assert loss == pytest.approx(-(1.3 + 1.5 - 0.95 - 0.9) / 4, abs=1e-5)
+    assert float(metrics.clip_low_fraction) == float(metrics.clip_high_fraction) == 0.25
+
+
+def test_weight_decay_shrinks_what_has_no_gradient(tmp_path: Path) -> None:
+    with make_trainer(tmp_path, "--train.weight_decay", "0.5") as trainer:
+        optimizer = trainer._make_optimizer()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5]
+
+
+def test_the_gradients_of_the_warm_up_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, norms = tiny_policy(), []
+
+    class Recorded(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            norms.append(float(torch.stack([p.grad.norm() for p in self.param_groups[0]["params"]]).norm()))
+
+    optimizer = Recorded(policy.trainable().values(), lr=1.0)
+    monkeypatch.setattr("gtpo.sft.make_optimizers", lambda policy, kind: [optimizer])
+    demonstration = to_demonstration_sequence(make_trajectory(make_turn(5)))
+    for max_grad_norm in (1e9, 0.01):
+        run_sft(
+            policy,
+            [demonstration],
+            config=SftConfig(steps=1),
+            seed=0,
+            micro_batch_tokens=64,
+            max_grad_norm=max_grad_norm,
+            on_step=lambda step, loss: None,
+        )
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_gradient_norm_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a loss can be finite where its gradient is not
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, max_norm: torch.tensor(float("inf")))
+    with make_trainer(tmp_path) as trainer:
+        kept = trainer.policy.head.weight.detach().clone()
+        with pytest.raises(NonFiniteLoss, match=r"loss -?\d.*, gradient norm inf"):
+            trainer.update(random_sequences(3), make_optimizer(trainer), step=0)
+        assert torch.equal(trainer.policy.head.weight, kept)
+
+
+def test_the_last_evaluation_can_be_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make_trainer(tmp_path, "--sft.steps", "1", "--train.steps", "1") as trainer:
+        successes = iter([0.1, 0.9])
+        plain = trainer.evaluate(step=0)
+        monkeypatch.setattr(trainer, "evaluate", lambda step: dataclasses.replace(plain, success=next(successes)))
+        trainer.train()
+    assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == "step-000001"
+
+
+def loss_metrics(**values: float) -> LossMetrics:
+    return LossMetrics(*(torch.tensor(values.get(name, 0.0)) for name in LossMetrics._fields))
+
+
+def test_metrics_are_those_of_all_micro_batches() -> None:
+    parts = [
+        loss_metrics(entropy=2.0, ratio_max=1.5, num_active_tokens=1, dropped_tokens=2),
+        loss_metrics(entropy=4.0, ratio_max=1.2, num_active_tokens=3, dropped_tokens=5),
+    ]
+    merged = update_metrics(parts, [torch.tensor([0.5]), torch.tensor([0.1, 0.3, 0.1])])
+    assert merged["entropy"] == 3.5 and merged["loss/ratio_max"] == 1.5
+    assert (merged["loss/num_active_tokens"], merged["loss/dropped_tokens"]) == (4, 7)
+    assert merged["sampling/sampling_logp_difference/mean"] == pytest.approx(0.25)
+    assert merged["sampling/sampling_logp_difference/max"] == 0.5
+    assert update_metrics([], []) == {}
+
+
+def test_a_turn_row_has_the_expected_and_the_given_answer() -> None:
+    group = [make_trajectory(make_turn(code="a"), make_turn(), answer=answer) for answer in ("5", None)]
+    rewards = [turn_rewards(group, METHODS["gtpo"])]
+    rows = list(turn_rows(1, [group], rewards, assign_credit([group], rewards, METHODS["gtpo"])))
+    assert [(row["expected_answer"], row["given_answer"]) for row in rows] == [("4", "5")] * 2 + [("4", None)] * 2
+
+
+def test_the_guide_names_every_metric_and_every_column(tmp_path: Path) -> None:
+    with make_trainer(tmp_path, "--sft.steps", "0", "--train.updates_per_rollout", "2") as trainer:
+        trainer.evaluate(step=0)
+        trainer.step(0, make_optimizer(trainer))
+    evaluation, row = read_rows(tmp_path / "run" / "metrics.jsonl")
+    turn = read_rows(tmp_path / "run" / "turns.jsonl")[0]
+    guide = (Path(__file__).parents[2] / "docs" / "run_folder.md").read_text()
+    _, metrics = guide.split("## metrics.jsonl")
+    for part, written in zip(
+        re.split("Rows of phase .train.|## turns.jsonl", metrics), (evaluation, row, turn), strict=True
+    ):
+        named = set()
+        for line in part.splitlines():
+            for name in re.findall("`([^`]+)`", line.split("|")[1]) if line.startswith("|") else ():
+                named.add(name.replace("...", prefix) if name.startswith("...") else name)
+                prefix = name.rpartition("/")[0] if not name.startswith("...") else prefix
+        assert named == written.keys() - {"phase"}
+    assert 0 < row["sampling/sampling_logp_difference/mean"] <= row["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+@pytest.mark.parametrize("call_format", ["code", "json"])
+def test_the_environment_decides_whether_the_protocol_is_explained(
+    policy: Policy, tmp_path: Path, call_format: str
+) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n} + 0?", "answer": n}) + "\n" for n in range(5)))
+    shown = {}
+    for name, options in (("jsonl", {"path": str(path)}), ("retry", {})):
+        config = config_from_dict(
+            {"environments": [{"name": name, "options": options}], "rollout": {"call_format": call_format}}
+        )
+        environment = make_mixture(config)
+        chat = make_chat(policy, config, environment)
+        shown[name] = policy.tokenizer.decode(chat.prompt_ids(environment.system_prompt, "Q"))
+    assert "Give the result as: answer: ..." in shown["jsonl"]
+    assert ("answer: ..." in shown["retry"]) == (call_format == "json")
