@@ -1,6 +1,6 @@
 """Counts the bytes that the logits sweep loads and stores, by running it in Triton's interpreter.
 
-`TRITON_INTERPRET=1 python -m benchmarks.gpu_bytes` prints one JSON row a shape.  Lanes that are masked out count nothing.
+`TRITON_INTERPRET=1 python -m benchmarks.gpu_bytes` prints one JSON row a shape.  Masked lanes count nothing.
 """
 
 import json
@@ -14,7 +14,7 @@ from gtpo_kernels import gtpo_loss_
 from gtpo_kernels.token_logprobs import kernel_triton
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# The last is too long for one block: read twice, written once.  The one before it has rows that are not aligned.
+# The last is too long for one block: read twice, written once.  Before it stands one whose rows are not aligned.
 VOCABULARIES = (32000, 32768, 31999, 151936)
 NUM_ROWS = 3
 
@@ -41,11 +41,12 @@ def count(vocab: int, dtype: str, few_rows: int) -> dict[str, Any]:
     """Bytes of one in-place sweep of NUM_ROWS rows, with all that it reads and writes beside them."""
     kernel_triton.FEW_ROWS = few_rows
     logits = torch.randn(NUM_ROWS, vocab, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
-    counter = COUNTER.bytes
-    gtpo_loss_(logits, torch.arange(NUM_ROWS), torch.ones(NUM_ROWS), old_logprobs=torch.zeros(NUM_ROWS), backend="triton")
+    before = COUNTER.bytes
+    rows = {"advantages": torch.ones(NUM_ROWS), "old_logprobs": torch.zeros(NUM_ROWS)}
+    gtpo_loss_(logits, torch.arange(NUM_ROWS), **rows, backend="triton")
     matrix = NUM_ROWS * vocab * DTYPES[dtype].itemsize
     passes = 2 if vocab <= kernel_triton.MAX_BLOCK else 3
-    counted = COUNTER.bytes - counter
+    counted = COUNTER.bytes - before
     return {
         "name": "sweep bytes" + (", split rows" if few_rows else ""),
         "shape": f"V={vocab}",

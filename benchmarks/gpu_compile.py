@@ -41,7 +41,7 @@ SHORT, LONG, ODD = 32000, 151936, 50257
 class Variant:
     """One kernel to compile.  constants: of its constexpr arguments, and None for tensors that are left out.
 
-    types: of pointers, by name.  wide_loads: 16-byte loads that a thread needs, where the row is aligned.
+    types: of pointers, by name.  wide_loads: loads of 16 bytes that a thread needs, 0 where the row is not aligned.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses.  vector_bits: of the widest global load.  wide_loads: 16-byte loads in the code."""
+    """What one compiled kernel uses.  vector_bits: of the widest global load.  wide_loads: loads of 16 bytes."""
 
     name: str
     backend: str
@@ -73,7 +73,7 @@ class Resources:
     threads: int
 
 
-def triton_variants(blackwell: bool) -> Iterator[Variant]:
+def triton_variants(capability: int) -> Iterator[Variant]:
     """Every Triton kernel in every dtype, as the backend launches it for a large batch of the named vocabulary."""
     for dtype, torch_dtype in DTYPES.items():
         acc = "fp64" if dtype == "fp64" else "fp32"
@@ -81,13 +81,13 @@ def triton_variants(blackwell: bool) -> Iterator[Variant]:
         rows = [(SHORT, False), (LONG, False), (LONG, True), (ODD, False)] if dtype != "fp64" else [(LONG, False)]
         for vocab, softcap in rows:
             logits = torch.empty(1, vocab, dtype=torch_dtype)
-            plan = token.row_plan(4096, vocab, token.max_block(logits, softcap, blackwell), logits)
+            plan = token.row_plan(4096, vocab, token.max_block(logits, softcap, capability), softcap, logits)
             passes = 1 if plan.one_block else 2
             constants = {**cut(plan), "ONE_BLOCK": plan.one_block, "HAS_SOFTCAP": softcap, "ALL_METRICS": False}
             name, wide = "sweep" + "+softcap" * softcap, wide_loads(plan, torch_dtype) * passes
             yield Variant(name, loss.sweep_kernel, dtype, f"V={vocab}", constants, matrix, plan.num_warps, 3, wide)
         logits = torch.empty(1, LONG, dtype=torch_dtype)
-        plan = token.row_plan(4096, LONG, token.STREAM_BLOCK, logits)
+        plan = token.row_plan(4096, LONG, token.STREAM_BLOCK, False, logits)
         for name, kernel, extra in (
             ("statistics", token.statistics_kernel, {"ONE_BLOCK": False, "SPLIT": True, "counted_ptr": None}),
             ("gradient", token.gradient_kernel, {}),
@@ -96,7 +96,7 @@ def triton_variants(blackwell: bool) -> Iterator[Variant]:
             wide = wide_loads(plan, torch_dtype)
             yield Variant(name, kernel, dtype, f"V={LONG}", constants, matrix, plan.num_warps, 3, wide)
         if dtype != "fp64":
-            tile = token.tile_plan(torch.empty(1, 4096, dtype=torch_dtype), torch.empty(1, 4096, dtype=torch_dtype))
+            tile = token.tile_plan(*torch.empty(2, 1, 4096, dtype=torch_dtype), capability)
             blocks = {"UNIT": tile.unit, "BLOCK_N": tile.rows, "BLOCK_V": tile.vocab, "BLOCK_D": tile.width}
             constants = {**blocks, "HAS_SOFTCAP": False, "UPCAST": False, "bias_ptr": None, "row_inverse_ptr": None}
             operands = types(acc, hidden_ptr=dtype, weight_ptr=dtype)

@@ -227,6 +227,9 @@ void row_sums_of(const Logit* row, std::int64_t vocab, const RowScale& scale, Ro
         };
         std::int64_t i = 0;
         for (; i + 2 * lanes <= count; i += 2 * lanes) {
+            // the next block, whose maximum would else wait for memory
+            __builtin_prefetch(row + start + i + row_block_vocab);
+            __builtin_prefetch(row + start + i + row_block_vocab + lanes);
             add(Memory<Logit>::load(row + start + i), 0);
             add(Memory<Logit>::load(row + start + i + lanes), 1);
         }

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from gtpo.chat import Chat
-from gtpo.config import Config, ModelConfig
+from gtpo.config import Config
 from gtpo.environments import Answer, Environment, Mixture, make_environment
 from gtpo.policy import Policy
 from gtpo.rollout import offered_schemas
@@ -20,8 +20,14 @@ from gtpo.types import Task
 _PROTOCOL_WORDS = ("system\n", "user\n", "assistant\n", "tool\n", "LookupError: ", " is in ")
 
 
-def refuse_missing_device(model: ModelConfig) -> None:
-    """Raises ValueError where `model.device` or `model.attention` asks for what is not here."""
+def refuse_unusable_model(config: Config) -> None:
+    """Raises ValueError where `[model]` asks for what is not here, or for training whose updates would round away."""
+    model = config.model
+    if model.dtype == "bfloat16" and not model.lora_rank and (config.sft.steps or config.train.steps):
+        raise ValueError(
+            'model.dtype = "bfloat16" can train adapters only (model.lora_rank of at least 1; they are float32): '
+            'most updates of a bfloat16 weight would round to nothing. Use "float32" to train all weights'
+        )
     try:
         device = torch.empty(0, device=None if model.device == "auto" else model.device).device
     # AssertionError is how a build of PyTorch without CUDA says so
@@ -52,6 +58,7 @@ def make_chat(policy: Policy, config: Config, environment: Environment) -> Chat:
         tool_role=rollout.tool_role,
         schemas=offered_schemas(rollout.tools),
         explain_protocol=environment.explain_protocol,
+        stop_ids=policy.stop_ids,
     )
 
 

@@ -242,6 +242,8 @@ def _check(config: Config) -> None:
             f"model.num_heads must be a multiple of model.num_kv_heads = {config.model.num_kv_heads}, "
             f"got {config.model.num_heads}"
         )
+    if config.model.head_dim % 2:
+        raise ValueError(f"model.head_dim must be even, got {config.model.head_dim}: positions rotate pairs")
     tools = list(config.rollout.tools)
     if not tools or len(set(tools)) < len(tools):
         raise ValueError(f"rollout.tools must name at least one tool, and each once; got {tools}")

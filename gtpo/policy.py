@@ -106,6 +106,12 @@ class Policy:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids with which the model ends a turn, as its generation config lists them; there may be none."""
+        found = self.model.generation_config.eos_token_id
+        return frozenset(() if found is None else [found] if isinstance(found, int) else found)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 

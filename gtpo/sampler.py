@@ -8,7 +8,7 @@ bit.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -82,13 +82,20 @@ class Sampler:
     """Runs `num_slots` sequences of at most `max_tokens` tokens at a time on one policy."""
 
     def __init__(
-        self, policy: Policy, *, num_slots: int, max_tokens: int, temperature: float, stop_id: int, join_steps: int
+        self,
+        policy: Policy,
+        *,
+        num_slots: int,
+        max_tokens: int,
+        temperature: float,
+        stop_ids: Collection[int],
+        join_steps: int,
     ) -> None:
         self.policy = policy
         self.num_slots = num_slots
         self.max_tokens = max_tokens
         self.temperature = temperature
-        self.stop_id = stop_id
+        self.stop_ids = frozenset(stop_ids)
         self.join_steps = join_steps
         self.num_sampled_tokens = 0
 
@@ -197,8 +204,8 @@ class Sampler:
             completion.logprobs.append(logprob)
             sequence.pending = [token]
             sequence.length += 1
-            if token == self.stop_id or len(completion.token_ids) == sequence.max_new_tokens:
-                self._finish(sequence, finished=token == self.stop_id)
+            if token in self.stop_ids or len(completion.token_ids) == sequence.max_new_tokens:
+                self._finish(sequence, finished=token in self.stop_ids)
 
     def _finish(self, sequence: SampledSequence, *, finished: bool) -> None:
         assert sequence.completion is not None and sequence._done is not None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtpo.assembly import make_chat, make_mixture, make_sandbox, refuse_missing_device, tokenizer_corpus
+from gtpo.assembly import make_chat, make_mixture, make_sandbox, refuse_unusable_model, tokenizer_corpus
 from gtpo.batch import Batch, PackedSequence, pack, split_by_tokens
 from gtpo.config import Config
 from gtpo.credit import Credit, assign_credit, to_sequence
@@ -50,8 +50,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
-        refuse_missing_device(config.model)
-        _refuse_rounded_updates(config)
+        refuse_unusable_model(config)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.config = config
@@ -307,7 +306,7 @@ class Trainer:
             num_slots=min(config.max_concurrent, len(tasks) * group_size),
             max_tokens=config.max_trajectory_tokens,
             temperature=temperature,
-            stop_id=self.chat.end_of_turn_id,
+            stop_ids=self.chat.stop_ids,
             join_steps=config.tool_join_steps,
         )
         tool_seconds = self.rollout.tool_seconds
@@ -462,15 +461,6 @@ def to_sequences(
         for group, group_credit in zip(groups, credit, strict=True)
         for trajectory, assigned in zip(group, group_credit, strict=True)
     ]
-
-
-def _refuse_rounded_updates(config: Config) -> None:
-    model = config.model
-    if model.dtype == "bfloat16" and not model.lora_rank and (config.sft.steps or config.train.steps):
-        raise ValueError(
-            'model.dtype = "bfloat16" can train adapters only (model.lora_rank of at least 1; they are float32): '
-            'most updates of a bfloat16 weight would round to nothing. Use "float32" to train all weights'
-        )
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -104,7 +104,7 @@ def load_row_block(row_ptr, columns, vocab, inverse_softcap, HAS_SOFTCAP: tl.con
 @triton.jit
 def row_scale(inverse_temperature, row_inverse_ptr, row, softcap, HAS_SOFTCAP: tl.constexpr):
     """(1 / temperature, scale) of a row, or of a block of rows, in float64."""
-    if row_inverse_ptr is None:
+    if row_inverse_ptr is None:  # noqa: SIM108 - a pointer that is None cannot stand in an expression
         inverse = scalar(inverse_temperature, tl.float64)
     else:
         inverse = tl.load(row_inverse_ptr + row)

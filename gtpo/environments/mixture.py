@@ -11,7 +11,7 @@ class Mixture(Environment):
     """Tasks of several environments in the proportions of `weights`, interleaved; each is served by its own one.
 
     Raises ValueError unless there is one positive weight for each environment, names are unique, and all environments
-    have the same system prompt and `explain_protocol`.
+    have the same system prompt.
 
     >>> from gtpo.environments.retry import RetryEnvironment
     >>> mixture = Mixture([RetryEnvironment()], weights=[1.0])
@@ -33,9 +33,8 @@ class Mixture(Environment):
         if len(prompts) != 1:
             raise ValueError(f"environments must share one system prompt, got {sorted(prompts)}")
         self.system_prompt = prompts.pop()
-        if len({environment.explain_protocol for environment in environments}) != 1:
-            raise ValueError(f"environments must agree on explain_protocol, got {', '.join(names)}")
-        self.explain_protocol = environments[0].explain_protocol
+        # the prompt is one for all, so what one of them leaves out is added for all
+        self.explain_protocol = any(environment.explain_protocol for environment in environments)
         self._environments = dict(zip(names, environments, strict=True))
         self._weights = dict(zip(names, (weight / sum(weights) for weight in weights), strict=True))
 

@@ -140,8 +140,8 @@ def sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, state: L
     """Write d_logits, which may be the logits [n, V] themselves, and what the state keeps of rows [n] (None: all)."""
     num_rows, vocab = logits.shape
     i, scale = state.inputs, row_scaling(*state.scale)
-    most = max_block(logits, scale.softcap != 0.0)
-    plan = row_plan(num_rows, vocab, most, logits, d_logits)
+    has_softcap = scale.softcap != 0.0
+    plan = row_plan(num_rows, vocab, max_block(logits, has_softcap), has_softcap, logits, d_logits)
     if plan.splits > 1:
         split_sweep(logits, d_logits, rows, state, scale)
         return
@@ -166,7 +166,7 @@ def sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, state: L
             UNIT=plan.unit,
             BLOCK_V=plan.block,
             ONE_BLOCK=plan.one_block,
-            HAS_SOFTCAP=scale.softcap != 0.0,
+            HAS_SOFTCAP=has_softcap,
             ALL_METRICS=i.all_metrics,
             num_warps=plan.num_warps,
             **LAUNCH,

@@ -67,19 +67,29 @@ class RowPlan(NamedTuple):
     num_warps: int
 
 
-def max_block(logits: Tensor, has_softcap: bool, blackwell: bool | None = None) -> int:
+def max_block(logits: Tensor, has_softcap: bool, capability: int | None = None) -> int:
     """Longest row that is one block: elements that a program's registers hold, less what the arithmetic takes.
 
-    blackwell: whether it is for sm_100 or later, where the compiler needs a little more; None for the logits' device.
+    capability: of the NVIDIA GPU, None for that of the logits.
     """
     if logits.dtype == torch.float64:
         return MAX_BLOCK // 4
-    if blackwell is None:
-        blackwell = logits.is_cuda and torch.cuda.get_device_capability(logits.device)[0] >= 10
-    return MAX_BLOCK // 2 if has_softcap or (blackwell and logits.dtype == torch.float32) else MAX_BLOCK
+    # of float32 the compiler for sm_100 and later keeps a little more
+    crowded = logits.dtype == torch.float32 and (capability or compute_capability(logits)) >= 100
+    return MAX_BLOCK // 2 if has_softcap or crowded else MAX_BLOCK
 
 
-def row_plan(num_rows: int, vocab: int, most: int, logits: Tensor, d_logits: Tensor | None = None) -> RowPlan:
+def compute_capability(tensor: Tensor) -> int:
+    """90 for sm_90; 0 where there is no NVIDIA GPU."""
+    if not tensor.is_cuda or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def row_plan(
+    num_rows: int, vocab: int, most: int, has_softcap: bool, logits: Tensor, d_logits: Tensor | None = None
+) -> RowPlan:
     """The plan, by sizes, dtype and alignment alone.  logits, d_logits: [n, V] with adjacent columns.
 
     most: elements of the longest row that is one block.
@@ -90,18 +100,18 @@ def row_plan(num_rows: int, vocab: int, most: int, logits: Tensor, d_logits: Ten
     unit = unit if aligned and vocab % unit == 0 else 1
     whole = triton.next_power_of_2(vocab)
     if whole <= most:
-        return RowPlan(unit, whole, True, 1, warps(whole))
+        return RowPlan(unit, whole, True, 1, warps(whole, has_softcap))
     blocks = triton.cdiv(vocab, STREAM_BLOCK)
     splits = 1 if num_rows >= FEW_ROWS else min(blocks, triton.cdiv(SPLIT_PROGRAMS, max(num_rows, 1)))
     # rounding up the blocks of a split can leave the last ones without any
     splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))
-    return RowPlan(unit, STREAM_BLOCK, False, splits, warps(STREAM_BLOCK))
+    return RowPlan(unit, STREAM_BLOCK, False, splits, warps(STREAM_BLOCK, has_softcap))
 
 
-def warps(block: int) -> int:
-    """Warps of a program that works on `block` elements at once: 16 elements a thread, 32 in the largest."""
+def warps(block: int, has_softcap: bool) -> int:
+    """Warps of a program that works on `block` elements at once: 16 a thread, 8 with a cap; 32 at most."""
     lanes = 64 if torch.version.hip else 32
-    return max(1, min(block // (16 * lanes), 1024 // lanes))
+    return max(1, min(block // ((8 if has_softcap else 16) * lanes), 1024 // lanes))
 
 
 @triton.jit
@@ -383,7 +393,7 @@ def sweep_statistics(
     """Write the statistics of rows [n] (None: all), whose logits [n, V] are given. counted: [N] bool, which."""
     num_rows, vocab = logits.shape
     # they are read once either way
-    plan = row_plan(num_rows, vocab, STREAM_BLOCK, logits)
+    plan = row_plan(num_rows, vocab, STREAM_BLOCK, scale.softcap != 0.0, logits)
     parts = y_target = None
     if plan.splits > 1:
         parts = statistics.logprobs.new_empty(num_rows * plan.splits * 3)
@@ -453,7 +463,7 @@ def sweep_gradient(
 ) -> None:
     """Write d_logits [n, V], which may be the logits themselves, of rows [n], by default all."""
     num_rows, vocab = logits.shape
-    plan = row_plan(num_rows, vocab, STREAM_BLOCK, logits, d_logits)
+    plan = row_plan(num_rows, vocab, STREAM_BLOCK, scale.softcap != 0.0, logits, d_logits)
     with device_of(logits):
         gradient_kernel[(num_rows * triton.cdiv(vocab, plan.block),)](
             logits,
@@ -599,12 +609,14 @@ class TilePlan(NamedTuple):
     num_stages: int
 
 
-def tile_plan(hidden: Tensor, weight: Tensor) -> TilePlan:
-    """By dtype and alignment alone.  float32 products are of full precision, so without tensor cores."""
+def tile_plan(hidden: Tensor, weight: Tensor, capability: int | None = None) -> TilePlan:
+    """By dtype, alignment and device alone.  float32 products are of full precision, so without tensor cores."""
     unit = VECTOR_BYTES // hidden.element_size()
     aligned = all(x.data_ptr() % VECTOR_BYTES == 0 for x in (hidden, weight)) and hidden.shape[1] % unit == 0
     unit = unit if aligned else 1
     stages = 2 if torch.version.hip else 3
     if hidden.dtype == torch.float32:
         return TilePlan(unit, 64, 64, 32, 4, stages)
-    return TilePlan(unit, 128, 128, 64, 8, stages)
+    # there tensor cores take their operands from registers
+    small = (capability or compute_capability(hidden)) in (80, 86, 89, 120)
+    return TilePlan(unit, 128, 64 if small else 128, 64, 8, stages)

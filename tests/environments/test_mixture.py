@@ -72,3 +72,10 @@ def test_members_that_do_not_mix(tmp_path: Path) -> None:
         Mixture([RetryEnvironment(), JsonlEnvironment(str(path))], [1, 1])
     shared = JsonlEnvironment(str(path), system_prompt=RetryEnvironment.system_prompt)
     assert Mixture([RetryEnvironment(), shared], [1, 1]).system_prompt == RetryEnvironment.system_prompt
+
+
+def test_the_protocol_is_explained_where_a_member_leaves_it_out(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n')
+    shared = JsonlEnvironment(str(path), system_prompt=RetryEnvironment.system_prompt)
+    assert Mixture([RetryEnvironment(), shared], [1, 1]).explain_protocol and not mixture(1, 1).explain_protocol

@@ -100,9 +100,12 @@ def draws(
     """Enough cases to say what float32 errs: several of few rows, or where a result is one scalar a case."""
     shape = fit(kernel, *shape)
     num_rows = shape[0]
-    num_draws = 64 if num_rows == 1 else 16 if num_rows > 100 else 40 if scalar or num_rows < 10 else 1
-    if interpreted(kernel):
-        num_draws = min(num_draws, 8)
+    if num_rows >= 10 and not scalar:
+        num_draws = 1
+    elif interpreted(kernel):
+        num_draws = 8
+    else:
+        num_draws = 12 if num_rows > 100 else 40
     return [make(*shape, seed=seed, dtype=dtype, **options) for seed in range(num_draws)]
 
 

@@ -1,4 +1,4 @@
-"""The compiled sweep of softmax rows: each instruction set by force, its vector functions, threads and bad addresses."""
+"""The compiled sweep of softmax rows: each instruction set by force, its vector functions, threads, bad addresses."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,10 +58,10 @@ def test_every_instruction_set_matches_the_reference(
         checks: list[tuple[Callable[..., Any], list[dict[str, Tensor]], list[str]]] = [
             (
                 linear_token_logprobs,
-                [select(case, "hidden", "weight", "targets") for case in heads],
+                [select(case, "hidden", "weight", "targets") for case in heads[:8]],
                 ["hidden", "weight"],
             ),
-            (token_logprobs, [select(case, "logits", "targets") for case in logits], ["logits"]),
+            (token_logprobs, [select(case, "logits", "targets") for case in logits[:8]], ["logits"]),
         ]
         for op, arguments, leaves in checks:
             assert_matches_reference(op, arguments, leaves, backend="cpp", **options)

@@ -1,6 +1,7 @@
 """The `triton` backend where rows are long: streamed by one program, or split over several; and what it refuses."""
 
 import os
+
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ def long_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_plan(long_rows: str) -> None:
     logits = torch.zeros(13, 293)
-    plan = kernel_triton.row_plan(13, 293, kernel_triton.max_block(logits, has_softcap=False), logits)
+    plan = kernel_triton.row_plan(13, 293, kernel_triton.max_block(logits, has_softcap=False), False, logits)
     assert (plan.one_block, plan.block, plan.unit) == (False, 128, 1)
     assert plan.splits == (1 if long_rows == "streamed" else 3)
 
@@ -74,9 +75,9 @@ def test_long_rows_in_place(long_rows: str) -> None:
 )
 def test_loads_are_16_bytes_wide_where_rows_are_aligned(vocab: int, dtype: torch.dtype, unit: int) -> None:
     logits = torch.zeros(4, vocab, dtype=dtype)
-    assert kernel_triton.row_plan(4, vocab, 1024, logits).unit == unit
+    assert kernel_triton.row_plan(4, vocab, 1024, False, logits).unit == unit
     # rows that start off a 16-byte boundary
-    assert kernel_triton.row_plan(4, vocab, 1024, torch.zeros(4, vocab + 1, dtype=dtype)[:, 1:]).unit == 1
+    assert kernel_triton.row_plan(4, vocab, 1024, False, torch.zeros(4, vocab + 1, dtype=dtype)[:, 1:]).unit == 1
 
 
 @pytest.mark.parametrize("vocab", [512, 517])

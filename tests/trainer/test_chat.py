@@ -257,6 +257,13 @@ def test_a_template_that_drops_tool_output_is_refused() -> None:
     assert len(Chat(tokenizer, tool_role="user").tool_ids(["1"])) > 1
 
 
+def test_each_stop_id_ends_a_turn_and_is_no_text(policy: Policy) -> None:
+    (other,) = policy.tokenizer.convert_tokens_to_ids(["<|pad|>"])
+    chat = Chat(policy.tokenizer, stop_ids=[other])
+    assert chat.stop_ids == {chat.end_of_turn_id, other}
+    assert chat.decode([*chat.completion_ids("answer: 4")[:-1], other]) == "answer: 4"
+
+
 def test_a_model_without_chat_template_or_end_of_turn_is_refused() -> None:
     tokenizer = tiny_policy().tokenizer
     tokenizer.chat_template = None

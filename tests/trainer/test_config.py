@@ -39,6 +39,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ({"environments": []}, "at least one environment, got none"),
         ({"environments": [{"name": "retry", "weight": 0}]}, r"environments\.0\.weight must be above 0, got 0"),
         ({"model": {"num_heads": 3, "num_kv_heads": 2}}, r"num_heads must be a multiple of .* = 2, got 3"),
+        ({"model": {"head_dim": 3}}, r"model\.head_dim must be even, got 3"),
         ({"rollout": {"call_format": "json", "tools": []}}, r"rollout\.tools must name at least one tool"),
         (
             {"rollout": {"tools": ["python", "python"]}},

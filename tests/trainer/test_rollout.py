@@ -185,7 +185,7 @@ def test_groups_come_in_order_and_repeat(policy: Policy) -> None:
     async def run() -> list[list[Trajectory]]:
         async with SandboxPool() as pool:
             sampler = Sampler(
-                policy, num_slots=4, max_tokens=400, temperature=1.0, stop_id=chat.end_of_turn_id, join_steps=2
+                policy, num_slots=4, max_tokens=400, temperature=1.0, stop_ids=chat.stop_ids, join_steps=2
             )
             rollout = Rollout(SumEnvironment(), chat, pool, config)
             return await rollout.sample_groups(sampler, tasks, group_size=2, seed=[5])

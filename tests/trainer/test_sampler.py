@@ -21,7 +21,7 @@ Record = tuple[list[int], list[bool], list[float]]
 
 def make_sampler(policy: Policy, *, num_slots: int = 3, temperature: float = 0.7, join_steps: int = 2) -> Sampler:
     return Sampler(
-        policy, num_slots=num_slots, max_tokens=64, temperature=temperature, stop_id=STOP, join_steps=join_steps
+        policy, num_slots=num_slots, max_tokens=64, temperature=temperature, stop_ids=[STOP], join_steps=join_steps
     )
 
 

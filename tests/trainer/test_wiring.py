@@ -119,17 +119,23 @@ def test_the_guide_names_every_metric_and_every_column(tmp_path: Path) -> None:
     evaluation, row = read_rows(tmp_path / "run" / "metrics.jsonl")
     turn = read_rows(tmp_path / "run" / "turns.jsonl")[0]
     guide = (Path(__file__).parents[2] / "docs" / "run_folder.md").read_text()
-    _, metrics = guide.split("## metrics.jsonl")
-    for part, written in zip(
-        re.split("Rows of phase .train.|## turns.jsonl", metrics), (evaluation, row, turn), strict=True
-    ):
-        named = set()
-        for line in part.splitlines():
-            for name in re.findall("`([^`]+)`", line.split("|")[1]) if line.startswith("|") else ():
-                named.add(name.replace("...", prefix) if name.startswith("...") else name)
-                prefix = name.rpartition("/")[0] if not name.startswith("...") else prefix
-        assert named == written.keys() - {"phase"}
+    parts = re.split("Rows of phase .*|## turns.jsonl", guide)[1:]
+    for part, written in zip(parts, (evaluation, row, turn), strict=True):
+        first_cells = "".join(line.split("|")[1] for line in part.splitlines() if line.startswith("|"))
+        assert set(re.findall("`([^`]+)`", first_cells)) == written.keys() - {"phase"}
     assert 0 < row["sampling/sampling_logp_difference/mean"] <= row["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_the_ids_of_the_generation_config_end_a_turn_too(tmp_path: Path) -> None:
+    other = 7
+    with make_trainer(tmp_path) as trainer:
+        trainer.policy.model.generation_config.eos_token_id = [trainer.chat.end_of_turn_id, other]
+        trainer.chat = make_chat(trainer.policy, trainer.config, trainer.environment)
+        trainer.policy.head.weight.data.zero_()
+        (group,) = trainer._sample(trainer.train_tasks[:1], group_size=300, temperature=1.0, seed=[0], label="sampling")
+    completions = [turn.completion_ids for trajectory in group for turn in trajectory.turns]
+    assert {ids[-1] for ids in completions if len(ids) < 32} == {trainer.chat.end_of_turn_id, other}
+    assert all(other not in ids[:-1] for ids in completions)
 
 
 @pytest.mark.parametrize("call_format", ["code", "json"])
