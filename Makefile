@@ -7,13 +7,13 @@ CONFIG ?= examples/demo.toml
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-BUILD_INPUTS := pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+BUILD_INPUTS := pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name CMakeLists.txt)
 
 # Nothing is fetched at run time; models and data come from packages or are made here.
 export HF_HUB_OFFLINE = 1
 
 .PHONY: help demo demo-repeat demo-smollm2 test lint bench cuda-compile clean
-.PHONY: bench-linear bench-logits bench-credit bench-skip gpu-check
+.PHONY: bench-linear bench-logits bench-credit bench-skip gpu-check gpu-static
 .DELETE_ON_ERROR:
 
 help:
@@ -68,6 +68,10 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 #: make gpu-check      on a machine with an NVIDIA GPU (GPU_PYTHON=python3): kernel tests on it, then the benchmarks
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check
+
+#: make gpu-static     every GPU kernel compiled for its targets and read: registers, spills, loads, bytes; needs no GPU
+gpu-static: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu_static
 
 #: make cuda-compile   csrc/*.cu for sm_80, 90, 100 and 120 with nvcc, and the module imported; needs no GPU
 cuda-compile: $(VENV)/.dev

@@ -78,7 +78,11 @@ def triton_variants(capability: int) -> Iterator[Variant]:
     for dtype, torch_dtype in DTYPES.items():
         acc = "fp64" if dtype == "fp64" else "fp32"
         matrix = types(acc, logits_ptr=dtype, d_logits_ptr=dtype)
-        rows = [(SHORT, False), (LONG, False), (LONG, True), (ODD, False)] if dtype != "fp64" else [(LONG, False)]
+        rows = (
+            [(SHORT, False), (LONG, False), (LONG, True), (ODD, False)]
+            if dtype != "fp64"
+            else [(LONG, False), (LONG, True)]
+        )
         for vocab, softcap in rows:
             logits = torch.empty(1, vocab, dtype=torch_dtype)
             plan = token.row_plan(4096, vocab, token.max_block(logits, softcap, capability), softcap, logits)

@@ -175,8 +175,9 @@ def _three_products(batch: LinearBatch) -> Callable[[], Outputs]:
 
 def _ready_products(batch: LinearBatch) -> Callable[[], Outputs]:
     hidden, weight = (leaf.detach() for leaf in batch.leaves)
-    logits = hidden.new_empty(len(hidden), len(weight))
-    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    # zeros rather than empty, whose pages would only be there after the first call
+    logits = hidden.new_zeros(len(hidden), len(weight))
+    d_hidden, d_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
 
     def products() -> Outputs:
         torch.mm(hidden, weight.T, out=logits)

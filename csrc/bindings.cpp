@@ -23,11 +23,12 @@ using Ints = py::array_t<std::int64_t, py::array::c_style>;
 using Bools = py::array_t<bool, py::array::c_style>;
 using Floats = py::array_t<float, py::array::c_style>;
 
-void raise_if_bad(gtpo::Status status) {
+void raise_if_bad(gtpo::Status status, std::int64_t num_turns) {
     switch (status) {
         case gtpo::Status::ok: return;
         case gtpo::Status::bad_cu_turns: throw py::value_error("cu_turns must rise from 0 to the number of turns");
-        case gtpo::Status::bad_turn_id: throw py::value_error("turn_ids must lie in [-1, number of turns)");
+        case gtpo::Status::bad_turn_id: 
+            throw py::value_error("turn_ids must lie in [-1, " + std::to_string(num_turns) + "), got a value outside");
     }
 }
 
@@ -53,20 +54,23 @@ Doubles turn_returns(const Doubles& turn_rewards, const Ints& cu_turns, double g
         py::gil_scoped_release release;
         status = gtpo::turn_returns_cpu(turns, gamma, out);
     }
-    raise_if_bad(status);
+    raise_if_bad(status, turns.num_turns);
     return returns;
 }
 
-std::tuple<Doubles, Doubles, Doubles> turn_advantages(const Doubles& turn_rewards, const Ints& cu_turns,
-                                                      const Ints& group_ids, const Ints& turn_ids, double gamma,
-                                                      gtpo::Scope scope, gtpo::Population population, std::int64_t ddof,
-                                                      double eps) {
+template <class T>
+std::tuple<py::array_t<T>, Doubles, Doubles> turn_advantages(const Doubles& turn_rewards, const Ints& cu_turns,
+                                                             const Ints& group_ids, const Ints& turn_ids, double gamma,
+                                                             gtpo::Scope scope, gtpo::Population population,
+                                                             std::int64_t ddof, double eps) {
     const gtpo::Turns turns = turns_of(turn_rewards, cu_turns);
     check_length("group_ids", group_ids, cu_turns.size() - 1);
     check_length("turn_ids", turn_ids, turn_ids.size());
     const gtpo::Tokens tokens{turn_ids.data(), turn_ids.size()};
-    Doubles of_tokens(turn_ids.size()), of_turns(turn_rewards.size()), returns(turn_rewards.size());
-    double *token_out = of_tokens.mutable_data(), *turn_out = of_turns.mutable_data(), *return_out = returns.mutable_data();
+    py::array_t<T> of_tokens(turn_ids.size());
+    Doubles of_turns(turn_rewards.size()), returns(turn_rewards.size());
+    T* token_out = of_tokens.mutable_data();
+    double *turn_out = of_turns.mutable_data(), *return_out = returns.mutable_data();
     const std::int64_t* groups = group_ids.data();
     gtpo::Status status;
     {
@@ -74,7 +78,7 @@ std::tuple<Doubles, Doubles, Doubles> turn_advantages(const Doubles& turn_reward
         status = gtpo::turn_advantages_cpu(turns, groups, tokens, {gamma, scope, population, ddof, eps}, return_out,
                                            turn_out, token_out);
     }
-    raise_if_bad(status);
+    raise_if_bad(status, turns.num_turns);
     return {of_tokens, of_turns, returns};
 }
 
@@ -230,9 +234,14 @@ PYBIND11_MODULE(_cpu, m) {
     // noconvert: a wrong dtype is an error of the caller, not a silent copy
     m.def("turn_returns", &turn_returns, py::arg("turn_rewards").noconvert(), py::arg("cu_turns").noconvert(),
           py::arg("gamma"));
-    m.def("turn_advantages", &turn_advantages, py::arg("turn_rewards").noconvert(), py::arg("cu_turns").noconvert(),
-          py::arg("group_ids").noconvert(), py::arg("turn_ids").noconvert(), py::kw_only(), py::arg("gamma"),
-          py::arg("scope"), py::arg("population"), py::arg("ddof"), py::arg("eps"));
+    // two functions of one signature, for what the tokens' advantages are rounded to
+    const auto def_turn_advantages = [&](const char* name, auto function) {
+        m.def(name, function, py::arg("turn_rewards").noconvert(), py::arg("cu_turns").noconvert(),
+              py::arg("group_ids").noconvert(), py::arg("turn_ids").noconvert(), py::kw_only(), py::arg("gamma"),
+              py::arg("scope"), py::arg("population"), py::arg("ddof"), py::arg("eps"));
+    };
+    def_turn_advantages("turn_advantages_float32", &turn_advantages<float>);
+    def_turn_advantages("turn_advantages", &turn_advantages<double>);
 
     py::enum_<gtpo::InstructionSet>(m, "InstructionSet")
         .value("portable", gtpo::InstructionSet::portable)

@@ -77,6 +77,7 @@ Vector<T> broadcast(T value) {
     return value - Vector<T>{};
 }
 
+// NaN only where a is.
 template <class V>
 V larger(V a, V b) {
     return b > a ? b : a;
@@ -157,8 +158,7 @@ Vector<T> divide(Vector<T> difference, Vector<T> high, Vector<T> low) {
 
 template <class T>
 Vector<T> without_infinity(Vector<T> y) {
-    const Vector<T> zero = broadcast<T>(static_cast<T>(log_zero));
-    return y < zero ? zero : y;
+    return larger(y, broadcast<T>(static_cast<T>(log_zero)));
 }
 
 // ---- rows: a vector holds neighbours of one row ----

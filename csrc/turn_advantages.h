@@ -36,8 +36,9 @@ Status turn_returns_cpu(const Turns& turns, double gamma, double* returns);
 
 // turn_advantages [num_turns]: (R_k - mean) / (std + eps) over the population of the turn's scope; exactly 0 where that has
 // no spread, and for turns without tokens, which are no part of it. token_advantages [num_tokens]: those of each token's
-// turn, 0 where turn_ids is -1. group_ids [num_trajectories]. returns is written too.
+// turn, rounded to T (float or double), 0 where turn_ids is -1. group_ids [num_trajectories]. returns is written too.
+template <class T>
 Status turn_advantages_cpu(const Turns& turns, const std::int64_t* group_ids, const Tokens& tokens, const CreditRule& rule,
-                           double* returns, double* turn_advantages, double* token_advantages);
+                           double* returns, double* turn_advantages, T* token_advantages);
 
 }  // namespace gtpo

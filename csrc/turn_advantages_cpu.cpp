@@ -23,6 +23,25 @@ struct Statistics {
     bool has_spread = false;
 };
 
+// body(turn id, start, end) for pieces of the tokens that have one id. The tokens of a turn are neighbours, so most pieces
+// are as long as what is compared at once.
+template <class Body>
+void for_each_run(const Tokens& tokens, Body body) {
+    constexpr std::int64_t piece = 32;
+    const std::int64_t* ids = tokens.turn_ids;
+    std::int64_t i = 0;
+    for (; i + piece <= tokens.num_tokens; i += piece) {
+        std::int64_t differs = 0;
+        for (std::int64_t k = 1; k < piece; ++k) differs |= ids[i + k] ^ ids[i];
+        if (differs == 0) {
+            body(ids[i], i, i + piece);
+        } else {
+            for (std::int64_t k = i; k < i + piece; ++k) body(ids[k], k, k + 1);
+        }
+    }
+    for (; i < tokens.num_tokens; ++i) body(ids[i], i, i + 1);
+}
+
 bool cu_turns_cover(const Turns& turns) {
     const std::int64_t* cu = turns.cu_turns;
     return cu[0] == 0 && cu[turns.num_trajectories] == turns.num_turns && std::is_sorted(cu, cu + turns.num_trajectories + 1);
@@ -54,17 +73,20 @@ Statistics statistics_of(const std::vector<std::int64_t>& population, const doub
 }
 
 std::map<std::pair<std::int64_t, std::int64_t>, ScopeTurns> turns_by_scope(
-    const Turns& turns, const std::int64_t* group_ids, const std::vector<bool>& has_tokens, const CreditRule& rule) {
+    const Turns& turns, const std::int64_t* group_ids, const std::vector<char>& has_tokens, const CreditRule& rule) {
     std::map<std::pair<std::int64_t, std::int64_t>, ScopeTurns> scopes;
     for (std::int64_t trajectory = 0; trajectory < turns.num_trajectories; ++trajectory) {
         const std::int64_t first = turns.cu_turns[trajectory];
         const std::int64_t group = rule.scope == Scope::batch ? 0 : group_ids[trajectory];
         bool is_first_with_tokens = true;
+        ScopeTurns* of_trajectory = nullptr;
         for (std::int64_t k = first; k < turns.cu_turns[trajectory + 1]; ++k) {
             if (!has_tokens[static_cast<std::size_t>(k)]) continue;
-            ScopeTurns& scope = scopes[{group, rule.scope == Scope::group_turn ? k - first : 0}];
-            scope.turns.push_back(k);
-            if (rule.population == Population::turns || is_first_with_tokens) scope.population.push_back(k);
+            if (of_trajectory == nullptr || rule.scope == Scope::group_turn) {
+                of_trajectory = &scopes[{group, rule.scope == Scope::group_turn ? k - first : 0}];
+            }
+            of_trajectory->turns.push_back(k);
+            if (rule.population == Population::turns || is_first_with_tokens) of_trajectory->population.push_back(k);
             is_first_with_tokens = false;
         }
     }
@@ -85,14 +107,19 @@ Status turn_returns_cpu(const Turns& turns, double gamma, double* returns) {
     return Status::ok;
 }
 
+template <class T>
 Status turn_advantages_cpu(const Turns& turns, const std::int64_t* group_ids, const Tokens& tokens, const CreditRule& rule,
-                           double* returns, double* turn_advantages, double* token_advantages) {
-    std::vector<bool> has_tokens(static_cast<std::size_t>(turns.num_turns), false);
-    for (std::int64_t i = 0; i < tokens.num_tokens; ++i) {
-        const std::int64_t turn = tokens.turn_ids[i];
-        if (turn < -1 || turn >= turns.num_turns) return Status::bad_turn_id;
-        if (turn >= 0) has_tokens[static_cast<std::size_t>(turn)] = true;
-    }
+                           double* returns, double* turn_advantages, T* token_advantages) {
+    // the entry before the first is for tokens of no turn, here and in the lookup below
+    std::vector<char> seen(static_cast<std::size_t>(turns.num_turns) + 1, 0);
+    bool is_bad = false;
+    for_each_run(tokens, [&](std::int64_t turn, std::int64_t, std::int64_t) {
+        const bool is_turn = turn >= -1 && turn < turns.num_turns;
+        is_bad = is_bad || !is_turn;
+        if (is_turn) seen[static_cast<std::size_t>(turn + 1)] = 1;
+    });
+    if (is_bad) return Status::bad_turn_id;
+    const std::vector<char> has_tokens(seen.begin() + 1, seen.end());
     const Status status = turn_returns_cpu(turns, rule.gamma, returns);
     if (status != Status::ok) return status;
 
@@ -110,11 +137,18 @@ Status turn_advantages_cpu(const Turns& turns, const std::int64_t* group_ids, co
             }
         }
     }
-    for (std::int64_t i = 0; i < tokens.num_tokens; ++i) {
-        const std::int64_t turn = tokens.turn_ids[i];
-        token_advantages[i] = turn < 0 ? 0.0 : turn_advantages[turn];
-    }
+    std::vector<T> of_turn(static_cast<std::size_t>(turns.num_turns) + 1, 0);
+    std::transform(turn_advantages, turn_advantages + turns.num_turns, of_turn.begin() + 1,
+                   [](double advantage) { return static_cast<T>(advantage); });
+    for_each_run(tokens, [&](std::int64_t turn, std::int64_t start, std::int64_t end) {
+        std::fill(token_advantages + start, token_advantages + end, of_turn[static_cast<std::size_t>(turn + 1)]);
+    });
     return Status::ok;
 }
+
+template Status turn_advantages_cpu<float>(const Turns&, const std::int64_t*, const Tokens&, const CreditRule&, double*,
+                                           double*, float*);
+template Status turn_advantages_cpu<double>(const Turns&, const std::int64_t*, const Tokens&, const CreditRule&, double*,
+                                            double*, double*);
 
 }  // namespace gtpo

@@ -30,6 +30,18 @@ def turn_advantages(
     ddof: int,
     eps: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]: ...
+def turn_advantages_float32(
+    turn_rewards: NDArray[np.float64],
+    cu_turns: NDArray[np.int64],
+    group_ids: NDArray[np.int64],
+    turn_ids: NDArray[np.int64],
+    *,
+    gamma: float,
+    scope: Scope,
+    population: Population,
+    ddof: int,
+    eps: float,
+) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]: ...
 
 class InstructionSet(enum.Enum):
     portable = ...

@@ -19,7 +19,9 @@ def turn_advantages(
     turn_rewards: Tensor, cu_turns: Tensor, group_ids: Tensor, turn_ids: Tensor, rule: CreditRule
 ) -> TurnAdvantages:
     """See `gtpo_kernels.turn_advantages`."""
-    outputs = _cpu.turn_advantages(
+    dtype = accumulator_dtype(turn_rewards.dtype)
+    compiled = _cpu.turn_advantages if dtype == torch.float64 else _cpu.turn_advantages_float32
+    outputs = compiled(
         buffer(turn_rewards, torch.float64),
         buffer(cu_turns, torch.int64),
         buffer(group_ids, torch.int64),
@@ -30,7 +32,6 @@ def turn_advantages(
         ddof=rule.ddof,
         eps=rule.eps,
     )
-    dtype = accumulator_dtype(turn_rewards.dtype)
     advantages, turn_level, returns = (torch.from_numpy(output).to(dtype) for output in outputs)
     return TurnAdvantages(advantages, turn_level, returns)
 
