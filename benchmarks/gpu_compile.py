@@ -232,19 +232,27 @@ def compile_cuda(source: Path, arch: str) -> list[Resources]:
         run("nvcc", "-std=c++17", "-O3", "-cubin", f"-arch={arch}", f"-I{source.parent}", source, "-o", cubin)
         functions = read_cubin(cubin.read_bytes())
     rows = []
-    for mangled, registers, spilled, shared, vector_bits, wide in functions:
+    for mangled, *used in functions:
         name, dtype, aligned = describe(mangled)
-        rows.append(
-            Resources(
-                name, "cuda", arch, dtype, source.name, registers, spilled, shared, vector_bits, wide, int(aligned), 256
-            )
-        )
+        threads = launch_bound(source, name)
+        rows.append(Resources(name, "cuda", arch, dtype, source.name, *used, int(aligned), threads))
     return rows
+
+
+def launch_bound(source: Path, kernel: str) -> int:
+    """The threads of a block that a kernel's __launch_bounds__ gives it."""
+    text = source.read_text() + "".join(header.read_text() for header in source.parent.glob("*.cuh"))
+    constant = re.search(rf"__launch_bounds__\((\w+)[^)]*\) {kernel}\(", text)
+    assert constant, f"{source.name}: no launch bound of {kernel}"
+    value = re.search(rf"constexpr int {constant[1]} = (\d+);", text)
+    assert value, f"{source.name}: no value of {constant[1]}"
+    return int(value[1])
 
 
 def describe(mangled: str) -> tuple[str, str, bool]:
     """(Name, dtype, whether it is the kernel of aligned rows) of a function template <class T, bool aligned>."""
-    name = next(part for part in re.findall(r"\d+((?:sweep|merge|look)_[a-z_]+)", mangled + "0sweep_unknown"))
+    named = re.search(r"\d([a-z]+_[a-z_]+)(?=I|E)", mangled.split("GLOBAL__N")[-1])
+    name = named[1] if named else mangled
     template = re.search(r"I(f|d|6__half|13__nv_bfloat16)Lb([01])E", mangled)
     dtypes = {"f": "fp32", "d": "fp64", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
     return (name, dtypes[template[1]], template[2] == "1") if template else (name, "fp64", False)

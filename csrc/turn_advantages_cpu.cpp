@@ -23,10 +23,16 @@ struct Statistics {
     bool has_spread = false;
 };
 
-// body(turn id, start, end) for pieces of the tokens that have one id. The tokens of a turn are neighbours, so most pieces
-// are as long as what is compared at once.
+// Neighbouring tokens of one id, up to `end`, from where the run before ends.
+struct Run {
+    std::int64_t turn;
+    std::int64_t end;
+};
+
+// body(turn id, end) for consecutive pieces of the tokens that have one id. The tokens of a turn are neighbours, so most
+// pieces are as long as what is compared at once.
 template <class Body>
-void for_each_run(const Tokens& tokens, Body body) {
+void for_each_piece(const Tokens& tokens, Body body) {
     constexpr std::int64_t piece = 32;
     const std::int64_t* ids = tokens.turn_ids;
     std::int64_t i = 0;
@@ -34,12 +40,12 @@ void for_each_run(const Tokens& tokens, Body body) {
         std::int64_t differs = 0;
         for (std::int64_t k = 1; k < piece; ++k) differs |= ids[i + k] ^ ids[i];
         if (differs == 0) {
-            body(ids[i], i, i + piece);
+            body(ids[i], i + piece);
         } else {
-            for (std::int64_t k = i; k < i + piece; ++k) body(ids[k], k, k + 1);
+            for (std::int64_t k = i; k < i + piece; ++k) body(ids[k], k + 1);
         }
     }
-    for (; i < tokens.num_tokens; ++i) body(ids[i], i, i + 1);
+    for (; i < tokens.num_tokens; ++i) body(ids[i], i + 1);
 }
 
 bool cu_turns_cover(const Turns& turns) {
@@ -112,13 +118,16 @@ Status turn_advantages_cpu(const Turns& turns, const std::int64_t* group_ids, co
                            double* returns, double* turn_advantages, T* token_advantages) {
     // the entry before the first is for tokens of no turn, here and in the lookup below
     std::vector<char> seen(static_cast<std::size_t>(turns.num_turns) + 1, 0);
-    bool is_bad = false;
-    for_each_run(tokens, [&](std::int64_t turn, std::int64_t, std::int64_t) {
-        const bool is_turn = turn >= -1 && turn < turns.num_turns;
-        is_bad = is_bad || !is_turn;
-        if (is_turn) seen[static_cast<std::size_t>(turn + 1)] = 1;
+    // reading the ids is most of the work, so it is done once
+    std::vector<Run> runs;
+    for_each_piece(tokens, [&](std::int64_t turn, std::int64_t end) {
+        if (runs.empty() || runs.back().turn != turn) runs.push_back({turn, end});
+        runs.back().end = end;
     });
-    if (is_bad) return Status::bad_turn_id;
+    for (const Run& run : runs) {
+        if (run.turn < -1 || run.turn >= turns.num_turns) return Status::bad_turn_id;
+        seen[static_cast<std::size_t>(run.turn + 1)] = 1;
+    }
     const std::vector<char> has_tokens(seen.begin() + 1, seen.end());
     const Status status = turn_returns_cpu(turns, rule.gamma, returns);
     if (status != Status::ok) return status;
@@ -140,9 +149,11 @@ Status turn_advantages_cpu(const Turns& turns, const std::int64_t* group_ids, co
     std::vector<T> of_turn(static_cast<std::size_t>(turns.num_turns) + 1, 0);
     std::transform(turn_advantages, turn_advantages + turns.num_turns, of_turn.begin() + 1,
                    [](double advantage) { return static_cast<T>(advantage); });
-    for_each_run(tokens, [&](std::int64_t turn, std::int64_t start, std::int64_t end) {
-        std::fill(token_advantages + start, token_advantages + end, of_turn[static_cast<std::size_t>(turn + 1)]);
-    });
+    std::int64_t start = 0;
+    for (const Run& run : runs) {
+        std::fill(token_advantages + start, token_advantages + run.end, of_turn[static_cast<std::size_t>(run.turn + 1)]);
+        start = run.end;
+    }
     return Status::ok;
 }
 

@@ -14,6 +14,7 @@ from gtpo_kernels.token_logprobs.kernel_torch import (
     chunked_statistics,
     empty_statistics,
     rows_with_gradient,
+    zeros,
 )
 from gtpo_kernels.token_logprobs.reference import RowStatistics
 from gtpo_kernels.turn_advantages.kernel_cpp import buffer, buffer_or_none
@@ -94,9 +95,8 @@ def token_logprobs_backward(
 ) -> Tensor:
     """d_logits [N, V] in the logits' dtype."""
     x = sweepable(logits)
-    d_logits = torch.empty_like(x)
+    d_logits = zeros(x.shape, x.dtype, x.device)
     rows = rows_with_gradient(grad_logprobs, grad_entropy)
-    zero_other_rows_(d_logits, rows)
     turn_into_d_logits(
         x, d_logits, rows, rows, targets, temperature, row_temperature, softcap, grad_logprobs, grad_entropy
     )

@@ -4,9 +4,11 @@ The softmax of a row is kept as the pair (row_max, log_sum): log p = (x - row_ma
 lse, has lost the small term at large logits, so it enters no gradient.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,6 +179,17 @@ def token_logprobs_backward(
     return d_logits
 
 
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros; on a CPU in memory that costs nothing before it is written, and then little.
+
+    A first write to a page of 4 KiB costs more than the arithmetic on it.  numpy asks for huge pages, torch does not.
+    """
+    if device.type != "cpu" or 0 in shape:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)
+
+
 def equal_chunks(num_rows: int, most: int) -> int:
     """Rows of a chunk, at most `most`, where as few chunks as possible share num_rows evenly."""
     num_chunks = max(1, -(-num_rows // most))
@@ -238,14 +251,14 @@ class Head:
             self.weight.shape if need_weight else (0,),
             self.weight.shape[:1] if need_bias else (0,),
         )
-        self.d_hidden, self.d_weight, self.d_bias = (self.hidden.new_zeros(shape, dtype=self.dtype) for shape in shapes)
+        self.d_hidden, self.d_weight, self.d_bias = (zeros(shape, self.dtype, self.hidden.device) for shape in shapes)
 
     def chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(Row indices [n], their hidden states [n, D], their logits [n, V]); the logits last until the next chunk."""
         vocab, most = self.weight.shape[0], min(self.chunk_rows, len(rows))
         if self.by_column:
             most = equal_chunks(len(rows), self.chunk_rows)
-            buffer = self.hidden.new_empty((vocab, padded_columns(most)), dtype=self.dtype).t()
+            buffer = zeros((vocab, padded_columns(most)), self.dtype, self.hidden.device).t()
         else:
             buffer = self.hidden.new_empty((most, vocab), dtype=self.dtype)
         for chunk in rows.split(most) if len(rows) else ():

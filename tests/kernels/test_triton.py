@@ -8,7 +8,7 @@ import torch
 from gtpo_kernels import BackendUnavailable, gtpo_loss, gtpo_loss_, token_logprobs
 from gtpo_kernels.testing import assert_matches_reference
 from gtpo_kernels.token_logprobs import kernel_triton
-from tests.kernels.conftest import INF, Case, assert_equal, draws, edge_logits, logits_case, logits_loss_case
+from tests.kernels.conftest import INF, Case, assert_equal, cpu_only, draws, edge_logits, logits_case, logits_loss_case
 
 KERNEL = "triton"
 
@@ -89,6 +89,7 @@ def test_aligned_and_other_rows_give_the_same(vocab: int) -> None:
     assert_equal(*results)
 
 
+@cpu_only
 def test_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(os.environ, "TRITON_INTERPRET")
     with pytest.raises(BackendUnavailable, match="backend='triton' needs an NVIDIA or AMD GPU, or TRITON_INTERPRET=1"):
