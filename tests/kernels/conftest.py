@@ -97,12 +97,14 @@ def draws(
     """Enough cases to say what float32 errs: several of few rows, or where a result is one scalar a case."""
     shape = fit(kernel, *shape)
     num_rows = shape[0]
-    if num_rows >= 9 and not scalar:
+    if num_rows == 1:
+        num_draws = 24 if interpreted(kernel) else 100
+    elif num_rows >= 9 and not scalar:
         num_draws = 1
     elif interpreted(kernel):
         num_draws = 8
     else:
-        num_draws = 100 if num_rows == 1 else 40 if num_rows < 100 else 12
+        num_draws = 12 if emulated(kernel) or num_rows > 100 else 40
     return [make(*shape, seed=seed, dtype=dtype, **options) for seed in range(num_draws)]
 
 

@@ -1,14 +1,27 @@
 """The `triton` backend where rows are long: streamed by one program, or split over several; and what it refuses."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from gtpo_kernels import BackendUnavailable, gtpo_loss, gtpo_loss_, token_logprobs
-from gtpo_kernels.testing import assert_matches_reference
-from gtpo_kernels.token_logprobs import kernel_triton
-from tests.kernels.conftest import INF, Case, assert_equal, cpu_only, draws, edge_logits, logits_case, logits_loss_case
+from gtpo_kernels import BackendUnavailable, ClippedLoss, gtpo_loss, gtpo_loss_, linear_gtpo_loss, token_logprobs
+from gtpo_kernels.testing import assert_matches_reference, run_trial
+from gtpo_kernels.token_logprobs import kernel_torch, kernel_triton
+from tests.kernels.conftest import (
+    HEAD,
+    INF,
+    Case,
+    assert_equal,
+    cpu_only,
+    draws,
+    edge_logits,
+    logits_case,
+    logits_loss_case,
+    loss_case,
+)
 
 KERNEL = "triton"
 
@@ -94,3 +107,26 @@ def test_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(os.environ, "TRITON_INTERPRET")
     with pytest.raises(BackendUnavailable, match="backend='triton' needs an NVIDIA or AMD GPU, or TRITON_INTERPRET=1"):
         token_logprobs(torch.zeros(1, 2), torch.zeros(1).long(), backend=KERNEL)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_products_of_bfloat16_err_no_more_than_eager_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what a GPU's products do, where d_logits too are rounded to bfloat16: here with the operands upcast
+    def multiply_(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
+        assert (out.dtype, left.dtype, right.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+        product = left.float() @ right.float()
+        out.copy_(out + product if add else product)
+
+    def eager(hidden: Tensor, weight: Tensor, bias: Tensor, backend: str, **rows: Any) -> ClippedLoss:
+        logits = (hidden.float() @ weight.float().T + bias.float()).to(hidden.dtype)
+        return gtpo_loss(logits, **rows, backend=backend)
+
+    monkeypatch.setattr(kernel_torch, "product_operands", lambda like: like.dtype)
+    monkeypatch.setattr(kernel_torch, "multiply_", multiply_)
+    case = loss_case(29, 293, 19, dtype=torch.bfloat16)
+    exact = run_trial(linear_gtpo_loss, case, HEAD, torch.float64, {"backend": "reference"}).gradients
+    ours = run_trial(linear_gtpo_loss, case, HEAD, None, {"backend": name, "chunk_rows": 10}).gradients
+    usual = run_trial(eager, case, HEAD, None, {"backend": "reference"}).gradients
+    for leaf in HEAD:
+        error, usual_error = ((x[leaf].double() - exact[leaf]).abs().max() for x in (ours, usual))
+        assert error <= usual_error

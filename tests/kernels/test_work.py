@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 class Work(TorchDispatchMode):
-    """Counts floating-point operations of matrix products, and the elements of the largest result."""
+    """Counts floating-point operations of matrix products, and the bytes of the largest result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,15 +32,15 @@ class Work(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for result in out if isinstance(out, tuple | list) else (out,):
             if isinstance(result, Tensor):
-                self.largest = max(self.largest, result.numel())
+                self.largest = max(self.largest, result.numel() * result.element_size())
         return out
 
 
 def work(function: Callable[[], Any]) -> tuple[float, int]:
-    """(Products in units of ACTIVE * V * D, elements of the largest tensor)."""
+    """(Products in units of ACTIVE * V * D, size of the largest tensor in float32 elements)."""
     with Work() as mode:
         function()
-    return mode.products / (ACTIVE * V * D), mode.largest
+    return mode.products / (ACTIVE * V * D), mode.largest // 4
 
 
 def inputs(all_metrics: bool) -> LossInputs:
