@@ -4,7 +4,6 @@ The softmax of a row is kept as the pair (row_max, log_sum): log p = (x - row_ma
 lse, has lost the small term at large logits, so it enters no gradient.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -184,10 +183,10 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
     A first write to a page of 4 KiB costs more than the arithmetic on it.  numpy asks for huge pages, torch does not.
     """
-    if device.type != "cpu" or 0 in shape:
+    if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(shape)
+    # numpy has no bfloat16, so the memory is of integers as large
+    return torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)
 
 
 def equal_chunks(num_rows: int, most: int) -> int:
