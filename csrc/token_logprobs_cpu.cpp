@@ -202,7 +202,9 @@ void sweep_as_columns(const Sweep& sweep, const ColumnKernels<T>& kernels) {
 }
 
 bool is_rows(const Logits& logits) {
-    return logits.vocab_stride == 1 && (logits.num_rows <= 1 || logits.row_stride >= logits.vocab);
+    // strides of what is empty, or a single row, say nothing
+    if (logits.num_rows == 0) return true;
+    return logits.vocab_stride == 1 && (logits.num_rows == 1 || logits.row_stride >= logits.vocab);
 }
 
 SweepStatus check(const Sweep& sweep) {

@@ -183,7 +183,7 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
     A first write to a page of 4 KiB costs more than the arithmetic on it.  numpy asks for huge pages, torch does not.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or 0 in shape:  # numpy gives strides of 0 to what is empty
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy has no bfloat16, so the memory is of integers as large
     return torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)
