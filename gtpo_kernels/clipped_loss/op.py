@@ -166,6 +166,8 @@ def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     the caller keeps no gradient output, so backward may overwrite them.
     """
     ctx.mark_non_differentiable(*output[1:])
+    # or backward would be handed zeros as large as the gradients
+    ctx.set_materialize_grads(False)
     ctx.consume = inputs[-2]
     ctx.spent = False
     ctx.dtype = inputs[0].dtype

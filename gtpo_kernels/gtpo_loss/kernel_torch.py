@@ -171,7 +171,9 @@ def accumulate_filtered(
     if gradient_filter.skip_clipped:
         kept = (state.slope(rows) != 0).nonzero().squeeze(1)
         if len(kept) < len(rows):
-            rows, hidden, d_logits = rows[kept], hidden[kept], d_logits[kept]
+            rows, hidden = rows[kept], hidden[kept]
+            # in the layout of the buffer: a transposing copy takes as long as what it saves
+            d_logits = d_logits.t().index_select(1, kept).t() if head.by_column else d_logits.index_select(0, kept)
     if gradient_filter.filter_eps == 0.0:
         head.accumulate(rows, hidden, d_logits)
         return
