@@ -15,24 +15,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gtpo.assembly import make_chat, make_mixture, make_sandbox, refuse_unusable_model, tokenizer_corpus
-from gtpo.batch import Batch, PackedSequence, pack, split_by_tokens
+from gtpo.batch import Batch, PackedSequence
 from gtpo.config import Config
 from gtpo.credit import Credit, assign_credit, to_sequence
 from gtpo.evaluation import Evaluation, evaluate_groups
-from gtpo.metrics import rollout_metrics, turn_rows, update_metrics
+from gtpo.learner import Learner
+from gtpo.metrics import rollout_metrics, turn_rows
 from gtpo.policy import load_policy
 from gtpo.report.progress import Progress
 from gtpo.rewards import turn_rewards
 from gtpo.rollout import Rollout, offered_schemas
 from gtpo.run_folder import RunFolder
 from gtpo.sampler import Sampler
-from gtpo.schedule import epoch_order, learning_rate, split_evenly
+from gtpo.schedule import epoch_order
 from gtpo.sft import demonstrate, run_sft, to_demonstration_sequence
 from gtpo.types import StopReason, Task, ToolStatus, Trajectory
-from gtpo_kernels import LossMetrics, linear_gtpo_loss, linear_token_logprobs
 from gtpo_kernels.backend import select_backend
 
 # first component of the seed of a sampled trajectory, so that no two phases share a stream
@@ -69,6 +68,7 @@ class Trainer:
         self.policy = load_policy(
             config.model, corpus=tokenizer_corpus(self.environment, self.train_tasks), seed=config.seed
         )
+        self.learner = Learner(self.policy, config)
         self.chat = make_chat(self.policy, config, self.environment)
         self.sandbox = make_sandbox(config)
         self.rollout = Rollout(self.environment, self.chat, self.sandbox, config.rollout)
@@ -186,7 +186,9 @@ class Trainer:
         rewards = [turn_rewards(group, self.config.credit) for group in groups]
         credit = assign_credit(groups, rewards, self.config.credit)
         sampled = time.perf_counter()
-        update = self.update(to_sequences(groups, credit, self.config), optimizer, step=step)
+        sequences = to_sequences(groups, credit, self.config)
+        update = self.update(sequences, optimizer, step=step)
+        self.num_tokens["trained"] += sum(len(sequence.token_ids) for sequence in sequences)
         row: dict[str, Any] = {
             "phase": "train",
             "step": step + 1,
@@ -205,72 +207,11 @@ class Trainer:
         return row
 
     def update(
-        self, sequences: list[PackedSequence], optimizer: torch.optim.Optimizer, *, step: int
+        self, sequences: Sequence[PackedSequence], optimizer: torch.optim.Optimizer, *, step: int
     ) -> dict[str, float]:
-        """`updates_per_rollout` optimizer steps on one rollout.
-
-        Gradients accumulate over the micro-batches of a step under one denominator.
-        """
-        config = self.config.train
-        parts = split_evenly(sequences, config.updates_per_rollout)
-        batches = [self._micro_batches(part) for part in parts]
-        if len(batches) > 1:
-            # the policy moves between the parts: log-probs of the policy that sampled are taken before the first step
-            batches = [[self._with_old_logprobs(batch) for batch in part] for part in batches]
-        rate = learning_rate(
-            step, total=config.steps, base=config.learning_rate, warmup=config.warmup_steps, schedule=config.schedule
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        collected: list[LossMetrics] = []
-        losses, norms, gaps = [], [], []
-        for part in batches:
-            num_loss_tokens = sum(batch.num_loss_tokens for batch in part)
-            if num_loss_tokens == 0:
-                continue
-            loss = 0.0
-            for batch in part:
-                value, metrics, gap = self.accumulate_gradient(batch, num_loss_tokens=num_loss_tokens)
-                loss += value
-                collected.append(metrics)
-                gaps.append(gap)
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable().values(), config.max_grad_norm)
-            self._refuse_non_finite(loss, float(norm), part, step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(loss)
-            norms.append(float(norm))
-        self.num_tokens["trained"] += sum(len(sequence.token_ids) for sequence in sequences)
-        means = {"loss": _mean(losses), "grad_norm": _mean(norms)}
-        return {"learning_rate": rate, **means, **update_metrics(collected, gaps)}
-
-    def accumulate_gradient(self, batch: Batch, *, num_loss_tokens: int) -> tuple[float, LossMetrics, Tensor]:
-        """Adds the gradient of one micro-batch to the parameters; their sum is the gradient of the whole batch.
-
-        The third value is, for each token of the loss, how far the sampler's log-prob is from the trainer's, in nats.
-        """
-        hidden = self.policy.hidden_states(batch)
-        sampled = batch.loss_mask
-        if batch.old_logprobs is None:
-            old_logprobs = self._logprobs(hidden.detach()[sampled], batch.targets[sampled])
-        else:
-            old_logprobs = batch.old_logprobs[sampled]
-        gap = (old_logprobs - batch.rollout_logprobs[sampled]).abs()
-        loss, metrics = linear_gtpo_loss(
-            hidden,
-            self.policy.head.weight,
-            batch.targets,
-            batch.advantages,
-            bias=self.policy.head.bias,
-            loss_mask=batch.loss_mask,
-            old_logprobs=batch.old_logprobs,
-            temperature=self.config.rollout.temperature,
-            clip_low=self.config.credit.clip_low,
-            clip_high=self.config.credit.clip_high,
-            num_loss_tokens=float(num_loss_tokens),
-        )
-        loss.backward()
-        return float(loss.detach()), metrics, gap
+        """Optimizer steps on one rollout, none of them along a gradient that is not finite."""
+        check = functools.partial(self._refuse_non_finite, step=step)
+        return self.learner.update(sequences, optimizer, step=step, check=check)
 
     def sample_groups(self, tasks: Sequence[Task], *, seed: list[int]) -> list[list[Trajectory]]:
         """`group_size` trajectories for each task at the training temperature."""
@@ -343,7 +284,7 @@ class Trainer:
         with self.progress.phase("warm-up", total=config.steps) as advance:
 
             def check(step: int, loss: float, norm: float, sequences: list[PackedSequence]) -> None:
-                self._refuse_non_finite(loss, norm, sequences, step, phase="warm-up ")
+                self._refuse_non_finite(loss, norm, sequences, step=step, phase="warm-up ")
 
             def on_step(step: int, loss: float) -> None:
                 self.run.log({"phase": "sft", "step": step + 1, "loss": loss})
@@ -370,28 +311,8 @@ class Trainer:
         }
         return [self.train_tasks[orders[p // count][p % count]] for p in positions]
 
-    def _micro_batches(self, sequences: Sequence[PackedSequence]) -> list[Batch]:
-        groups = split_by_tokens(sequences, max_tokens=self.config.train.micro_batch_tokens)
-        return [pack(group, device=self.policy.device) for group in groups]
-
-    @torch.no_grad()
-    def _with_old_logprobs(self, batch: Batch) -> Batch:
-        logprobs = self._logprobs(self.policy.hidden_states(batch), batch.targets)
-        return dataclasses.replace(batch, old_logprobs=logprobs)
-
-    @torch.no_grad()
-    def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logprobs: Tensor = linear_token_logprobs(
-            hidden,
-            self.policy.head.weight,
-            targets,
-            bias=self.policy.head.bias,
-            temperature=self.config.rollout.temperature,
-        ).logprobs
-        return logprobs
-
     def _refuse_non_finite(
-        self, loss: float, norm: float, batches: Sequence[Batch | PackedSequence], step: int, *, phase: str = ""
+        self, loss: float, norm: float, batches: Sequence[Batch | PackedSequence], *, step: int, phase: str = ""
     ) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
@@ -461,7 +382,3 @@ def to_sequences(
         for group, group_credit in zip(groups, credit, strict=True)
         for trajectory, assigned in zip(group, group_credit, strict=True)
     ]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampler", "schedule"),
     ("rollout",),
     ("assembly", "sft", "evaluation", "metrics", "run_folder"),
-    ("report",),
+    ("learner", "report"),
     ("trainer",),
     ("__main__",),
 )

@@ -132,9 +132,9 @@ def test_06_and_09_the_trainer_sees_what_the_sampler_saw(tmp_path: Path) -> None
             credit = assign_credit(groups, [turn_rewards(group, GTPO) for group in groups], GTPO)
             batch = pack(to_sequences(groups, credit, trainer.config))
             # of the policy that sampled, as a second update on this rollout takes them, and as a first one does
-            again = trainer._with_old_logprobs(batch).old_logprobs
+            again = trainer.learner.with_old_logprobs(batch).old_logprobs
             assert again is not None
-            _, metrics, gap = trainer.accumulate_gradient(batch, num_loss_tokens=batch.num_loss_tokens)
+            _, metrics, gap = trainer.learner.accumulate_gradient(batch, num_loss_tokens=batch.num_loss_tokens)
             torch.testing.assert_close((again - batch.rollout_logprobs)[batch.loss_mask].abs(), gap, atol=1e-5, rtol=0)
             return update_metrics([metrics], [gap])["sampling/sampling_logp_difference/max"]
 

@@ -143,14 +143,14 @@ def test_a_second_update_is_measured_against_the_policy_that_sampled(tmp_path: P
         head = policy.head.weight.detach()
         before = linear_token_logprobs(policy.hidden_states(whole).detach(), head, whole.targets).logprobs.clone()
         seen: list[tuple[Batch, LossMetrics]] = []
-        accumulate = trainer.accumulate_gradient
+        accumulate = trainer.learner.accumulate_gradient
 
         def record(batch: Batch, *, num_loss_tokens: int) -> tuple[float, LossMetrics, Tensor]:
             loss, metrics, gap = accumulate(batch, num_loss_tokens=num_loss_tokens)
             seen.append((batch, metrics))
             return loss, metrics, gap
 
-        trainer.accumulate_gradient = record  # type: ignore[method-assign]
+        trainer.learner.accumulate_gradient = record  # type: ignore[method-assign]
         optimizer = GradientsOfUpdate(trainer)
         trainer.update(sequences, optimizer, step=0)
         after = linear_token_logprobs(policy.hidden_states(whole).detach(), policy.head.weight.detach(), whole.targets)

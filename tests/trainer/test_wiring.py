@@ -27,14 +27,14 @@ from tests.trainer.test_trainer import make_optimizer, make_trainer, random_sequ
 def test_each_clip_bound_stands_on_its_side(tmp_path: Path) -> None:
     with make_trainer(tmp_path, "--credit.clip_low", "0.1", "--credit.clip_high", "0.5") as trainer:
         batch = pack([make_sequence([5, 6, 7, 8, 9])])
-        now = trainer._with_old_logprobs(batch).old_logprobs
+        now = trainer.learner.with_old_logprobs(batch).old_logprobs
         assert now is not None
         off_policy = dataclasses.replace(
             batch,
             advantages=torch.tensor([1.0, 1.0, -1.0, -1.0]),
             old_logprobs=now - torch.tensor([1.3, 1.6, 0.95, 0.8]).log(),
         )
-        loss, metrics, _ = trainer.accumulate_gradient(off_policy, num_loss_tokens=4)
+        loss, metrics, _ = trainer.learner.accumulate_gradient(off_policy, num_loss_tokens=4)
     # only 1.6 and 0.8 are outside [0.9, 1.5]
     assert loss == pytest.approx(-(1.3 + 1.5 - 0.95 - 0.9) / 4, abs=1e-5)
     assert float(metrics.clip_low_fraction) == float(metrics.clip_high_fraction) == 0.25
