@@ -33,9 +33,12 @@ demo-repeat: $(VENV)/.train
 demo-smollm2: $(VENV)/.smollm2
 	$(BIN)/gtpo train examples/smollm2_arithmetic.toml --seed $(SEED) --overwrite
 
+# Files of tests side by side; a process takes about 1 GiB.
+TEST_PROCESSES ?= 2
+
 #: make test           ruff, mypy, the whole test suite with doctests; lists skips and their reasons
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 #: make lint           ruff and mypy
 lint: $(VENV)/.dev
