@@ -4,8 +4,10 @@ A test that takes `kernel` runs once for every registered backend of the `FAMILY
 that takes `backend` runs with the reference too.  GTPO_TEST_DEVICE=cuda runs them all on a GPU.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from gtpo_kernels import ClippedLoss, linear_token_logprobs
 from gtpo_kernels.backend import BACKENDS
+from gtpo_kernels.token_logprobs.reference import project
 from tests.kernels.emulation import emulated_cuda
 
 DEVICE = torch.device(os.environ.get("GTPO_TEST_DEVICE", "cpu"))
@@ -61,8 +64,24 @@ def on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
     elif DEVICE.type == "cpu":
         yield
     else:
-        with DEVICE:
+        with DEVICE, products_of_rounded_gradients():
             yield
+
+
+@contextmanager
+def products_of_rounded_gradients() -> Iterator[None]:
+    """The yardstick errs as the kernels of a GPU do, whose products with bfloat16 inputs take rounded d_logits."""
+
+    def rounding(hidden: Tensor, *head: Any) -> Tensor:
+        logits = project(hidden, *head)
+        if hidden.dtype == torch.bfloat16 and logits.requires_grad:
+            logits.register_hook(lambda d_logits: d_logits.to(hidden.dtype).to(logits.dtype))
+        return logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        for family in ("token_logprobs", "gtpo_loss"):
+            patch.setattr(importlib.import_module(f"gtpo_kernels.{family}.reference"), "project", rounding)
+        yield
 
 
 def interpreted(kernel: str) -> bool:
