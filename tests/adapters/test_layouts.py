@@ -1,0 +1,228 @@
+"""Every layout gives the advantages of the formula, and says what is wrong with a batch that does not fit."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gtpo.adapters.layouts import (
+    GRPO,
+    list_turn_advantages,
+    number_groups,
+    packed_turn_advantages,
+    padded_turn_advantages,
+    token_reward_advantages,
+    turn_ids_of_runs,
+)
+from tests.adapters.conftest import ATTEMPTS, Attempts, by_the_formula, turn_ids_of
+
+WIDTH = 11
+
+
+def random_attempts(seed: int) -> Attempts:
+    generator = np.random.default_rng(seed)
+    turns = generator.integers(1, 6, size=12)
+    return Attempts(
+        rewards=[generator.normal(size=n).round(3).tolist() for n in turns],
+        num_tokens=[generator.integers(1, 5, size=n).tolist() for n in turns],
+        num_tool_tokens=[[*generator.integers(1, 4, size=n - 1).tolist(), 0] for n in turns],
+        groups=[f"task {i % 3}" for i in range(12)],
+    )
+
+
+def padded(rows: list[list[int]], fill: int) -> Tensor:
+    width = max(map(len, rows)) + 2
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+
+
+def expected_by_token(attempts: Attempts, by_turn: list[list[float]]) -> list[list[float]]:
+    return [
+        [0.0 if turn < 0 else values[turn] for turn in turns]
+        for values, turns in zip(by_turn, turn_ids_of(attempts), strict=True)
+    ]
+
+
+def assert_rows(found: Tensor, expected: list[list[float]]) -> None:
+    """Padding must be exactly 0."""
+    for row, values in zip(found, expected, strict=True):
+        torch.testing.assert_close(row[: len(values)], torch.tensor(values), rtol=1e-5, atol=1e-6)
+        assert not row[len(values) :].any()
+
+
+@pytest.mark.parametrize("attempts", [ATTEMPTS, *map(random_attempts, range(8))])
+def test_every_layout_gives_the_formula(attempts: Attempts) -> None:
+    by_turn = by_the_formula(attempts.rewards, attempts.groups)
+    by_token = expected_by_token(attempts, by_turn)
+    rows = turn_ids_of(attempts)
+
+    lists = list_turn_advantages(attempts.rewards, attempts.groups, num_tokens=attempts.num_tokens)
+    assert [len(row) for row in lists] == [len(row) for row in by_turn]
+    for row, values in zip(lists, by_turn, strict=True):
+        assert row == pytest.approx(values, rel=1e-5, abs=1e-6)
+
+    turn_ids = padded(rows, -1)
+    assert_rows(padded_turn_advantages(attempts.rewards, turn_ids, attempts.groups).advantages, by_token)
+
+    most = max(map(len, attempts.rewards))
+    table = torch.tensor([row + [99.0] * (most - len(row)) for row in attempts.rewards])
+    num_turns = torch.tensor([len(row) for row in attempts.rewards])
+    credit = padded_turn_advantages(table, turn_ids, attempts.groups, num_turns=num_turns, loss_mask=turn_ids >= 0)
+    assert_rows(credit.advantages, by_token)
+
+    flat = torch.tensor([turn for row in rows for turn in row])
+    cu_seqlens = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    packed = packed_turn_advantages(attempts.rewards, flat, cu_seqlens, attempts.groups, loss_mask=flat >= 0)
+    assert_rows(packed.advantages[None], [[value for row in by_token for value in row]])
+
+    token_rewards = torch.zeros(turn_ids.shape)
+    for number, row in enumerate(attempts.rewards):
+        for turn, reward in enumerate(row):
+            token_rewards[number, max(t for t, of in enumerate(rows[number]) if of == turn)] = reward
+    mask = (turn_ids >= 0).long()
+    uids = np.array(attempts.groups, dtype=object)
+    assert_rows(token_reward_advantages(token_rewards, mask, uids).advantages, by_token)
+    assert_rows(token_reward_advantages(token_rewards, mask, uids, turn_ids=turn_ids).advantages, by_token)
+
+
+def test_returns_are_those_of_the_turn() -> None:
+    credit = padded_turn_advantages([[0.0, 1.0]], torch.tensor([[0, 0, -1, 1]]), ["a"], gamma=0.5)
+    assert credit.returns.tolist() == [[0.5, 0.5, 0.0, 1.0]]
+
+
+def test_options_reach_the_op() -> None:
+    """With gamma 1 and one entry a trajectory a terminal reward is GRPO: the same on all turns of a trajectory."""
+    outcomes = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
+    turns = [[0.0] * n + [outcome] for n, outcome in zip((0, 2, 1, 3, 0), outcomes.tolist(), strict=True)]
+    values = list_turn_advantages(turns, [0] * 5, **GRPO, eps=1e-4)
+    expected = (outcomes - outcomes.mean()) / (outcomes.std() + 1e-4)
+    for row, value in zip(values, expected.tolist(), strict=True):
+        assert row == pytest.approx([value] * len(row), rel=1e-5)
+
+
+def test_turns_that_touch_need_explicit_ids() -> None:
+    """Two turns with no token between are one run: the explicit ids keep them apart."""
+    rewards, mask = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]), torch.ones(2, 4, dtype=torch.bool)
+    turn_ids = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
+    assert turn_ids_of_runs(mask).unique().tolist() == [0]
+    apart = token_reward_advantages(rewards, mask, ["a", "a"], turn_ids=turn_ids, gamma=0.5).returns
+    assert apart[0].tolist() == [0.5, 0.5, 1.0, 1.0]
+
+
+def test_reward_on_tool_output_belongs_to_the_turn_that_caused_it() -> None:
+    rewards = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    credit = token_reward_advantages(rewards, torch.tensor([[1, 0, 1], [1, 0, 1]]), ["a", "a"], gamma=1.0)
+    assert credit.returns.tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+def test_zero_rewards_are_turns_too() -> None:
+    """A turn is where tokens were sampled, not where a reward is not 0."""
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    credit = token_reward_advantages(rewards, torch.tensor([[1, 0, 1], [1, 0, 1]]), ["a", "a"], gamma=0.0)
+    expected = by_the_formula([[0.0, 1.0], [0.0, 0.0]], ["a", "a"], gamma=0.0)
+    assert credit.advantages[0, [0, 2]].tolist() == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_trajectory_without_sampled_tokens_leaves_the_statistics() -> None:
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 7.0]])
+    mask = torch.tensor([[1, 1], [1, 1], [0, 0]])
+    credit = token_reward_advantages(rewards, mask, ["a"] * 3)
+    assert_rows(credit.advantages, [[0.70710] * 2, [-0.70710] * 2, [0.0, 0.0]])
+
+
+class TestTraps:
+    """What goes wrong in silence when TRL's tensors are taken as they are."""
+
+    def test_tool_mask_padded_with_1(self) -> None:
+        """TRL pads `tool_mask` with 1, so that padding would count as sampled."""
+        completion_mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        tool_mask = torch.tensor([[1, 0, 0, 1], [1, 1, 1, 1]])
+        turn_ids = turn_ids_of_runs(completion_mask * tool_mask)
+        rewards = [[0.0, 1.0], [0.0]]
+        with pytest.raises(ValueError, match=r"loss_mask must mark only .* marks \[1, 2\].* TRL's tool_mask"):
+            padded_turn_advantages(rewards, turn_ids, ["a", "a"], loss_mask=tool_mask)
+        credit = padded_turn_advantages(rewards, turn_ids, ["a", "a"], loss_mask=completion_mask * tool_mask)
+        assert not credit.advantages[1, 2:].any()
+
+    def test_group_split_over_ranks(self) -> None:
+        """Each half looks like a group of its own; `group_size` makes the difference an error."""
+        whole = list_turn_advantages([[1.0], [0.0], [0.0], [0.0]], ["a"] * 4, group_size=4)
+        half = list_turn_advantages([[1.0], [0.0]], ["a"] * 2)
+        assert half != whole[:2]
+        with pytest.raises(ValueError, match="group_size=4 trajectories, but 'a' has 2: was it split over ranks"):
+            list_turn_advantages([[1.0], [0.0]], ["a"] * 2, group_size=4)
+
+    def test_rows_shuffled_after_scoring(self) -> None:
+        """Advantages of tokens travel with their rows; turn rewards looked up by row number would not."""
+        turn_ids = padded(turn_ids_of(ATTEMPTS), -1)
+        order = torch.tensor([3, 0, 5, 1, 4, 2])
+        before = padded_turn_advantages(ATTEMPTS.rewards, turn_ids, ATTEMPTS.groups).advantages
+        rewards, groups = ([values[i] for i in order] for values in (ATTEMPTS.rewards, ATTEMPTS.groups))
+        after = padded_turn_advantages(rewards, turn_ids[order], groups).advantages
+        torch.testing.assert_close(before[order], after, rtol=0, atol=1e-6)
+        assert not torch.equal(before[order], before)
+
+
+IDS, REWARDS = torch.tensor([[0, -1, 1], [0, 0, -1]]), [[0.0, 1.0], [0.0]]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: padded_turn_advantages(REWARDS, IDS[0], "aa"), r"turn_ids must be \[B, T\], got shape \(3,\)"),
+        (lambda: padded_turn_advantages(REWARDS[:1], IDS, "aa"), "one list for each of 2 trajectories, got 1"),
+        (lambda: padded_turn_advantages([1.0, 2.0], IDS, "aa"), "a list of floats for each trajectory, got 1.0"),
+        (lambda: padded_turn_advantages(REWARDS, IDS, "aab"), "one label for each of 2 trajectories, got 3"),
+        (
+            lambda: padded_turn_advantages([[0.0], [0.0]], IDS, "aa"),
+            r"turn_ids must number .* at \[0, 2\] it is 1 where turn_rewards has 1 turns",
+        ),
+        (lambda: padded_turn_advantages(REWARDS, IDS - 1, "aa"), r"at \[0, 1\] it is -2 where"),
+        (
+            lambda: padded_turn_advantages(torch.zeros(2, 3), IDS, "aa", num_turns=torch.tensor([2, 4])),
+            r"num_turns must lie in \[0, 3\], the width of turn_rewards, got \[2, 4\]",
+        ),
+        (
+            lambda: padded_turn_advantages(REWARDS, IDS, "aa", loss_mask=torch.full((2, 3), 2)),
+            "loss_mask must be bool or hold 0 and 1 only",
+        ),
+        (
+            lambda: padded_turn_advantages(REWARDS, IDS, "aa", loss_mask=torch.ones(2, 4)),
+            r"loss_mask must have shape \(2, 3\) on cpu, got \(2, 4\) on cpu",
+        ),
+        (lambda: padded_turn_advantages(REWARDS, IDS, "aa", scope="prompt"), "scope must be one of 'group'"),
+        (
+            lambda: packed_turn_advantages(REWARDS, IDS.flatten(), torch.tensor([0, 3, 5]), "aa"),
+            "cu_seqlens must rise from 0 to N = 6",
+        ),
+        (
+            lambda: token_reward_advantages(torch.tensor([[1.0, 0.0]]), torch.tensor([[0, 1]]), "a"),
+            "must not lie before the first sampled token: row 0, column 0 has one",
+        ),
+        (
+            lambda: token_reward_advantages(
+                torch.zeros(1, 3), torch.ones(1, 3), "a", turn_ids=torch.tensor([[0, 2, 2]])
+            ),
+            "turn_ids must number the turns of a row 0, 1, 2 and so on in order, row 0 does not",
+        ),
+        (
+            lambda: token_reward_advantages(
+                torch.zeros(1, 3), torch.ones(1, 3), "a", turn_ids=torch.tensor([[0, 1, 0]])
+            ),
+            "in order, row 0 does not",
+        ),
+        (
+            lambda: token_reward_advantages(torch.tensor([[float("nan")]]), torch.ones(1, 1), "a"),
+            "turn_rewards must be finite",
+        ),
+        (
+            lambda: list_turn_advantages(REWARDS, "aa", num_tokens=[[1], [1]]),
+            "num_tokens must have one entry for every",
+        ),
+        (lambda: number_groups(["a"], 1, group_size=2), "group_size=2 trajectories, but 'a' has 1"),
+    ],
+)
+def test_errors_say_what_was_wrong(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
