@@ -16,7 +16,7 @@ from gtpo.adapters.layouts import (
     token_reward_advantages,
     turn_ids_of_runs,
 )
-from tests.adapters.conftest import ATTEMPTS, Attempts, by_the_formula, turn_ids_of
+from tests.adapters.conftest import ATTEMPTS, ROOT, Attempts, by_the_formula, run_python_blocks, turn_ids_of
 
 WIDTH = 11
 
@@ -226,3 +226,7 @@ IDS, REWARDS = torch.tensor([[0, -1, 1], [0, 0, -1]]), [[0.0, 1.0], [0.0]]
 def test_errors_say_what_was_wrong(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_page_runs() -> None:
+    assert run_python_blocks(ROOT / "docs" / "adapters" / "layouts.md") > 0
