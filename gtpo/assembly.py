@@ -11,9 +11,8 @@ from gtpo.chat import Chat
 from gtpo.config import Config
 from gtpo.environments import Answer, Environment, Mixture, make_environment
 from gtpo.policy import Policy
-from gtpo.rollout import offered_schemas
 from gtpo.sandbox import SandboxLimits, SandboxPool
-from gtpo.tools import named_tools
+from gtpo.tools import ToolSet
 from gtpo.types import Task
 
 # roles of the chat template and the head of the commonest error message: a token each
@@ -50,21 +49,21 @@ def make_mixture(config: Config) -> Environment:
     return made[0] if len(made) == 1 else Mixture(made, [item.weight for item in config.environments])
 
 
-def make_chat(policy: Policy, config: Config, environment: Environment) -> Chat:
+def make_chat(policy: Policy, config: Config, environment: Environment, tools: ToolSet) -> Chat:
     rollout = config.rollout
     return Chat(
         policy.tokenizer,
         call_format=rollout.call_format,
         tool_role=rollout.tool_role,
-        schemas=offered_schemas(rollout.tools),
+        schemas=tools.schemas,
         explain_protocol=environment.explain_protocol,
         stop_ids=policy.stop_ids,
     )
 
 
-def make_sandbox(config: Config) -> SandboxPool | None:
-    """The sandbox that the configured tools need; None where none of them runs code."""
-    if not any(tool.needs_session for tool in named_tools(config.rollout.tools)):
+def make_sandbox(config: Config, tools: ToolSet) -> SandboxPool | None:
+    """The sandbox that the tools need; None where none of them runs code."""
+    if not tools.needs_session:
         return None
     asked = config.sandbox
     try:

@@ -109,7 +109,7 @@ class RolloutConfig:
     max_trajectory_tokens: Annotated[int, "prompt, completions and tool output at most"] = 512
     max_concurrent: Annotated[int, "trajectories sampled at once"] = 128
     call_format: Annotated[Literal["code", "json"], "fenced Python, or JSON in <tool_call> tags"] = "code"
-    tools: Annotated[tuple[str, ...], "offered tools: python, calculator"] = ("python",)
+    tools: Annotated[tuple[str, ...], "offered tools: kinds, or names of tables [tools.NAME]"] = ("python",)
     tool_role: Annotated[str, "role of tool output in the model's chat template"] = "tool"
     tool_join_steps: Annotated[int, "decoding steps from a call to its result"] = 4
     mask_truncated: Annotated[bool, "keep truncated trajectories out of the loss"] = False
@@ -187,6 +187,9 @@ class Config:
     )
     tasks: TasksConfig = field(default_factory=TasksConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    tools: Annotated[Mapping[str, Mapping[str, Any]], "a table of options for a tool, as docs/tools.md says"] = field(
+        default_factory=dict
+    )
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

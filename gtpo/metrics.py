@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gtpo.credit import Credit
 from gtpo.rewards import TurnRewards, has_format_fault, is_void_turn
-from gtpo.types import StopReason, ToolStatus, Trajectory
+from gtpo.types import StopReason, ToolResult, ToolStatus, Trajectory
 from gtpo_kernels import LossMetrics
 
 Groups = Sequence[Sequence[Trajectory]]
@@ -71,6 +71,30 @@ def rollout_metrics(
     metrics |= {f"tools/status/{status.value}": float(statuses[status]) for status in ToolStatus}
     stops = Counter(t.stop for t in trajectories)
     metrics |= {f"stop/{stop.value}": float(stops[stop]) for stop in StopReason}
+    return metrics
+
+
+def tool_metrics(trajectories: Sequence[Trajectory], names: Sequence[str]) -> dict[str, float]:
+    """For each tool of `names`: calls, failures and time-outs among them, attempts after the first, seconds of work and
+    of waiting a call (0 without a call). Lost trajectories count here, since a tool may be why they are lost."""
+    results: dict[str, list[ToolResult]] = {name: [] for name in names}
+    for trajectory in trajectories:
+        for turn in trajectory.turns:
+            for call, result in zip(turn.calls, turn.results, strict=True):
+                if call.name in results and not result.is_invalid_call:
+                    results[call.name].append(result)
+    metrics: dict[str, float] = {}
+    for name, found in results.items():
+        statuses = Counter(result.status for result in found)
+        metrics |= {
+            f"tools/{name}/calls": float(len(found)),
+            f"tools/{name}/failures": float(len(found) - statuses[ToolStatus.OK]),
+            f"tools/{name}/timeouts": float(statuses[ToolStatus.TIMEOUT]),
+            f"tools/{name}/retries": float(sum(result.num_retries for result in found)),
+            f"tools/{name}/latency_mean_s": _mean([result.seconds for result in found]),
+            f"tools/{name}/latency_max_s": max((result.seconds for result in found), default=0.0),
+            f"tools/{name}/queue_mean_s": _mean([result.queue_seconds for result in found]),
+        }
     return metrics
 
 

@@ -12,28 +12,32 @@ from gtpo.config import RolloutConfig
 from gtpo.environments import Environment
 from gtpo.sampler import Completion, SampledSequence, Sampler
 from gtpo.sandbox import SandboxPool, SandboxSession, SandboxUnavailable
-from gtpo.tools import Toolbox, named_tools
+from gtpo.tools import Toolbox, ToolSet
 from gtpo.types import StopReason, Task, ToolResult, ToolStatus, Trajectory, Turn
 
 # Takes the ids to append, the text that they render (for demonstrators) and a token budget; gives the next completion.
 Writer = Callable[[list[int], str, int], Awaitable[Completion]]
 
 
-def offered_schemas(tools: Sequence[str]) -> list[dict[str, object]]:
-    """The JSON schemas of the configured tools. Raises ValueError for an unknown name."""
-    return [dict(tool.schema()) for tool in named_tools(tools)]
-
-
 class Rollout:
-    """Plays tasks of one environment, with tools in a sandbox."""
+    """Plays tasks of one environment, with tools in a sandbox.
+
+    tools: what `config.tools` names; left out, those tools with the options that they have by default.
+    """
 
     def __init__(
-        self, environment: Environment, chat: Chat, sandbox: SandboxPool | None, config: RolloutConfig
+        self,
+        environment: Environment,
+        chat: Chat,
+        sandbox: SandboxPool | None,
+        config: RolloutConfig,
+        tools: ToolSet | None = None,
     ) -> None:
         self.environment = environment
         self.chat = chat
         self.sandbox = sandbox
         self.config = config
+        self.tools = ToolSet(config.tools) if tools is None else tools
         self.tool_seconds = 0.0
 
     def prompt_ids(self, task: Task) -> list[int]:
@@ -101,7 +105,7 @@ class Rollout:
                         turn.results = [fault] * len(turn.calls)
                         trajectory.stop = StopReason.LOST
                         break
-                    toolbox = Toolbox([tool.make(session) for tool in named_tools(self.config.tools)])
+                    toolbox = self.tools.toolbox(session)
                 await self._call_tools(task, turn, toolbox)
                 if any(result.status is ToolStatus.INFRA_ERROR for result in turn.results):
                     trajectory.stop = StopReason.LOST

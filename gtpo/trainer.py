@@ -22,15 +22,16 @@ from gtpo.config import Config
 from gtpo.credit import Credit, assign_credit, to_sequence
 from gtpo.evaluation import Evaluation, evaluate_groups
 from gtpo.learner import Learner
-from gtpo.metrics import rollout_metrics, turn_rows
+from gtpo.metrics import rollout_metrics, tool_metrics, turn_rows
 from gtpo.policy import load_policy
 from gtpo.report.progress import Progress
 from gtpo.rewards import turn_rewards
-from gtpo.rollout import Rollout, offered_schemas
+from gtpo.rollout import Rollout
 from gtpo.run_folder import RunFolder
 from gtpo.sampler import Sampler
 from gtpo.schedule import epoch_order
 from gtpo.sft import demonstrate, run_sft, to_demonstration_sequence
+from gtpo.tools import ToolSet
 from gtpo.types import StopReason, Task, ToolStatus, Trajectory
 from gtpo_kernels.backend import select_backend
 
@@ -64,17 +65,12 @@ class Trainer:
         for task in self.demonstration_tasks:
             # an environment without demonstrations raises here
             self.environment.oracle(task, random.Random(0))
-        offered_schemas(config.rollout.tools)
-        self.policy = load_policy(
-            config.model, corpus=tokenizer_corpus(self.environment, self.train_tasks), seed=config.seed
-        )
-        self.learner = Learner(self.policy, config)
-        self.chat = make_chat(self.policy, config, self.environment)
-        self.sandbox = make_sandbox(config)
-        self.rollout = Rollout(self.environment, self.chat, self.sandbox, config.rollout)
-        visited = self.train_tasks if config.train.steps else []
-        for task in (*visited, *self.eval_tasks, *self.demonstration_tasks):
-            self.rollout.prompt_ids(task)
+        self.tools = ToolSet(config.rollout.tools, config.tools)
+        try:
+            self._load()
+        except BaseException:
+            self.tools.stop()
+            raise
         self.progress = Progress()
         self.seconds = {"sft": 0.0, "generate": 0.0, "train": 0.0, "eval": 0.0, "tools": 0.0}
         self.num_tokens = {"sampled": 0, "trained": 0}
@@ -83,9 +79,23 @@ class Trainer:
         self._open_run = functools.partial(RunFolder, config, resume=resume, overwrite=overwrite)
         self._resources = contextlib.ExitStack()
 
+    def _load(self) -> None:
+        config = self.config
+        self.policy = load_policy(
+            config.model, corpus=tokenizer_corpus(self.environment, self.train_tasks), seed=config.seed
+        )
+        self.learner = Learner(self.policy, config)
+        self.chat = make_chat(self.policy, config, self.environment, self.tools)
+        self.sandbox = make_sandbox(config, self.tools)
+        self.rollout = Rollout(self.environment, self.chat, self.sandbox, config.rollout, self.tools)
+        visited = self.train_tasks if config.train.steps else []
+        for task in (*visited, *self.eval_tasks, *self.demonstration_tasks):
+            self.rollout.prompt_ids(task)
+
     def __enter__(self) -> "Trainer":
         with contextlib.ExitStack() as resources:
             self._loop = resources.enter_context(asyncio.Runner())
+            resources.callback(self._close_tools)
             if self.sandbox is not None:
                 self._loop.run(self.sandbox.start())
                 resources.callback(self._close_sandbox)
@@ -94,6 +104,9 @@ class Trainer:
             resources.callback(self.run.close)
             self._resources = resources.pop_all()
         return self
+
+    def _close_tools(self) -> None:
+        self._loop.run(self.tools.close())
 
     def _close_sandbox(self) -> None:
         assert self.sandbox is not None
@@ -169,6 +182,7 @@ class Trainer:
         """One step of the method: sample groups, reward their turns, assign credit, update the policy."""
         started = time.perf_counter()
         groups = self.sample_groups(self._tasks_of_step(step), seed=[self.config.seed, _TRAIN, step])
+        played = [trajectory for group in groups for trajectory in group]
         num_lost = sum(t.stop is StopReason.LOST for group in groups for t in group)
         faults = [
             result.text
@@ -193,6 +207,7 @@ class Trainer:
             "phase": "train",
             "step": step + 1,
             **rollout_metrics(groups, rewards, credit),
+            **tool_metrics(played, self.tools.names),
             "stop/lost": float(num_lost),
             **update,
             "time/generate_s": sampled - started,

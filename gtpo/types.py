@@ -25,6 +25,7 @@ class ToolStatus(Enum):
     CRASH = "crash"
     MALFORMED = "malformed"
     UNKNOWN_TOOL = "unknown_tool"
+    OVER_QUOTA = "over_quota"
     INFRA_ERROR = "infra_error"
 
 
@@ -65,11 +66,17 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a call gave back. `text` is what the model reads; `seconds` is wall time without the wait for a slot."""
+    """What a call gave back. `text` is what the model reads; `seconds` is wall time of the work, over all its attempts.
+
+    queue_seconds: what the call waited beside that, for a slot, a process or its next attempt. num_retries: attempts
+    after the first; only faults of the infrastructure are tried again.
+    """
 
     status: ToolStatus
     text: str
     seconds: float = 0.0
+    queue_seconds: float = 0.0
+    num_retries: int = 0
 
     @property
     def is_invalid_call(self) -> bool:

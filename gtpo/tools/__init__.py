@@ -1,21 +1,27 @@
-"""Tools that a model can call. A `Toolbox` of a `PythonTool` and `FunctionTool`s serves one trajectory."""
+"""Tools that a model can call: a `ToolSet` is those of a run, its `toolbox` serves a trajectory. See docs/tools.md."""
 
 from gtpo.tools.arithmetic import calculator
-from gtpo.tools.base import NO_OUTPUT, Tool
+from gtpo.tools.base import NO_OUTPUT, Tool, ToolTimeout, ToolUnavailable
 from gtpo.tools.function import FunctionTool
 from gtpo.tools.python import PythonTool, python_schema
-from gtpo.tools.registry import TOOLS, ToolFactory, named_tools
-from gtpo.tools.toolbox import Toolbox
+from gtpo.tools.registry import TOOL_KINDS, ToolSet
+from gtpo.tools.source import ToolSource, shared
+from gtpo.tools.toolbox import CallGate, CallLimits, Toolbox
 
 __all__ = [
     "NO_OUTPUT",
-    "TOOLS",
+    "TOOL_KINDS",
+    "CallGate",
+    "CallLimits",
     "FunctionTool",
     "PythonTool",
     "Tool",
-    "ToolFactory",
+    "ToolSet",
+    "ToolSource",
+    "ToolTimeout",
+    "ToolUnavailable",
     "Toolbox",
     "calculator",
-    "named_tools",
     "python_schema",
+    "shared",
 ]

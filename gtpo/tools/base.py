@@ -1,4 +1,4 @@
-"""What a tool is."""
+"""What a tool is, and how its work can end."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -7,6 +7,17 @@ from gtpo.types import ToolResult
 
 # what the model reads where a call gave nothing back: an empty observation looks like a fault of the template
 NO_OUTPUT = "(no output)"
+
+
+class ToolTimeout(Exception):
+    """Raised by a tool's function whose own deadline ran out: the model reads the message, with status TIMEOUT."""
+
+
+class ToolUnavailable(Exception):
+    """Raised by a tool's function that could not do its work through no fault of the call: a server is down.
+
+    The call is tried again as often as `retries` says; after that its trajectory is lost, and never punished for it.
+    """
 
 
 class Tool(Protocol):

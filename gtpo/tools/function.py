@@ -4,30 +4,43 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import runpy
 import threading
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from gtpo.tools.base import NO_OUTPUT
+from gtpo.tools.base import NO_OUTPUT, ToolTimeout, ToolUnavailable
 from gtpo.tools.signature import CallSignature
+from gtpo.tools.source import ToolSource, shared
 from gtpo.types import ToolResult, ToolStatus
 
 
 class FunctionTool:
     """A tool that calls `fn`, sync (in a thread of its own) or async, with arguments checked against its schema.
 
-    fn: a function with type hints and a Google-style docstring. timeout_s: seconds after which the model is told that
-    the call timed out. An async `fn` is cancelled then. A thread cannot be stopped: it is left to end by itself, as a
-    daemon that does not hold up the end of the program, so a sync `fn` should bound its own work.
-    Arguments that do not fit, and exceptions of `fn` ("TypeName: message"), are results of status ERROR.
+    fn: a function with type hints and a Google-style docstring; `name` and `description` stand in for its own.
+    timeout_s: seconds after which the model is told that the call timed out. An async `fn` is cancelled then. A thread
+    cannot be stopped: it is left to end by itself, as a daemon that does not hold up the end of the program, so a sync
+    `fn` should bound its own work.
+    Arguments that do not fit, and exceptions of `fn` ("TypeName: message"), are results of status ERROR; but for
+    `ToolTimeout` (TIMEOUT) and `ToolUnavailable` (INFRA_ERROR), whose message alone is read.
     Raises ValueError for timeout_s <= 0 and what `CallSignature` refuses.
     """
 
-    def __init__(self, fn: Callable[..., Any], *, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        name: str | None = None,
+        description: str | None = None,
+        timeout_s: float = 10.0,
+    ) -> None:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be above 0, got {timeout_s}")
-        self._signature = CallSignature(fn)
+        self._signature = CallSignature(fn, name=name, description=description)
         self.name = self._signature.name
         self.schema = self._signature.schema
         self._fn = fn
@@ -53,14 +66,30 @@ class FunctionTool:
         try:
             return ToolStatus.OK, _text_of(await self._fn(**arguments))
         except Exception as error:
-            return ToolStatus.ERROR, _describe_exception(error)
+            return _status_of(error), _describe_exception(error)
+
+
+def function_source(name: str, *, function: str, timeout_s: float = 10.0) -> ToolSource:
+    """A tool of kind "function": `function` is "package.module:name" or "file.py:name" of a typed function."""
+    place, colon, attribute = function.rpartition(":")
+    if not (place and colon and attribute):
+        raise ValueError(f'function must be "package.module:name" or "file.py:name", got {function!r}')
+    try:
+        module = (
+            runpy.run_path(place, run_name=Path(place).stem) if place.endswith(".py") else vars(import_module(place))
+        )
+    except (ImportError, OSError, SyntaxError) as error:
+        raise ValueError(f"function {function!r} cannot be imported: {error}") from error
+    if not callable(fn := module.get(attribute)):
+        raise ValueError(f"function {function!r} must name a function of {place}, found {fn!r}")
+    return shared(FunctionTool(fn, name=name, timeout_s=timeout_s))
 
 
 def _outcome(fn: Callable[..., Any], arguments: dict[str, Any]) -> tuple[ToolStatus, str]:
     try:
         return ToolStatus.OK, _text_of(fn(**arguments))
     except BaseException as error:  # SystemExit too: it would end the thread without an outcome
-        return ToolStatus.ERROR, _describe_exception(error)
+        return _status_of(error), _describe_exception(error)
 
 
 async def _in_daemon_thread(work: Callable[[], tuple[ToolStatus, str]]) -> tuple[ToolStatus, str]:
@@ -90,6 +119,14 @@ def _text_of(value: object) -> str:
     return NO_OUTPUT if value is None or value == "" else str(value)
 
 
+def _status_of(error: BaseException) -> ToolStatus:
+    if isinstance(error, ToolTimeout):
+        return ToolStatus.TIMEOUT
+    return ToolStatus.INFRA_ERROR if isinstance(error, ToolUnavailable) else ToolStatus.ERROR
+
+
 def _describe_exception(error: BaseException) -> str:
     message = str(error)
+    if isinstance(error, ToolTimeout | ToolUnavailable) and message:
+        return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

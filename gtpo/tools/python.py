@@ -11,7 +11,12 @@ from gtpo.types import ToolResult, ToolStatus
 if TYPE_CHECKING:
     from gtpo.sandbox import CellResult, SandboxSession
 
-_STATE_LOST = "The interpreter was restarted: all variables are lost."
+# by the name of the state that a cell left its session in
+_NOTES = {
+    "KEPT": "",
+    "ROLLED_BACK": "All variables are as they were before this call.",
+    "LOST": "The interpreter was restarted: all variables are lost.",
+}
 
 
 @functools.cache
@@ -58,6 +63,6 @@ class PythonTool:
 
 
 def observation_of(result: "CellResult") -> str:
-    """What the model reads of a cell: its output (the sandbox notes a cut), the error, a note where state was lost."""
-    parts = [result.stdout.rstrip(), result.error.strip(), _STATE_LOST if result.state_lost else ""]
+    """What the model reads of a cell: its output (the sandbox notes a cut), the error, what became of its variables."""
+    parts = [result.stdout.rstrip(), result.error.strip(), _NOTES[result.state.name]]
     return "\n".join(part for part in parts if part) or NO_OUTPUT

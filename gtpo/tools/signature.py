@@ -2,16 +2,74 @@
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NotRequired, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 
+class KeywordCheck:
+    """Checks what is passed by name to one of `fns` against their type hints.
+
+    noun: what a fault calls one of them, such as "argument". without: parameters that are not passed by name.
+    Raises ValueError for positional-only or variable parameters.
+
+    >>> def scale(name: str, factor: float, label: str = "") -> None: ...
+    >>> KeywordCheck(scale, noun="option", without=("name",)).parse({"facto": 2})
+    Traceback (most recent call last):
+    ValueError: missing option 'factor'; unexpected option 'facto', known are factor, label
+    """
+
+    def __init__(self, *fns: Callable[..., Any], noun: str, without: Collection[str] = ()) -> None:
+        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        fields: dict[str, Any] = {}
+        for fn in fns:
+            hints = get_type_hints(fn.__init__ if inspect.isclass(fn) else fn, include_extras=True)
+            for name, parameter in inspect.signature(fn).parameters.items():
+                if name in without:
+                    continue
+                if parameter.kind not in by_name:
+                    raise ValueError(f"fn must take all its arguments by name, got '{parameter}'")
+                hint = hints.get(name, Any)
+                fields[name] = hint if parameter.default is inspect.Parameter.empty else NotRequired[hint]
+        self._noun = noun
+        self._known = ", ".join(fields) or "none"
+        # a TypedDict and not a model: arguments may have any name, `copy` and `model_id` included
+        arguments = with_config(ConfigDict(strict=True, extra="forbid"))(TypedDict("Arguments", fields))  # type: ignore[operator]
+        self._adapter: TypeAdapter[dict[str, Any]] = TypeAdapter(arguments)
+
+    def parse(self, passed: Mapping[str, Any]) -> dict[str, Any]:
+        """`passed`, as JSON would carry it, in the types of the signature. Types are strict: "1" is no integer.
+
+        Raises ValueError with all faults, in words that the one who passed them can act on.
+        """
+        plain = dict(passed) if isinstance(passed, Mapping) else passed
+        try:
+            # through JSON, so that a list fits a tuple and a text an enum, but still no text a number
+            return self._adapter.validate_json(json.dumps(plain))
+        except ValidationError as error:
+            faults = "; ".join(self._describe(fault) for fault in error.errors(include_url=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            faults = f"{self._noun}s must be a JSON object: {error}"
+        raise ValueError(faults)
+
+    def _describe(self, fault: Mapping[str, Any]) -> str:
+        if not fault["loc"]:
+            return str(fault["msg"])
+        name = fault["loc"][0]
+        if fault["type"] == "missing" and len(fault["loc"]) == 1:
+            return f"missing {self._noun} '{name}'"
+        if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
+            return f"unexpected {self._noun} '{name}', known are {self._known}"
+        message = fault["msg"][0].lower() + fault["msg"][1:]
+        return f"{self._noun} '{'.'.join(map(str, fault['loc']))}': {message}, got {shorten(fault['input'])}"
+
+
 class CallSignature:
     """Name, schema and argument check of `fn`, a function with type hints and a Google-style docstring.
 
+    name and description stand in for those of `fn` where they are given.
     Raises ValueError where a hint, the docstring or an argument's description is missing, and for positional-only or
     variable arguments.
 
@@ -28,49 +86,22 @@ class CallSignature:
     ValueError: add: argument 'a': input should be a valid integer, got '1'; unexpected argument 'c', known are a, b
     """
 
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        parameters = inspect.signature(fn).parameters
-        for parameter in parameters.values():
-            if parameter.kind not in by_name:
-                raise ValueError(f"fn must take all its arguments by name, got '{parameter}'")
-        self.schema = _schema_of(fn)
-        self.name: str = self.schema["function"]["name"]
-        hints = get_type_hints(fn, include_extras=True)
-        fields = {
-            name: hints[name] if parameter.default is inspect.Parameter.empty else NotRequired[hints[name]]
-            for name, parameter in parameters.items()
-        }
-        self._known = ", ".join(fields) or "none"
-        # a TypedDict and not a model: arguments may have any name, `copy` and `model_id` included
-        arguments = with_config(ConfigDict(strict=True, extra="forbid"))(TypedDict("Arguments", fields))  # type: ignore[operator]
-        self._adapter: TypeAdapter[dict[str, Any]] = TypeAdapter(arguments)
+    def __init__(self, fn: Callable[..., Any], *, name: str | None = None, description: str | None = None) -> None:
+        self._check = KeywordCheck(fn, noun="argument")
+        function = dict(_schema_of(fn)["function"])
+        if name is not None:
+            function["name"] = name
+        if description is not None:
+            function["description"] = description
+        self.schema: Mapping[str, Any] = {"type": "function", "function": function}
+        self.name: str = function["name"]
 
     def parse(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """`arguments`, as JSON would carry them, in the types of the signature. Types are strict: "1" is no integer.
-
-        Raises ValueError with all faults, in words that a model can act on.
-        """
-        plain = dict(arguments) if isinstance(arguments, Mapping) else arguments
+        """`arguments` in the types of the signature. Raises ValueError with all faults, beginning with the name."""
         try:
-            # through JSON, so that a list fits a tuple and a text an enum, but still no text a number
-            return self._adapter.validate_json(json.dumps(plain))
-        except ValidationError as error:
-            faults = "; ".join(self._describe(fault) for fault in error.errors(include_url=False))
-        except (TypeError, ValueError, RecursionError) as error:
-            faults = f"arguments must be a JSON object: {error}"
-        raise ValueError(f"{self.name}: {faults}")
-
-    def _describe(self, fault: Mapping[str, Any]) -> str:
-        if not fault["loc"]:
-            return str(fault["msg"])
-        name = fault["loc"][0]
-        if fault["type"] == "missing" and len(fault["loc"]) == 1:
-            return f"missing argument '{name}'"
-        if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
-            return f"unexpected argument '{name}', known are {self._known}"
-        message = fault["msg"][0].lower() + fault["msg"][1:]
-        return f"argument '{'.'.join(map(str, fault['loc']))}': {message}, got {_shorten(fault['input'])}"
+            return self._check.parse(arguments)
+        except ValueError as fault:
+            raise ValueError(f"{self.name}: {fault}") from None
 
 
 def _schema_of(fn: Callable[..., Any]) -> Mapping[str, Any]:
@@ -87,6 +118,7 @@ def _schema_of(fn: Callable[..., Any]) -> Mapping[str, Any]:
     return schema
 
 
-def _shorten(value: object, max_chars: int = 60) -> str:
+def shorten(value: object, max_chars: int = 60) -> str:
+    """`repr(value)`, cut to `max_chars`."""
     text = repr(value)
     return text if len(text) <= max_chars else text[:max_chars] + "..."

@@ -11,9 +11,10 @@ from gtpo.chat import Chat
 from gtpo.config import ModelConfig, RolloutConfig, SandboxConfig
 from gtpo.environments import Environment
 from gtpo.policy import Policy, load_policy
-from gtpo.rollout import Rollout, offered_schemas
+from gtpo.rollout import Rollout
 from gtpo.sampler import Completion
 from gtpo.sandbox import SandboxLimits, SandboxPool
+from gtpo.tools import ToolSet
 from gtpo.types import StopReason, Task, ToolCall, ToolResult, ToolStatus, Trajectory, Turn
 
 TINY = ModelConfig(
@@ -105,7 +106,7 @@ def script(chat: Chat, texts: Sequence[str]) -> Writer:
 
 
 def make_chat(policy: Policy, config: RolloutConfig) -> Chat:
-    return Chat(policy.tokenizer, call_format=config.call_format, schemas=offered_schemas(config.tools))
+    return Chat(policy.tokenizer, call_format=config.call_format, schemas=ToolSet(config.tools).schemas)
 
 
 def play_all(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gtpo.chat import BrokenPrefix, Chat
 from gtpo.policy import Policy
-from gtpo.rollout import offered_schemas
+from gtpo.tools import ToolSet
 from tests.trainer.conftest import python, tiny_policy
 
 END = "<|im_end|>"
@@ -138,7 +138,7 @@ def test_answers(text: str, answer: str | None) -> None:
 
 def test_demonstrations_parse_back(policy: Policy) -> None:
     for call_format in ("code", "json"):
-        chat = Chat(policy.tokenizer, call_format=call_format, schemas=offered_schemas(["python"]))  # type: ignore[arg-type]
+        chat = Chat(policy.tokenizer, call_format=call_format, schemas=ToolSet(["python"]).schemas)  # type: ignore[arg-type]
         text = chat.render_code_call('print("a")\nprint(1)')
         ids = chat.completion_ids(text)
         assert ids[-1] == chat.end_of_turn_id and chat.decode(ids) == text
@@ -176,7 +176,7 @@ def test_appended_ids_are_those_of_the_whole_conversation(policy: Policy) -> Non
 
 
 def test_the_json_prompt_has_the_schemas(policy: Policy) -> None:
-    schemas = offered_schemas(["python", "calculator"])
+    schemas = ToolSet(["python", "calculator"]).schemas
     prompt = policy.tokenizer.decode(Chat(policy.tokenizer, call_format="json", schemas=schemas).prompt_ids("S", "Q"))
     found = [json.loads(line) for line in prompt.splitlines() if line.startswith('{"function"')]
     assert [schema["function"]["name"] for schema in found] == ["python", "calculator"]

@@ -96,7 +96,7 @@ def test_the_module_is_the_command_and_help_needs_no_model_library() -> None:
         (["--environments", '[{name = "chess"}]'], "environment must be one of"),
         (["--environments", '[{name = "retry", options = {size = 2}}]'], "options of environment 'retry' must be"),
         (["--environments", '[{name = "jsonl"}]'], "environment 'jsonl' needs the options path"),
-        (["--rollout.tools", '["python", "web"]'], "rollout.tools must be among python, calculator, got 'web'"),
+        (["--rollout.tools", '["python", "web"]'], "rollout.tools must be among python, calculator, search, "),
         (["--rollout.tools", '["calculator"]'], 'rollout.tools must hold "python", which call_format = "code" calls'),
         (["--environments.0.weight", "0"], "environments.0.weight must be above 0, got 0"),
         (["--environments", '[{name = "retry", options = {num_items = "a"}}]'], "options of environment 'retry': "),
