@@ -117,10 +117,12 @@ def triton_variants(capability: int) -> Iterator[Variant]:
 
 def turn_variants() -> Iterator[Variant]:
     scan, scope = {"BLOCK_K": turns.SCAN_TURNS}, {"BLOCK_K": turns.SCOPE_TURNS}
+    width = {"WIDTH": len(turns.Statistics._fields)}
     yield Variant("returns", turns.returns_kernel, "fp64", "", scan, types("fp32"), 1)
-    yield Variant("mark", turns.mark_kernel, "int64", "", {"BLOCK_N": turns.BLOCK}, types("fp32"))
-    yield Variant("scope_statistics", turns.statistics_kernel, "fp64", "", scope, types("fp32"), 1)
-    yield Variant("normalise", turns.normalise_kernel, "fp64", "", {"BLOCK_K": turns.BLOCK}, types("fp32"))
+    yield Variant("count", turns.count_kernel, "int64", "", {"BLOCK_N": turns.BLOCK}, types("fp32"))
+    yield Variant("scope_statistics", turns.statistics_kernel, "fp64", "", {**scope, **width}, types("fp32"), 1)
+    yield Variant("normalise", turns.normalise_kernel, "fp64", "", {"BLOCK_K": turns.BLOCK, **width}, types("fp32"))
+    yield Variant("round", turns.round_kernel, "fp32", "", {"BLOCK_K": turns.BLOCK}, types("fp32"))
     yield Variant("look_up", turns.look_up_kernel, "fp32", "", {"BLOCK_N": turns.BLOCK}, types("fp32"))
 
 
@@ -153,11 +155,15 @@ def types(acc: str, **others: str) -> dict[str, str]:
         "ends_ptr": "i64",
         "order_ptr": "i64",
         "starts_ptr": "i64",
+        "entries_ptr": "i64",
         "loss_mask_ptr": "i1",
         "counted_ptr": "i1",
-        "has_tokens_ptr": "i8",
+        "num_tokens_ptr": "i32",
         "row_inverse_ptr": "fp64",
-        **{name: "fp64" for name in ("sums_ptr", "returns_ptr", "mean_ptr", "divisor_ptr")},
+        **{
+            name: "fp64"
+            for name in ("sums_ptr", "returns_ptr", "x_ptr", "mass_ptr", "statistics_ptr", "normalised_ptr")
+        },
     }
     return {"": acc, **fixed, **others}
 

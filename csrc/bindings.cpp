@@ -60,23 +60,24 @@ Doubles turn_returns(const Doubles& turn_rewards, const Ints& cu_turns, double g
 
 template <class T>
 std::tuple<py::array_t<T>, Doubles, Doubles> turn_advantages(const Doubles& turn_rewards, const Ints& cu_turns,
-                                                             const Ints& group_ids, const Ints& turn_ids, double gamma,
-                                                             gtpo::Scope scope, gtpo::Population population,
-                                                             std::int64_t ddof, double eps) {
+                                                             const Ints& group_ids, const Ints& turn_ids,
+                                                             const std::optional<Ints>& anchor_ids,
+                                                             const gtpo::CreditRule& rule) {
     const gtpo::Turns turns = turns_of(turn_rewards, cu_turns);
     check_length("group_ids", group_ids, cu_turns.size() - 1);
     check_length("turn_ids", turn_ids, turn_ids.size());
+    if (anchor_ids) check_length("anchor_ids", *anchor_ids, turn_rewards.size());
+    if (rule.scope == gtpo::Scope::group_anchor && !anchor_ids) throw py::value_error("anchor_ids must be given");
     const gtpo::Tokens tokens{turn_ids.data(), turn_ids.size()};
     py::array_t<T> of_tokens(turn_ids.size());
     Doubles of_turns(turn_rewards.size()), returns(turn_rewards.size());
     T* token_out = of_tokens.mutable_data();
     double *turn_out = of_turns.mutable_data(), *return_out = returns.mutable_data();
-    const std::int64_t* groups = group_ids.data();
+    const gtpo::ScopeIds ids{group_ids.data(), anchor_ids ? anchor_ids->data() : nullptr};
     gtpo::Status status;
     {
         py::gil_scoped_release release;
-        status = gtpo::turn_advantages_cpu(turns, groups, tokens, {gamma, scope, population, ddof, eps}, return_out,
-                                           turn_out, token_out);
+        status = gtpo::turn_advantages_cpu(turns, ids, tokens, rule, return_out, turn_out, token_out);
     }
     raise_if_bad(status, turns.num_turns);
     return {of_tokens, of_turns, returns};
@@ -227,18 +228,29 @@ PYBIND11_MODULE(_cpu, m) {
         .value("group", gtpo::Scope::group)
         .value("batch", gtpo::Scope::batch)
         .value("group_turn", gtpo::Scope::group_turn)
+        .value("group_anchor", gtpo::Scope::group_anchor)
         .value("none", gtpo::Scope::none);
     py::enum_<gtpo::Population>(m, "Population")
         .value("turns", gtpo::Population::turns)
-        .value("trajectories", gtpo::Population::trajectories);
+        .value("trajectories", gtpo::Population::trajectories)
+        .value("tokens", gtpo::Population::tokens);
+    py::enum_<gtpo::Centre>(m, "Centre")
+        .value("mean", gtpo::Centre::mean)
+        .value("leave_one_out", gtpo::Centre::leave_one_out)
+        .value("none", gtpo::Centre::none);
+    py::class_<gtpo::CreditRule>(m, "CreditRule")
+        .def(py::init<double, double, bool, gtpo::Scope, gtpo::Population, gtpo::Centre, bool, std::int64_t, double, bool>(),
+             py::kw_only(), py::arg("gamma_before"), py::arg("gamma_after"), py::arg("per_trajectory"), py::arg("scope"),
+             py::arg("population"), py::arg("centre"), py::arg("divides"), py::arg("ddof"), py::arg("eps"),
+             py::arg("keeps_alone"));
     // noconvert: a wrong dtype is an error of the caller, not a silent copy
     m.def("turn_returns", &turn_returns, py::arg("turn_rewards").noconvert(), py::arg("cu_turns").noconvert(),
           py::arg("gamma"));
     // two functions of one signature, for what the tokens' advantages are rounded to
     const auto def_turn_advantages = [&](const char* name, auto function) {
         m.def(name, function, py::arg("turn_rewards").noconvert(), py::arg("cu_turns").noconvert(),
-              py::arg("group_ids").noconvert(), py::arg("turn_ids").noconvert(), py::kw_only(), py::arg("gamma"),
-              py::arg("scope"), py::arg("population"), py::arg("ddof"), py::arg("eps"));
+              py::arg("group_ids").noconvert(), py::arg("turn_ids").noconvert(), py::arg("anchor_ids").noconvert(),
+              py::arg("rule"));
     };
     def_turn_advantages("turn_advantages_float32", &turn_advantages<float>);
     def_turn_advantages("turn_advantages", &turn_advantages<double>);

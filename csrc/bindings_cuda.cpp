@@ -75,16 +75,18 @@ void turn_returns(const gtpo::DeviceTurns& turns, double gamma, Address returns,
 }
 
 void turn_advantages(const gtpo::DeviceTurns& turns, const gtpo::DeviceIds& group_ids, const gtpo::DeviceIds& turn_ids,
-                     std::int64_t num_tokens, double gamma, gtpo::Scope scope, gtpo::Population population,
-                     std::int64_t ddof, double eps, Address has_tokens, Address exact_returns, bool wide_results,
+                     const gtpo::DeviceIds& anchor_ids, std::int64_t num_tokens, const gtpo::CreditRule& rule,
+                     Address token_counts, Address exact_returns, Address exact_advantages, bool wide_results,
                      Address returns, Address of_turns, Address of_tokens, Address stream) {
     const gtpo::DeviceCredit credit{turns,
                                     group_ids,
                                     turn_ids,
+                                    anchor_ids,
                                     num_tokens,
-                                    {gamma, scope, population, ddof, eps},
-                                    pointer<int>(has_tokens),
+                                    rule,
+                                    pointer<int>(token_counts),
                                     pointer<double>(exact_returns),
+                                    pointer<double>(exact_advantages),
                                     wide_results,
                                     pointer(returns),
                                     pointer(of_turns),
@@ -105,10 +107,21 @@ PYBIND11_MODULE(_cuda, m) {
         .value("group", gtpo::Scope::group)
         .value("batch", gtpo::Scope::batch)
         .value("group_turn", gtpo::Scope::group_turn)
+        .value("group_anchor", gtpo::Scope::group_anchor)
         .value("none", gtpo::Scope::none);
     py::enum_<gtpo::Population>(m, "Population", py::module_local())
         .value("turns", gtpo::Population::turns)
-        .value("trajectories", gtpo::Population::trajectories);
+        .value("trajectories", gtpo::Population::trajectories)
+        .value("tokens", gtpo::Population::tokens);
+    py::enum_<gtpo::Centre>(m, "Centre", py::module_local())
+        .value("mean", gtpo::Centre::mean)
+        .value("leave_one_out", gtpo::Centre::leave_one_out)
+        .value("none", gtpo::Centre::none);
+    py::class_<gtpo::CreditRule>(m, "CreditRule", py::module_local())
+        .def(py::init<double, double, bool, gtpo::Scope, gtpo::Population, gtpo::Centre, bool, std::int64_t, double, bool>(),
+             py::kw_only(), py::arg("gamma_before"), py::arg("gamma_after"), py::arg("per_trajectory"), py::arg("scope"),
+             py::arg("population"), py::arg("centre"), py::arg("divides"), py::arg("ddof"), py::arg("eps"),
+             py::arg("keeps_alone"));
 
     py::class_<gtpo::Logits>(m, "Logits", py::module_local())
         .def(py::init(&logits_of), py::kw_only(), py::arg("dtype"), py::arg("data"), py::arg("stride"), py::arg("num_rows"),
@@ -130,7 +143,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("turn_returns", &turn_returns, py::arg("turns"), py::kw_only(), py::arg("gamma"), py::arg("returns"),
           py::arg("stream"));
     m.def("turn_advantages", &turn_advantages, py::arg("turns"), py::kw_only(), py::arg("group_ids"), py::arg("turn_ids"),
-          py::arg("num_tokens"), py::arg("gamma"), py::arg("scope"), py::arg("population"), py::arg("ddof"), py::arg("eps"),
-          py::arg("has_tokens"), py::arg("exact_returns"), py::arg("wide_results"), py::arg("returns"),
-          py::arg("turn_advantages"), py::arg("token_advantages"), py::arg("stream"));
+          py::arg("anchor_ids"), py::arg("num_tokens"), py::arg("rule"), py::arg("token_counts"), py::arg("exact_returns"),
+          py::arg("exact_advantages"), py::arg("wide_results"), py::arg("returns"), py::arg("turn_advantages"),
+          py::arg("token_advantages"), py::arg("stream"));
 }

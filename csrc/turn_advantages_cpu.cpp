@@ -11,16 +11,13 @@
 namespace gtpo {
 namespace {
 
-// Turns that share statistics, in ascending order, and those of them that make the statistics.
-struct ScopeTurns {
-    std::vector<std::int64_t> turns;
-    std::vector<std::int64_t> population;
-};
+// What each turn is in its population.
+struct Entries {
+    std::vector<std::int64_t> of_turn;              // [num_turns], the turn whose value is its own entry; -1: none
+    const std::vector<std::int64_t>& token_counts;  // [num_turns]
+    bool by_tokens;                                 // an entry weighs as many tokens as it has, else 1
 
-struct Statistics {
-    double mean = 0.0;
-    double std = 0.0;
-    bool has_spread = false;
+    double mass(std::int64_t k) const { return by_tokens ? static_cast<double>(token_counts[static_cast<std::size_t>(k)]) : 1.0; }
 };
 
 // Neighbouring tokens of one id, up to `end`, from where the run before ends.
@@ -53,103 +50,154 @@ bool cu_turns_cover(const Turns& turns) {
     return cu[0] == 0 && cu[turns.num_trajectories] == turns.num_turns && std::is_sorted(cu, cu + turns.num_trajectories + 1);
 }
 
-// Added in ascending order of turns, so the bits do not depend on anything but the input.
-Statistics statistics_of(const std::vector<std::int64_t>& population, const double* returns, std::int64_t ddof) {
-    double sum = 0.0;
-    double low = std::numeric_limits<double>::infinity();
-    double high = -low;
-    for (const std::int64_t k : population) {
-        sum += returns[k];
-        low = std::min(low, returns[k]);
-        high = std::max(high, returns[k]);
+Entries entries_of(const Turns& turns, const std::vector<std::int64_t>& token_counts, Population population) {
+    Entries entries{std::vector<std::int64_t>(token_counts.size(), -1), token_counts, population == Population::tokens};
+    for (std::int64_t trajectory = 0; trajectory < turns.num_trajectories; ++trajectory) {
+        std::int64_t first_with_tokens = -1;
+        const std::int64_t end = turns.cu_turns[trajectory + 1];
+        for (std::int64_t k = turns.cu_turns[trajectory]; k < end; ++k) {
+            const auto turn = static_cast<std::size_t>(k);
+            if (token_counts[turn] == 0) continue;
+            if (first_with_tokens < 0) first_with_tokens = k;
+            entries.of_turn[turn] = k;
+        }
+        if (population != Population::trajectories) continue;
+        std::fill(entries.of_turn.begin() + turns.cu_turns[trajectory], entries.of_turn.begin() + end, first_with_tokens);
     }
-    Statistics statistics;
-    // Where all returns are equal the rounding error of their mean would be divided by eps, and look like a difference.
-    statistics.has_spread = high > low;
-    if (!statistics.has_spread) return statistics;
-    const auto count = static_cast<double>(population.size());
-    statistics.mean = sum / count;
-    double squares = 0.0;
-    for (const std::int64_t k : population) {
-        const double deviation = returns[k] - statistics.mean;
-        squares += deviation * deviation;
-    }
-    statistics.std = std::sqrt(squares / (count - static_cast<double>(ddof)));
-    return statistics;
+    return entries;
 }
 
-std::map<std::pair<std::int64_t, std::int64_t>, ScopeTurns> turns_by_scope(
-    const Turns& turns, const std::int64_t* group_ids, const std::vector<char>& has_tokens, const CreditRule& rule) {
-    std::map<std::pair<std::int64_t, std::int64_t>, ScopeTurns> scopes;
+// Numbers from 0, one a scope, in order of appearance.
+struct ScopeNumbers {
+    std::vector<std::size_t> of_turn;  // [num_turns]
+    std::size_t count = 0;
+};
+
+ScopeNumbers number_scopes(const Turns& turns, const ScopeIds& ids, Scope scope) {
+    ScopeNumbers numbers{std::vector<std::size_t>(static_cast<std::size_t>(turns.num_turns)), 0};
+    std::map<std::pair<std::int64_t, std::int64_t>, std::size_t> known;
+    const auto number_of = [&](std::int64_t group, std::int64_t second) {
+        return known.try_emplace({group, second}, known.size()).first->second;
+    };
+    const bool by_turn = scope == Scope::group_turn || scope == Scope::group_anchor;
     for (std::int64_t trajectory = 0; trajectory < turns.num_trajectories; ++trajectory) {
-        const std::int64_t first = turns.cu_turns[trajectory];
-        const std::int64_t group = rule.scope == Scope::batch ? 0 : group_ids[trajectory];
-        bool is_first_with_tokens = true;
-        ScopeTurns* of_trajectory = nullptr;
-        for (std::int64_t k = first; k < turns.cu_turns[trajectory + 1]; ++k) {
-            if (!has_tokens[static_cast<std::size_t>(k)]) continue;
-            if (of_trajectory == nullptr || rule.scope == Scope::group_turn) {
-                of_trajectory = &scopes[{group, rule.scope == Scope::group_turn ? k - first : 0}];
-            }
-            of_trajectory->turns.push_back(k);
-            if (rule.population == Population::turns || is_first_with_tokens) of_trajectory->population.push_back(k);
-            is_first_with_tokens = false;
+        const std::int64_t first = turns.cu_turns[trajectory], end = turns.cu_turns[trajectory + 1];
+        const std::int64_t group = scope == Scope::batch ? 0 : ids.group_ids[trajectory];
+        if (!by_turn && first < end) {
+            std::fill(numbers.of_turn.begin() + first, numbers.of_turn.begin() + end, number_of(group, 0));
+        }
+        for (std::int64_t k = first; by_turn && k < end; ++k) {
+            const std::int64_t second = scope == Scope::group_turn ? k - first : ids.anchor_ids[k];
+            numbers.of_turn[static_cast<std::size_t>(k)] = number_of(group, second);
         }
     }
-    return scopes;
+    numbers.count = known.size();
+    return numbers;
+}
+
+struct Bounds {
+    double low = std::numeric_limits<double>::infinity();
+    double high = -std::numeric_limits<double>::infinity();
+};
+
+// normalised [num_turns], of x [num_turns]. Sums are added in ascending order of turns, so that the bits depend on nothing
+// but the input.
+void normalise(const Turns& turns, const ScopeIds& ids, const std::vector<std::int64_t>& token_counts,
+               const CreditRule& rule, const double* x, double* result) {
+    const Entries entries = entries_of(turns, token_counts, rule.population);
+    const ScopeNumbers scope = number_scopes(turns, ids, rule.scope);
+    std::vector<ScopeStatistics> statistics(scope.count);
+    std::vector<Bounds> bounds(scope.count);
+    const auto for_each_entry = [&](auto visit) {
+        for (std::int64_t k = 0; k < turns.num_turns; ++k) {
+            const auto turn = static_cast<std::size_t>(k);
+            if (entries.of_turn[turn] == k) visit(scope.of_turn[turn], entries.mass(k), x[k]);
+        }
+    };
+    for_each_entry([&](std::size_t i, double mass, double value) {
+        statistics[i].count += 1.0;
+        statistics[i].total += mass;
+        statistics[i].weighted += mass * value;
+        bounds[i].low = std::min(bounds[i].low, value);
+        bounds[i].high = std::max(bounds[i].high, value);
+    });
+    for (std::size_t i = 0; i < scope.count; ++i) {
+        statistics[i].has_spread = bounds[i].high > bounds[i].low;
+        statistics[i].mean = statistics[i].has_spread ? statistics[i].weighted / statistics[i].total : bounds[i].low;
+    }
+    for_each_entry([&](std::size_t i, double mass, double value) {
+        statistics[i].std += mass * (value - statistics[i].mean) * (value - statistics[i].mean);
+    });
+    for (ScopeStatistics& of_scope : statistics) {
+        of_scope.std = of_scope.has_spread ? std::sqrt(of_scope.std / (of_scope.total - static_cast<double>(rule.ddof))) : 0.0;
+    }
+    for (std::int64_t k = 0; k < turns.num_turns; ++k) {
+        const auto turn = static_cast<std::size_t>(k);
+        const std::int64_t own = entries.of_turn[turn];
+        const double own_mass = own < 0 ? 0.0 : entries.mass(own);
+        result[k] = normalised(x[k], own_mass, own < 0 ? 0.0 : x[own], statistics[scope.of_turn[turn]], rule);
+    }
+}
+
+// x[k] + gamma * (what follows), in place.
+void discount(const Turns& turns, double gamma, double* x) {
+    for (std::int64_t trajectory = 0; trajectory < turns.num_trajectories; ++trajectory) {
+        double after = 0.0;
+        for (std::int64_t k = turns.cu_turns[trajectory + 1] - 1; k >= turns.cu_turns[trajectory]; --k) {
+            after = x[k] + gamma * after;
+            x[k] = after;
+        }
+    }
 }
 
 }  // namespace
 
 Status turn_returns_cpu(const Turns& turns, double gamma, double* returns) {
     if (!cu_turns_cover(turns)) return Status::bad_cu_turns;
-    for (std::int64_t trajectory = 0; trajectory < turns.num_trajectories; ++trajectory) {
-        double after = 0.0;
-        for (std::int64_t k = turns.cu_turns[trajectory + 1] - 1; k >= turns.cu_turns[trajectory]; --k) {
-            after = turns.turn_rewards[k] + gamma * after;
-            returns[k] = after;
-        }
-    }
+    std::copy(turns.turn_rewards, turns.turn_rewards + turns.num_turns, returns);
+    discount(turns, gamma, returns);
     return Status::ok;
 }
 
 template <class T>
-Status turn_advantages_cpu(const Turns& turns, const std::int64_t* group_ids, const Tokens& tokens, const CreditRule& rule,
+Status turn_advantages_cpu(const Turns& turns, const ScopeIds& ids, const Tokens& tokens, const CreditRule& rule,
                            double* returns, double* turn_advantages, T* token_advantages) {
-    // the entry before the first is for tokens of no turn, here and in the lookup below
-    std::vector<char> seen(static_cast<std::size_t>(turns.num_turns) + 1, 0);
     // reading the ids is most of the work, so it is done once
     std::vector<Run> runs;
+    runs.reserve(static_cast<std::size_t>(2 * turns.num_turns));
     for_each_piece(tokens, [&](std::int64_t turn, std::int64_t end) {
         if (runs.empty() || runs.back().turn != turn) runs.push_back({turn, end});
         runs.back().end = end;
     });
+    std::vector<std::int64_t> token_counts(static_cast<std::size_t>(turns.num_turns), 0);
+    std::int64_t start = 0;
     for (const Run& run : runs) {
         if (run.turn < -1 || run.turn >= turns.num_turns) return Status::bad_turn_id;
-        seen[static_cast<std::size_t>(run.turn + 1)] = 1;
+        if (run.turn >= 0) token_counts[static_cast<std::size_t>(run.turn)] += run.end - start;
+        start = run.end;
     }
-    const std::vector<char> has_tokens(seen.begin() + 1, seen.end());
-    const Status status = turn_returns_cpu(turns, rule.gamma, returns);
+    const Status status = turn_returns_cpu(turns, rule.gamma_before, returns);
     if (status != Status::ok) return status;
-
-    std::fill_n(turn_advantages, turns.num_turns, 0.0);
-    if (rule.scope == Scope::none) {
-        for (std::int64_t k = 0; k < turns.num_turns; ++k) {
-            if (has_tokens[static_cast<std::size_t>(k)]) turn_advantages[k] = returns[k];
-        }
-    } else {
-        for (const auto& [key, scope] : turns_by_scope(turns, group_ids, has_tokens, rule)) {
-            const Statistics statistics = statistics_of(scope.population, returns, rule.ddof);
-            if (!statistics.has_spread) continue;
-            for (const std::int64_t k : scope.turns) {
-                turn_advantages[k] = (returns[k] - statistics.mean) / (statistics.std + rule.eps);
-            }
+    if (rule.per_trajectory) {
+        for (std::int64_t trajectory = 0; trajectory < turns.num_trajectories; ++trajectory) {
+            const std::int64_t first = turns.cu_turns[trajectory];
+            for (std::int64_t k = first + 1; k < turns.cu_turns[trajectory + 1]; ++k) returns[k] = returns[first];
         }
     }
+
+    if (rule.scope == Scope::none) {
+        std::copy(returns, returns + turns.num_turns, turn_advantages);
+    } else {
+        normalise(turns, ids, token_counts, rule, returns, turn_advantages);
+    }
+    if (rule.gamma_after > 0.0) discount(turns, rule.gamma_after, turn_advantages);
+    // the entry before the first is for tokens of no turn
     std::vector<T> of_turn(static_cast<std::size_t>(turns.num_turns) + 1, 0);
-    std::transform(turn_advantages, turn_advantages + turns.num_turns, of_turn.begin() + 1,
-                   [](double advantage) { return static_cast<T>(advantage); });
-    std::int64_t start = 0;
+    for (std::size_t k = 0; k < token_counts.size(); ++k) {
+        if (token_counts[k] == 0) turn_advantages[k] = 0.0;
+        of_turn[k + 1] = static_cast<T>(turn_advantages[k]);
+    }
+    start = 0;
     for (const Run& run : runs) {
         std::fill(token_advantages + start, token_advantages + run.end, of_turn[static_cast<std::size_t>(run.turn + 1)]);
         start = run.end;
@@ -157,9 +205,9 @@ Status turn_advantages_cpu(const Turns& turns, const std::int64_t* group_ids, co
     return Status::ok;
 }
 
-template Status turn_advantages_cpu<float>(const Turns&, const std::int64_t*, const Tokens&, const CreditRule&, double*,
+template Status turn_advantages_cpu<float>(const Turns&, const ScopeIds&, const Tokens&, const CreditRule&, double*,
                                            double*, float*);
-template Status turn_advantages_cpu<double>(const Turns&, const std::int64_t*, const Tokens&, const CreditRule&, double*,
+template Status turn_advantages_cpu<double>(const Turns&, const ScopeIds&, const Tokens&, const CreditRule&, double*,
                                             double*, double*);
 
 }  // namespace gtpo

@@ -26,10 +26,12 @@ struct DeviceCredit {
     DeviceTurns turns;
     DeviceIds group_ids;       // [num_trajectories]
     DeviceIds turn_ids;        // [num_tokens]
+    DeviceIds anchor_ids;      // [num_turns], read for Scope::group_anchor alone
     std::int64_t num_tokens;
     CreditRule rule;
-    int* has_tokens;           // [num_turns], scratch
+    int* token_counts;         // [num_turns], scratch
     double* exact_returns;     // [num_turns], scratch
+    double* exact_advantages;  // [num_turns], scratch
     bool wide_results;         // float64, else float32:
     void* returns;             // [num_turns]
     void* turn_advantages;     // [num_turns]

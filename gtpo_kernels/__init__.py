@@ -9,17 +9,20 @@ from gtpo_kernels.clipped_loss.reference import ClippedLoss, LossMetrics
 from gtpo_kernels.gtpo_loss.op import gtpo_loss, gtpo_loss_, linear_gtpo_loss
 from gtpo_kernels.token_logprobs.op import linear_token_logprobs, token_logprobs
 from gtpo_kernels.token_logprobs.reference import TokenLogprobs
-from gtpo_kernels.turn_advantages.op import TurnCredit, turn_advantages, turn_returns
-from gtpo_kernels.turn_advantages.reference import TurnAdvantages
+from gtpo_kernels.turn_advantages.op import CreditTerm, TurnCredit, combined_advantages, turn_advantages, turn_returns
+from gtpo_kernels.turn_advantages.reference import CreditRule, TurnAdvantages
 
 __all__ = [
     "BackendUnavailable",
     "ClippedLoss",
+    "CreditRule",
+    "CreditTerm",
     "LossMetrics",
     "TokenLogprobs",
     "TurnAdvantages",
     "TurnCredit",
     "clipped_loss",
+    "combined_advantages",
     "gtpo_loss",
     "gtpo_loss_",
     "linear_gtpo_loss",

@@ -9,11 +9,34 @@ class Scope(enum.Enum):
     group = ...
     batch = ...
     group_turn = ...
+    group_anchor = ...
     none = ...
 
 class Population(enum.Enum):
     turns = ...
     trajectories = ...
+    tokens = ...
+
+class Centre(enum.Enum):
+    mean = ...
+    leave_one_out = ...
+    none = ...
+
+class CreditRule:
+    def __init__(
+        self,
+        *,
+        gamma_before: float,
+        gamma_after: float,
+        per_trajectory: bool,
+        scope: Scope,
+        population: Population,
+        centre: Centre,
+        divides: bool,
+        ddof: int,
+        eps: float,
+        keeps_alone: bool,
+    ) -> None: ...
 
 def turn_returns(
     turn_rewards: NDArray[np.float64], cu_turns: NDArray[np.int64], gamma: float
@@ -23,24 +46,16 @@ def turn_advantages(
     cu_turns: NDArray[np.int64],
     group_ids: NDArray[np.int64],
     turn_ids: NDArray[np.int64],
-    *,
-    gamma: float,
-    scope: Scope,
-    population: Population,
-    ddof: int,
-    eps: float,
+    anchor_ids: NDArray[np.int64] | None,
+    rule: CreditRule,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]: ...
 def turn_advantages_float32(
     turn_rewards: NDArray[np.float64],
     cu_turns: NDArray[np.int64],
     group_ids: NDArray[np.int64],
     turn_ids: NDArray[np.int64],
-    *,
-    gamma: float,
-    scope: Scope,
-    population: Population,
-    ddof: int,
-    eps: float,
+    anchor_ids: NDArray[np.int64] | None,
+    rule: CreditRule,
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]: ...
 
 class InstructionSet(enum.Enum):

@@ -12,11 +12,34 @@ class Scope(enum.Enum):
     group = ...
     batch = ...
     group_turn = ...
+    group_anchor = ...
     none = ...
 
 class Population(enum.Enum):
     turns = ...
     trajectories = ...
+    tokens = ...
+
+class Centre(enum.Enum):
+    mean = ...
+    leave_one_out = ...
+    none = ...
+
+class CreditRule:
+    def __init__(
+        self,
+        *,
+        gamma_before: float,
+        gamma_after: float,
+        per_trajectory: bool,
+        scope: Scope,
+        population: Population,
+        centre: Centre,
+        divides: bool,
+        ddof: int,
+        eps: float,
+        keeps_alone: bool,
+    ) -> None: ...
 
 class Logits:
     def __init__(
@@ -76,14 +99,12 @@ def turn_advantages(
     *,
     group_ids: Ids,
     turn_ids: Ids,
+    anchor_ids: Ids,
     num_tokens: int,
-    gamma: float,
-    scope: Scope,
-    population: Population,
-    ddof: int,
-    eps: float,
-    has_tokens: int,
+    rule: CreditRule,
+    token_counts: int,
     exact_returns: int,
+    exact_advantages: int,
     wide_results: bool,
     returns: int,
     turn_advantages: int,

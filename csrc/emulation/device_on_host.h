@@ -283,6 +283,7 @@ T shuffle_xor(T value, int lanes) {
 }
 
 inline int atomicExch(int* address, int value) { return __atomic_exchange_n(address, value, __ATOMIC_RELAXED); }
+inline int atomicAdd(int* address, int value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }
 
 // Few blocks, so that each has several rows to loop over.
 template <class Arguments>

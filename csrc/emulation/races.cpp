@@ -30,7 +30,7 @@ void sweep_logits(std::int64_t vocab) {
                          nullptr);
 }
 
-void credit(gtpo::Scope scope, gtpo::Population population) {
+void credit(gtpo::Scope scope, gtpo::Population population, gtpo::Centre centre = gtpo::Centre::mean) {
     const std::int64_t num_trajectories = 6, num_turns = 3 * num_trajectories, num_tokens = 500;
     std::vector<float> rewards(num_turns), returns(num_turns), of_turns(num_turns), of_tokens(num_tokens);
     std::vector<std::int64_t> cu_turns(num_trajectories + 1), group_ids(num_trajectories), turn_ids(num_tokens);
@@ -39,13 +39,16 @@ void credit(gtpo::Scope scope, gtpo::Population population) {
     // runs of three tokens, so that a turn is met again and again
     for (std::int64_t i = 0; i < num_tokens; ++i) turn_ids[static_cast<std::size_t>(i)] = i / 3 % (num_turns + 1) - 1;
     for (std::size_t k = 0; k < rewards.size(); ++k) rewards[k] = static_cast<float>(k % 4);
-    std::vector<int> has_tokens(num_turns);
-    std::vector<double> exact(num_turns);
+    std::vector<std::int64_t> anchor_ids(num_turns);
+    for (std::size_t k = 0; k < anchor_ids.size(); ++k) anchor_ids[k] = static_cast<std::int64_t>(k % 2);
+    std::vector<int> token_counts(num_turns);
+    std::vector<double> exact(num_turns), exact_advantages(num_turns);
     const gtpo::DeviceTurns turns{rewards.data(), gtpo::DType::float32, {cu_turns.data(), true}, num_turns, num_trajectories};
     gtpo::turn_returns_cuda(turns, 0.9, exact.data(), nullptr);
-    gtpo::turn_advantages_cuda({turns, {group_ids.data(), true}, {turn_ids.data(), true}, num_tokens,
-                                {0.9, scope, population, 1, 1e-6}, has_tokens.data(), exact.data(), false, returns.data(),
-                                of_turns.data(), of_tokens.data()},
+    gtpo::turn_advantages_cuda({turns, {group_ids.data(), true}, {turn_ids.data(), true}, {anchor_ids.data(), true}, num_tokens,
+                                {0.9, 0.5, false, scope, population, centre, true, 1, 1e-6, false}, token_counts.data(),
+                                exact.data(), exact_advantages.data(), false, returns.data(), of_turns.data(),
+                                of_tokens.data()},
                                nullptr);
 }
 
@@ -53,9 +56,11 @@ void credit(gtpo::Scope scope, gtpo::Population population) {
 
 int main() {
     for (const std::int64_t vocab : {37, 257, 508}) sweep_logits(vocab);
-    for (const auto scope : {gtpo::Scope::group, gtpo::Scope::batch, gtpo::Scope::group_turn, gtpo::Scope::none}) {
+    for (const auto scope : {gtpo::Scope::group, gtpo::Scope::batch, gtpo::Scope::group_turn, gtpo::Scope::group_anchor,
+                             gtpo::Scope::none}) {
         credit(scope, gtpo::Population::turns);
     }
-    credit(gtpo::Scope::group, gtpo::Population::trajectories);
+    credit(gtpo::Scope::group, gtpo::Population::trajectories, gtpo::Centre::leave_one_out);
+    credit(gtpo::Scope::batch, gtpo::Population::tokens);
     std::puts("all kernels ran");
 }

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gtpo_kernels import _cpu
 from gtpo_kernels.checks import accumulator_dtype
+from gtpo_kernels.turn_advantages.compiled import compiled_rule
 from gtpo_kernels.turn_advantages.reference import CreditRule, TurnAdvantages
 
 
@@ -16,9 +17,14 @@ def turn_returns(turn_rewards: Tensor, cu_turns: Tensor, gamma: float) -> Tensor
 
 
 def turn_advantages(
-    turn_rewards: Tensor, cu_turns: Tensor, group_ids: Tensor, turn_ids: Tensor, rule: CreditRule
+    turn_rewards: Tensor,
+    cu_turns: Tensor,
+    group_ids: Tensor,
+    turn_ids: Tensor,
+    anchor_ids: Tensor | None,
+    rule: CreditRule,
 ) -> TurnAdvantages:
-    """See `gtpo_kernels.turn_advantages`."""
+    """One rule; for quantity="outcome", turn_rewards has the outcome at each trajectory's first turn."""
     dtype = accumulator_dtype(turn_rewards.dtype)
     compiled = _cpu.turn_advantages if dtype == torch.float64 else _cpu.turn_advantages_float32
     outputs = compiled(
@@ -26,11 +32,8 @@ def turn_advantages(
         buffer(cu_turns, torch.int64),
         buffer(group_ids, torch.int64),
         buffer(turn_ids, torch.int64),
-        gamma=rule.gamma,
-        scope=getattr(_cpu.Scope, rule.scope),
-        population=getattr(_cpu.Population, rule.population),
-        ddof=rule.ddof,
-        eps=rule.eps,
+        buffer_or_none(anchor_ids, torch.int64),
+        compiled_rule(_cpu, rule),
     )
     advantages, turn_level, returns = (torch.from_numpy(output).to(dtype) for output in outputs)
     return TurnAdvantages(advantages, turn_level, returns)

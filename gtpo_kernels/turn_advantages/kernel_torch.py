@@ -24,25 +24,32 @@ def turn_returns(turn_rewards: Tensor, cu_turns: Tensor, gamma: float) -> Tensor
 
 
 def turn_advantages(
-    turn_rewards: Tensor, cu_turns: Tensor, group_ids: Tensor, turn_ids: Tensor, rule: CreditRule
+    turn_rewards: Tensor,
+    cu_turns: Tensor,
+    group_ids: Tensor,
+    turn_ids: Tensor,
+    anchor_ids: Tensor | None,
+    rule: CreditRule,
 ) -> TurnAdvantages:
-    """See `gtpo_kernels.turn_advantages`."""
+    """One rule; for quantity="outcome", turn_rewards has the outcome at each trajectory's first turn."""
     num_turns = turn_rewards.shape[0]
     turn = torch.arange(num_turns, device=turn_rewards.device)
-    returns = turn_returns(turn_rewards, cu_turns, rule.gamma)
-    has_tokens = torch.zeros(num_turns + 1, dtype=torch.bool, device=turn.device)
-    has_tokens[turn_ids.long()] = True  # every writer writes the same; -1 lands in the spare entry
-    has_tokens = has_tokens[:-1]
-    if rule.scope == "none":
-        advantages = returns
-    else:
-        trajectory = trajectory_of_turn(cu_turns, turn)
-        first = cu_turns.long()[trajectory]
-        in_population = first_with_tokens(has_tokens, first) if rule.population == "trajectories" else has_tokens
-        scope = scope_of_turn(group_ids, trajectory, turn - first, rule.scope)
-        advantages = normalise(returns, scope, in_population, rule.ddof, rule.eps)
-    advantages = advantages.masked_fill(~has_tokens, 0.0)
-    return look_up_by_turn(advantages, returns, turn_ids, accumulator_dtype(turn_rewards.dtype))
+    trajectory = trajectory_of_turn(cu_turns, turn)
+    first = cu_turns.long()[trajectory]
+    x = turn_returns(turn_rewards, cu_turns, rule.gamma_before)
+    if rule.per_trajectory:
+        x = x[first]
+    num_tokens = torch.bincount(turn_ids.long() + 1, minlength=num_turns + 1)[1:]
+    advantages = x
+    if rule.scope != "none":
+        scope = scope_of_turn(group_ids, trajectory, turn - first, anchor_ids, rule.scope)
+        entry = entry_of_turn(num_tokens > 0, first, rule.population)
+        mass = num_tokens.double() if rule.population == "tokens" else torch.ones_like(x)
+        advantages = normalise(x, scope, entry, mass, rule)
+    if rule.gamma_after:
+        advantages = turn_returns(advantages, cu_turns, rule.gamma_after)
+    advantages = advantages.masked_fill(num_tokens == 0, 0.0)
+    return look_up_by_turn(advantages, x, turn_ids, accumulator_dtype(turn_rewards.dtype))
 
 
 def trajectory_of_turn(cu_turns: Tensor, turn: Tensor) -> Tensor:
@@ -50,33 +57,62 @@ def trajectory_of_turn(cu_turns: Tensor, turn: Tensor) -> Tensor:
     return torch.searchsorted(cu_turns[1:].long().contiguous(), turn, right=True)
 
 
-def first_with_tokens(has_tokens: Tensor, first: Tensor) -> Tensor:
-    """[K] bool: the first turn with tokens of each trajectory.  first: [K], the first turn of k's trajectory."""
-    tokens_before = torch.cat([has_tokens.new_zeros(1, dtype=torch.long), has_tokens.cumsum(0)])
-    return has_tokens & (tokens_before[:-1] == tokens_before[first])
+def entry_of_turn(has_tokens: Tensor, first: Tensor, population: str) -> Tensor:
+    """[K] int64: the turn whose value is k's own entry in the population, -1 where there is none.
+
+    first: [K], the first turn of k's trajectory.
+    """
+    turn = torch.arange(len(first), device=first.device)
+    if population != "trajectories":
+        return turn.masked_fill(~has_tokens, -1)
+    # of each turn, the nearest one from there on that has tokens; it counts where it is of the same trajectory
+    nearest = turn.masked_fill(~has_tokens, len(first)).flip(0).cummin(0).values.flip(0)
+    entry = nearest[first]
+    return entry.masked_fill(torch.cat([first, first.new_full((1,), -1)])[entry] != first, -1)
 
 
-def scope_of_turn(group_ids: Tensor, trajectory: Tensor, position: Tensor, scope: str) -> Tensor:
+def scope_of_turn(
+    group_ids: Tensor, trajectory: Tensor, position: Tensor, anchor_ids: Tensor | None, scope: str
+) -> Tensor:
     """[K] int64: equal for turns that share statistics.  position: of the turn in its trajectory."""
     if scope == "batch" or not len(trajectory):
         return torch.zeros_like(trajectory)
     group = torch.unique(group_ids, return_inverse=True)[1][trajectory]
-    return group if scope == "group" else group * (position.max() + 1) + position
+    if scope == "group":
+        return group
+    second = position if anchor_ids is None else torch.unique(anchor_ids, return_inverse=True)[1]
+    return group * (second.max() + 1) + second
 
 
-def normalise(x: Tensor, scope: Tensor, in_population: Tensor, ddof: int, eps: float) -> Tensor:
-    """(x - mean) / (std + eps), [K] float64, by the population of x's scope; 0 where that has no spread."""
-    entries = in_population.nonzero().squeeze(1)
-    order = entries[scope[entries].argsort(stable=True)]
+def normalise(x: Tensor, scope: Tensor, entry: Tensor, mass: Tensor, rule: CreditRule) -> Tensor:
+    """[K] float64: x by the statistics of its scope; mass: [K], what turn k weighs where it is an entry."""
+    members = (entry == torch.arange(len(x), device=x.device)).nonzero().squeeze(1)
+    order = members[scope[members].argsort(stable=True)]
     present, lengths = torch.unique_consecutive(scope[order], return_counts=True)
     if not len(present):
         return torch.zeros_like(x)
-    # Segment reductions add in a fixed order; scattered adds would not on a GPU.
-    values = x[order]
-    mean = torch.segment_reduce(values, "sum", lengths=lengths) / lengths
-    deviation = values - mean.repeat_interleave(lengths)
-    variance = torch.segment_reduce(deviation.square(), "sum", lengths=lengths) / (lengths - ddof).clamp(min=1)
-    spread = torch.segment_reduce(values, "max", lengths=lengths) > torch.segment_reduce(values, "min", lengths=lengths)
-    # a turn outside the population may be of a scope that has none; its value is masked by the caller
+
+    def reduce(values: Tensor, how: str) -> Tensor:
+        # segment reductions add in a fixed order; scattered adds would not on a GPU
+        return torch.segment_reduce(values, how, lengths=lengths)
+
+    values, weights = x[order], mass[order]
+    total, weighted, low = reduce(weights, "sum"), reduce(weights * values, "sum"), reduce(values, "min")
+    spread = reduce(values, "max") > low
+    # the mean of equal numbers may differ from them by rounding
+    mean = torch.where(spread, weighted / total, low)
+    squares = weights * (values - mean.repeat_interleave(lengths)).square()
+    std = (reduce(squares, "sum") / (total - rule.ddof).clamp(min=1)).sqrt()
     row = torch.searchsorted(present, scope).clamp(max=len(present) - 1)
-    return torch.where(spread[row], (x - mean[row]) / (variance[row].sqrt() + eps), 0.0)
+    centre = torch.zeros_like(x) if rule.centre == "none" else mean[row]
+    if rule.centre == "leave_one_out":
+        own_mass = mass[entry].masked_fill(entry < 0, 0.0)
+        others = (weighted[row] - own_mass * x[entry]) / (total[row] - own_mass).clamp(min=1)
+        centre = torch.where(spread[row], others, centre)
+    normalised, alone = x - centre, x
+    if rule.scale == "std":
+        normalised = torch.where(spread[row], normalised / (std[row] + rule.eps), 0.0)
+        alone = x / (1.0 + rule.eps)
+    alone = alone if rule.singleton == "keep" else torch.zeros_like(x)
+    normalised = torch.where(lengths[row] == 1, alone, normalised)
+    return torch.where(present[row] == scope, normalised, 0.0)

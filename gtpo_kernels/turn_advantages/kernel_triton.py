@@ -3,6 +3,8 @@
 Which turns share a scope is found by sorting, with the library's sort; no program waits for another.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.triton_math import INF, LAUNCH, device_of, scalar
-from gtpo_kernels.turn_advantages.kernel_torch import first_with_tokens, scope_of_turn, trajectory_of_turn
+from gtpo_kernels.turn_advantages.kernel_torch import entry_of_turn, scope_of_turn, trajectory_of_turn
 from gtpo_kernels.turn_advantages.reference import CreditRule, TurnAdvantages
 
 SCAN_TURNS = 64
@@ -18,6 +20,17 @@ SCOPE_TURNS = 128
 BLOCK = 1024
 # Sorts behind every scope.
 NO_SCOPE = tl.constexpr(2**63 - 1)
+
+
+class Statistics(NamedTuple):
+    """Of a scope's population, a row of float64.  mean: the lowest value where there is no spread."""
+
+    count: float
+    total_mass: float
+    weighted_sum: float
+    mean: float
+    std: float
+    has_spread: float
 
 
 @triton.jit
@@ -46,73 +59,114 @@ def returns_kernel(turn_rewards_ptr, cu_turns_ptr, gamma: tl.float64, returns_pt
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def mark_kernel(turn_ids_ptr, has_tokens_ptr, num_tokens, BLOCK_N: tl.constexpr):
-    """1 for every turn that has a token; all who write there write the same."""
+def count_kernel(turn_ids_ptr, num_tokens_ptr, num_tokens, BLOCK_N: tl.constexpr):
+    """How many tokens every turn has; whole numbers, so the order of the additions does not matter."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     turn = tl.load(turn_ids_ptr + token, mask=token < num_tokens, other=-1).to(tl.int64)
-    tl.store(has_tokens_ptr + turn, tl.full((BLOCK_N,), 1, tl.int8), mask=turn >= 0)
+    tl.atomic_add(num_tokens_ptr + turn, tl.full((BLOCK_N,), 1, tl.int32), mask=turn >= 0, sem="relaxed")
 
 
 @triton.jit
 def statistics_kernel(
-    scopes_ptr, ends_ptr, order_ptr, returns_ptr, mean_ptr, divisor_ptr, ddof, eps: tl.float64, BLOCK_K: tl.constexpr
+    scopes_ptr, ends_ptr, order_ptr, x_ptr, mass_ptr, statistics_ptr, ddof, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Program p, where a scope starts at p among the sorted turns: its mean, and std + eps, or 0 without a spread."""
+    """Program p, where a scope starts at p among the sorted turns: `Statistics` in row p of [K, WIDTH]."""
     start = tl.program_id(0).to(tl.int64)
     scope = tl.load(scopes_ptr + start)
     before = tl.load(scopes_ptr + start - 1, mask=start > 0, other=-1)
     if (scope != NO_SCOPE) & (scope != before):
         end = tl.load(ends_ptr + start)
         lanes = tl.arange(0, BLOCK_K)
-        sums = tl.zeros((BLOCK_K,), tl.float64)
+        sums, masses = tl.zeros((BLOCK_K,), tl.float64), tl.zeros((BLOCK_K,), tl.float64)
         highest = tl.full((BLOCK_K,), -INF, tl.float64)
         lowest = tl.full((BLOCK_K,), INF, tl.float64)
         for first in range(start, end, BLOCK_K):
             mask = first + lanes < end
-            value = tl.load(returns_ptr + tl.load(order_ptr + first + lanes, mask=mask, other=0), mask=mask, other=0.0)
-            sums += value
+            turn = tl.load(order_ptr + first + lanes, mask=mask, other=0)
+            value = tl.load(x_ptr + turn, mask=mask, other=0.0)
+            mass = tl.load(mass_ptr + turn, mask=mask, other=0.0)
+            masses += mass
+            sums += mass * value
             highest = tl.maximum(highest, tl.where(mask, value, -INF))
             lowest = tl.minimum(lowest, tl.where(mask, value, INF))
-        count = (end - start).to(tl.float64)
-        mean = tl.sum(sums, 0) / count
+        total, weighted, low = tl.sum(masses, 0), tl.sum(sums, 0), tl.min(lowest, 0)
+        spread = tl.max(highest, 0) > low
+        # the mean of equal numbers may differ from them by rounding
+        mean = tl.where(spread, weighted / total, low)
         squares = tl.zeros((BLOCK_K,), tl.float64)
         for first in range(start, end, BLOCK_K):
             mask = first + lanes < end
-            value = tl.load(returns_ptr + tl.load(order_ptr + first + lanes, mask=mask, other=0), mask=mask, other=0.0)
-            deviation = tl.where(mask, value - mean, 0.0)
-            squares += deviation * deviation
-        std = tl.sqrt(tl.sum(squares, 0) / tl.maximum(count - ddof, 1.0))
-        spread = tl.max(highest, 0) > tl.min(lowest, 0)
-        tl.store(mean_ptr + start, mean)
-        tl.store(divisor_ptr + start, tl.where(spread, std + scalar(eps, tl.float64), 0.0))
+            turn = tl.load(order_ptr + first + lanes, mask=mask, other=0)
+            deviation = tl.load(x_ptr + turn, mask=mask, other=0.0) - mean
+            squares += tl.load(mass_ptr + turn, mask=mask, other=0.0) * deviation * deviation
+        row = statistics_ptr + start * WIDTH
+        tl.store(row, (end - start).to(tl.float64))
+        tl.store(row + 1, total)
+        tl.store(row + 2, weighted)
+        tl.store(row + 3, mean)
+        tl.store(row + 4, tl.sqrt(tl.sum(squares, 0) / tl.maximum(total - ddof, 1.0)))
+        tl.store(row + 5, spread.to(tl.float64))
+
+
+@triton.jit(do_not_specialize=["num_turns", "centre", "divides", "keeps_alone"])
+def normalise_kernel(
+    x_ptr,
+    entries_ptr,
+    starts_ptr,
+    mass_ptr,
+    statistics_ptr,
+    normalised_ptr,
+    num_turns,
+    centre,
+    divides,
+    keeps_alone,
+    eps: tl.float64,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_K turns by the statistics of their scopes, 0 where a scope has none (start -1)."""
+    turn = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = turn < num_turns
+    x = tl.load(x_ptr + turn, mask=mask, other=0.0)
+    start = tl.load(starts_ptr + turn, mask=mask, other=-1)
+    mask_known = start >= 0
+    row = statistics_ptr + start * WIDTH
+    count = tl.load(row, mask=mask_known, other=0.0)
+    total = tl.load(row + 1, mask=mask_known, other=1.0)
+    weighted = tl.load(row + 2, mask=mask_known, other=0.0)
+    baseline = tl.load(row + 3, mask=mask_known, other=0.0)
+    std = tl.load(row + 4, mask=mask_known, other=1.0)
+    has_spread = tl.load(row + 5, mask=mask_known, other=0.0) > 0.0
+    if centre == 1:
+        entry = tl.load(entries_ptr + turn, mask=mask, other=-1)
+        own_mass = tl.load(mass_ptr + entry, mask=entry >= 0, other=0.0)
+        own = tl.load(x_ptr + entry, mask=entry >= 0, other=0.0)
+        others = (weighted - own_mass * own) / tl.maximum(total - own_mass, 1.0)
+        baseline = tl.where(has_spread, others, baseline)
+    if centre == 2:
+        baseline = tl.zeros_like(baseline)
+    small = scalar(eps, tl.float64)
+    normalised, alone = x - baseline, x
+    if divides != 0:
+        divisor = tl.where(has_spread, std + small, 1.0)
+        normalised = tl.where(has_spread, normalised / divisor, 0.0)
+        alone = x / (1.0 + small)
+    normalised = tl.where(count == 1.0, tl.where(keeps_alone != 0, alone, 0.0), normalised)
+    tl.store(normalised_ptr + turn, tl.where(mask_known, normalised, 0.0), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_turns"])
-def normalise_kernel(
-    returns_ptr,
-    has_tokens_ptr,
-    starts_ptr,
-    mean_ptr,
-    divisor_ptr,
-    advantages_ptr,
-    rounded_returns_ptr,
-    num_turns,
-    BLOCK_K: tl.constexpr,
+def round_kernel(
+    normalised_ptr, x_ptr, num_tokens_ptr, advantages_ptr, rounded_x_ptr, num_turns, BLOCK_K: tl.constexpr
 ):
-    """Advantages and returns of BLOCK_K turns, in the output dtype.  starts_ptr: None where they are the same."""
+    """Advantages, 0 for turns without tokens, and x of BLOCK_K turns, in the output dtype."""
     OUT: tl.constexpr = advantages_ptr.dtype.element_ty
     turn = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = turn < num_turns
-    returns = tl.load(returns_ptr + turn, mask=mask, other=0.0)
-    has_tokens = tl.load(has_tokens_ptr + turn, mask=mask, other=0) != 0
-    advantage = returns
-    if starts_ptr is not None:
-        start = tl.load(starts_ptr + turn, mask=has_tokens, other=0)
-        divisor = tl.load(divisor_ptr + start, mask=has_tokens, other=0.0)
-        deviation = returns - tl.load(mean_ptr + start, mask=has_tokens, other=0.0)
-        advantage = tl.where(divisor > 0.0, deviation / tl.where(divisor > 0.0, divisor, 1.0), 0.0)
+    has_tokens = tl.load(num_tokens_ptr + turn, mask=mask, other=0) > 0
+    advantage = tl.load(normalised_ptr + turn, mask=mask, other=0.0)
     tl.store(advantages_ptr + turn, tl.where(has_tokens, advantage, 0.0).to(OUT), mask=mask)
-    tl.store(rounded_returns_ptr + turn, returns.to(OUT), mask=mask)
+    tl.store(rounded_x_ptr + turn, tl.load(x_ptr + turn, mask=mask, other=0.0).to(OUT), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -141,42 +195,70 @@ def turn_returns(turn_rewards: Tensor, cu_turns: Tensor, gamma: float) -> Tensor
 
 
 def turn_advantages(
-    turn_rewards: Tensor, cu_turns: Tensor, group_ids: Tensor, turn_ids: Tensor, rule: CreditRule
+    turn_rewards: Tensor,
+    cu_turns: Tensor,
+    group_ids: Tensor,
+    turn_ids: Tensor,
+    anchor_ids: Tensor | None,
+    rule: CreditRule,
 ) -> TurnAdvantages:
-    """See `gtpo_kernels.turn_advantages`."""
-    num_turns, num_tokens = turn_rewards.shape[0], turn_ids.shape[0]
+    """One rule; for quantity="outcome", turn_rewards has the outcome at each trajectory's first turn."""
+    num_turns, tokens = turn_rewards.shape[0], turn_ids.shape[0]
     dtype = accumulator_dtype(turn_rewards.dtype)
     turn_ids = turn_ids.contiguous()
-    returns = turn_returns(turn_rewards, cu_turns, rule.gamma)
-    has_tokens = torch.zeros(num_turns, dtype=torch.int8, device=turn_ids.device)
-    by_token = torch.empty(turn_ids.shape, dtype=dtype, device=turn_ids.device)
-    by_turn, rounded_returns = torch.empty_like(returns, dtype=dtype), torch.empty_like(returns, dtype=dtype)
-    token_blocks = (triton.cdiv(num_tokens, BLOCK),)
-    with device_of(turn_ids):
-        mark_kernel[token_blocks](turn_ids, has_tokens, num_tokens, BLOCK_N=BLOCK, **LAUNCH)
-        scopes: tuple[Tensor | None, ...] = (None, None, None)
-        if rule.scope != "none":
-            scopes = scope_statistics(returns, cu_turns, group_ids, has_tokens.bool(), rule)
-        normalise_kernel[(triton.cdiv(num_turns, BLOCK),)](
-            returns, has_tokens, *scopes, by_turn, rounded_returns, num_turns, BLOCK_K=BLOCK, **LAUNCH
-        )
-        look_up_kernel[token_blocks](turn_ids, by_turn, by_token, num_tokens, BLOCK_N=BLOCK, **LAUNCH)
-    return TurnAdvantages(by_token, by_turn, rounded_returns)
-
-
-def scope_statistics(
-    returns: Tensor, cu_turns: Tensor, group_ids: Tensor, has_tokens: Tensor, rule: CreditRule
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(start, mean, divisor), each [K]: turn k is normalised by mean[start[k]] and divisor[start[k]]."""
-    turn = torch.arange(len(returns), device=returns.device)
+    turn = torch.arange(num_turns, device=turn_ids.device)
     trajectory = trajectory_of_turn(cu_turns, turn)
     first = cu_turns.long()[trajectory]
-    scope = scope_of_turn(group_ids, trajectory, turn - first, rule.scope)
-    in_population = first_with_tokens(has_tokens, first) if rule.population == "trajectories" else has_tokens
-    scopes, order = scope.masked_fill(~in_population, NO_SCOPE.value).sort(stable=True)
+    x = turn_returns(turn_rewards, cu_turns, rule.gamma_before)
+    if rule.per_trajectory:
+        x = x[first]
+    num_tokens = torch.zeros(num_turns, dtype=torch.int32, device=turn_ids.device)
+    by_token = torch.empty(turn_ids.shape, dtype=dtype, device=turn_ids.device)
+    by_turn, rounded_x = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
+    token_blocks, turn_blocks = (triton.cdiv(tokens, BLOCK),), (triton.cdiv(num_turns, BLOCK),)
+    with device_of(turn_ids):
+        count_kernel[token_blocks](turn_ids, num_tokens, tokens, BLOCK_N=BLOCK, **LAUNCH)
+        normalised = x
+        if rule.scope != "none":
+            scope = scope_of_turn(group_ids, trajectory, turn - first, anchor_ids, rule.scope)
+            entry = entry_of_turn(num_tokens > 0, first, rule.population)
+            mass = num_tokens.double() if rule.population == "tokens" else torch.ones_like(x)
+            normalised = normalise(x, scope, entry, mass, rule)
+        if rule.gamma_after:
+            normalised = turn_returns(normalised, cu_turns, rule.gamma_after)
+        round_kernel[turn_blocks](normalised, x, num_tokens, by_turn, rounded_x, num_turns, BLOCK_K=BLOCK, **LAUNCH)
+        look_up_kernel[token_blocks](turn_ids, by_turn, by_token, tokens, BLOCK_N=BLOCK, **LAUNCH)
+    return TurnAdvantages(by_token, by_turn, rounded_x)
+
+
+def normalise(x: Tensor, scope: Tensor, entry: Tensor, mass: Tensor, rule: CreditRule) -> Tensor:
+    """[K] float64: x by the statistics of its scope; mass: [K], what turn k weighs where it is an entry."""
+    num_turns = x.shape[0]
+    outside = entry != torch.arange(num_turns, device=x.device)
+    scopes, order = scope.masked_fill(outside, NO_SCOPE.value).sort(stable=True)
     ends = torch.searchsorted(scopes, scopes, right=True)
-    mean, divisor = torch.empty_like(returns), torch.empty_like(returns)
-    statistics_kernel[(len(returns),)](
-        scopes, ends, order, returns, mean, divisor, rule.ddof, rule.eps, BLOCK_K=SCOPE_TURNS, num_warps=1, **LAUNCH
+    # a scope without an entry is not among them
+    starts = torch.searchsorted(scopes, scope).clamp(max=max(num_turns - 1, 0))
+    starts = starts.masked_fill(scopes[starts] != scope, -1)
+    statistics = x.new_empty(num_turns, len(Statistics._fields))
+    normalised = torch.empty_like(x)
+    width = {"WIDTH": len(Statistics._fields), **LAUNCH}
+    statistics_kernel[(num_turns,)](
+        scopes, ends, order, x, mass, statistics, rule.ddof, BLOCK_K=SCOPE_TURNS, num_warps=1, **width
     )
-    return torch.searchsorted(scopes, scope), mean, divisor
+    normalise_kernel[(triton.cdiv(num_turns, BLOCK),)](
+        x,
+        entry,
+        starts,
+        mass,
+        statistics,
+        normalised,
+        num_turns,
+        ("mean", "leave_one_out", "none").index(rule.centre),
+        int(rule.scale == "std"),
+        int(rule.singleton == "keep"),
+        rule.eps,
+        BLOCK_K=BLOCK,
+        **width,
+    )
+    return normalised

@@ -1,6 +1,7 @@
-"""`turn_returns`, `turn_advantages` and `TurnCredit`: the public functions, and their registration."""
+"""`turn_returns`, `turn_advantages`, `combined_advantages` and `TurnCredit`: public functions and registration."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -8,15 +9,33 @@ from torch import Tensor
 from gtpo_kernels.backend import run_kernel, select_backend
 from gtpo_kernels.checks import accumulator_dtype, check_choice, check_tensor, check_values
 from gtpo_kernels.turn_advantages.reference import (
+    Centre,
     CreditRule,
+    Order,
+    Population,
+    Quantity,
+    Scale,
+    Scope,
+    Singleton,
     TurnAdvantages,
+    look_up_by_turn,
     turn_advantages_reference,
     turn_returns_reference,
 )
 
 FAMILY = "turn_advantages"
-Scope = Literal["group", "batch", "group_turn", "none"]
-Population = Literal["turns", "trajectories"]
+CHOICES = {
+    name: get_args(kind)
+    for name, kind in (
+        ("quantity", Quantity),
+        ("order", Order),
+        ("scope", Scope),
+        ("population", Population),
+        ("centre", Centre),
+        ("scale", Scale),
+        ("singleton", Singleton),
+    )
+}
 
 
 def turn_returns(turn_rewards: Tensor, cu_turns: Tensor, *, gamma: float = 0.9, backend: str | None = None) -> Tensor:
@@ -58,9 +77,11 @@ def turn_advantages(
     turn_rewards: [K] float.  cu_turns: [B+1] int32 or int64.  group_ids: [B] int, equal for trajectories of one task.
     turn_ids: [N] int, the turn that each token was sampled in, -1 for prompt and tool tokens.
     scope: "group", "batch", "group_turn" (same group and same position in the trajectory), or "none" (A_k = R_k).
-    population: "turns" (every turn with tokens), or "trajectories" (the return at each trajectory's first turn with
-        tokens; the statistics then apply to all its turns; with gamma=1 and a terminal reward this is GRPO).
+    population: "turns" (every turn with tokens), "trajectories" (the return at each trajectory's first turn with
+        tokens; the statistics then apply to all its turns; with gamma=1 and a terminal reward this is GRPO), or
+        "tokens" (every turn as often as it has tokens).
     ddof: 0 or 1.
+    This is one `CreditRule` with mean and std; for its other fields, and for sums of terms, see `combined_advantages`.
     Turns without tokens pass rewards back through the returns, but leave the statistics; their own advantage is 0.
     Statistics are in float64.  A scope without spread (max == min; a single entry) has advantages of exactly 0.
     Give it whole groups, before any split into micro-batches.  No gradient flows.
@@ -74,31 +95,151 @@ def turn_advantages(
     >>> [round(a, 3) for a in credit.advantages.tolist()]
     [0.0, 0.577, 0.577, 0.577, 0.0, -1.155]
     """
-    check_turns(turn_rewards, cu_turns, gamma)
+    rule = CreditRule(gamma=gamma, scope=scope, population=population, ddof=ddof, eps=eps)
+    return _advantages_of_rule(turn_rewards, cu_turns, group_ids, turn_ids, None, None, rule, backend)
+
+
+class CreditTerm(NamedTuple):
+    """A rule, and what its advantages are multiplied by: a number, or [K] float, one a turn."""
+
+    rule: CreditRule
+    weight: float | Tensor = 1.0
+
+
+def combined_advantages(
+    turn_rewards: Tensor,
+    cu_turns: Tensor,
+    group_ids: Tensor,
+    turn_ids: Tensor,
+    terms: Sequence[CreditTerm],
+    *,
+    then: CreditRule | None = None,
+    outcomes: Tensor | None = None,
+    anchor_ids: Tensor | None = None,
+    backend: str | None = None,
+) -> TurnAdvantages:
+    """A weighted sum of normalised quantities, for every turn and token: A_k = sum_l weight_l[k] * Norm_l(x_l[k]).
+
+    turn_rewards [K], cu_turns [B+1], group_ids [B], turn_ids [N]: as for `turn_advantages`.
+    terms: at least one; the fields of a `CreditRule` say what x is and how Norm works.
+    then: applied to the sum, as to rewards: CreditRule("turn_reward", scope="batch", population="tokens") whitens it.
+    outcomes: [B] in the dtype of turn_rewards, for quantity="outcome".
+    anchor_ids: [K] int, equal for turns that were taken in the same state, for scope="group_anchor".
+    Sums and statistics are in float64, rounded once.  No gradient flows.
+    Returns (advantages [N], turn_advantages [K], x of the first term [K]), float32 (float64 for float64 rewards).
+    Raises ValueError as `turn_advantages` does, for terms that lack what they need,
+    and for fields that do not go together.
+    Source: the methods in docs/credit.md, each of which is such a sum.
+
+    >>> group = [torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0, 2, 3]), torch.tensor([7, 7]), torch.arange(3)]
+    >>> others = CreditRule("trajectory_return", 1.0, population="trajectories", centre="leave_one_out", scale="none")
+    >>> combined_advantages(*group, [CreditTerm(others)]).turn_advantages.tolist()
+    [1.0, 1.0, -1.0]
+    >>> early = CreditTerm(CreditRule("turn_reward", scope="none"), torch.tensor([0.0, 0.5, 0.0]))
+    >>> combined_advantages(*group, [CreditTerm(others), early]).turn_advantages.tolist()
+    [1.0, 1.5, -1.0]
+    """
+    if not terms:
+        raise ValueError("terms must hold at least one CreditTerm, got none")
+    rest = (cu_turns, group_ids, turn_ids)
+    plain = not isinstance(terms[0].weight, Tensor) and terms[0].weight == 1.0
+    if plain and len(terms) == 1 and then is None:
+        return _advantages_of_rule(turn_rewards, *rest, outcomes, anchor_ids, terms[0].rule, backend)
+    exact_outcomes = outcomes
+    if isinstance(outcomes, Tensor):
+        _check_outcomes(outcomes, turn_rewards, cu_turns)
+        exact_outcomes = outcomes.double()
+    check_tensor("turn_rewards", turn_rewards, layout="[K]", shape=(None,), kind="float")
+    dtype = accumulator_dtype(turn_rewards.dtype)
+    total, first = torch.zeros_like(turn_rewards, dtype=torch.float64), None
+    for rule, weight in terms:
+        if isinstance(weight, Tensor):
+            shape, device = tuple(turn_rewards.shape), turn_rewards.device
+            check_tensor("weight", weight, layout="[K]", shape=shape, kind="float", device=device)
+        credit = _advantages_of_rule(turn_rewards.double(), *rest, exact_outcomes, anchor_ids, rule, backend)
+        total = total + weight * credit.turn_advantages
+        first = credit.returns if first is None else first
+    if then is not None:
+        total = _advantages_of_rule(total, *rest, exact_outcomes, anchor_ids, then, backend).turn_advantages
+    assert first is not None
+    return look_up_by_turn(total, first, turn_ids, dtype)
+
+
+def _advantages_of_rule(
+    turn_rewards: Tensor,
+    cu_turns: Tensor,
+    group_ids: Tensor,
+    turn_ids: Tensor,
+    outcomes: Tensor | None,
+    anchor_ids: Tensor | None,
+    rule: CreditRule,
+    backend: str | None,
+) -> TurnAdvantages:
+    check_turns(turn_rewards, cu_turns, rule.gamma)
+    check_rule(rule)
     device = turn_rewards.device
-    num_trajectories = cu_turns.shape[0] - 1
+    num_turns, num_trajectories = turn_rewards.shape[0], cu_turns.shape[0] - 1
     check_tensor("group_ids", group_ids, layout="[B]", shape=(num_trajectories,), kind="int", device=device)
     check_tensor("turn_ids", turn_ids, layout="[N]", shape=(None,), kind="int", device=device)
-    check_choice("scope", scope, ("group", "batch", "group_turn", "none"))
-    check_choice("population", population, ("turns", "trajectories"))
-    if scope == "group_turn" and population == "trajectories":
-        raise ValueError("scope must be 'group', 'batch' or 'none' with population='trajectories', got 'group_turn'")
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof}")
-    if not eps >= 0.0:
-        raise ValueError(f"eps must be 0 or more, got {eps}")
+    # what this rule does not read does not reach its kernel
+    outcomes = outcomes if rule.quantity == "outcome" else None
+    anchor_ids = anchor_ids if rule.scope == "group_anchor" else None
+    if rule.quantity == "outcome":
+        if outcomes is None:
+            raise ValueError("outcomes must be [B] for quantity='outcome', got None")
+        _check_outcomes(outcomes, turn_rewards, cu_turns)
+    if rule.scope == "group_anchor":
+        if anchor_ids is None:
+            raise ValueError("anchor_ids must be [K] for scope='group_anchor', got None")
+        check_tensor("anchor_ids", anchor_ids, layout="[K]", shape=(num_turns,), kind="int", device=device)
     name = select_backend(FAMILY, backend, device)
     if name == "reference":
-        check_turn_values(turn_rewards, cu_turns)
-        check_turn_ids(turn_ids, turn_rewards.shape[0])
-        rule = CreditRule(gamma, scope, population, ddof, eps)
-        return turn_advantages_reference(turn_rewards, cu_turns, group_ids, turn_ids, rule)
-    outputs = _turn_advantages(turn_rewards, cu_turns, group_ids, turn_ids, gamma, scope, population, ddof, eps, name)
+        return _run(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids, rule, name)
+    outputs = _turn_advantages(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids, *rule, name)
     return TurnAdvantages(*outputs)
 
 
+def _run(
+    turn_rewards: Tensor,
+    cu_turns: Tensor,
+    group_ids: Tensor,
+    turn_ids: Tensor,
+    outcomes: Tensor | None,
+    anchor_ids: Tensor | None,
+    rule: CreditRule,
+    backend: str,
+) -> TurnAdvantages:
+    """Check the values, and run the backend."""
+    check_turn_values(turn_rewards, cu_turns)
+    if backend != "cpp":  # which refuses the same as it reads them
+        check_turn_ids(turn_ids, turn_rewards.shape[0])
+    if outcomes is not None:
+        check_values(outcomes.isfinite().all(), "outcomes must be finite, got NaN or infinite outcomes")
+        turn_rewards = rewards_of_outcomes(outcomes, cu_turns, turn_rewards.shape[0])
+    arguments = (turn_rewards, cu_turns, group_ids, turn_ids, anchor_ids, rule)
+    if backend == "reference":
+        return turn_advantages_reference(*arguments)
+    result: TurnAdvantages = run_kernel(FAMILY, backend, "turn_advantages", turn_rewards.device, *arguments)
+    return result
+
+
+def rewards_of_outcomes(outcomes: Tensor, cu_turns: Tensor, num_turns: int) -> Tensor:
+    """[K]: each trajectory's outcome at its first turn, whose return it then is whatever the discount.
+
+    >>> rewards_of_outcomes(torch.tensor([3.0, 4.0, 5.0]), torch.tensor([0, 2, 2, 3]), 3).tolist()
+    [3.0, 0.0, 5.0]
+    """
+    first, end = cu_turns[:-1].long(), cu_turns[1:].long()
+    rewards = outcomes.new_zeros(num_turns + 1)
+    # trajectories without turns share the spare entry
+    rewards[torch.where(end > first, first, num_turns)] = outcomes
+    return rewards[:-1]
+
+
 class TurnCredit(NamedTuple):
-    """Credit in turn form, which the fused losses take for per-token advantages; see `turn_advantages` for the fields.
+    """Credit in turn form, which the fused losses take for per-token advantages.
+
+    The fields are the arguments of `turn_advantages`; or, beside the four tensors, those of `combined_advantages`.
 
     >>> cu_turns, group_ids, turn_ids = torch.tensor([0, 1, 2]), torch.tensor([0, 0]), torch.tensor([0, 1, -1])
     >>> credit = TurnCredit(torch.tensor([1.0, 0.0]), cu_turns, group_ids, turn_ids)
@@ -115,9 +256,40 @@ class TurnCredit(NamedTuple):
     population: Population = "turns"
     ddof: int = 1
     eps: float = 1e-6
+    terms: tuple[CreditTerm, ...] = ()
+    then: CreditRule | None = None
+    outcomes: Tensor | None = None
+    anchor_ids: Tensor | None = None
 
     def advantages(self, *, backend: str | None = None) -> Tensor:
-        """[N]: `turn_advantages` of this credit, one value a token."""
+        """[N], one value a token: `combined_advantages` of `terms` if there are any, else `turn_advantages`.
+
+        Raises ValueError if, beside terms, one of the five fields that only `turn_advantages` has was set, and if,
+        without terms, one was that only `combined_advantages` has.
+        """
+        defaults = self._field_defaults
+        changed = [
+            name
+            for name, value in zip(self._fields[4:], self[4:], strict=True)
+            if isinstance(value, Tensor) or value != defaults[name]
+        ]
+        plain = [name for name in changed if name in self._fields[4:9]]
+        if self.terms and plain:
+            raise ValueError(f"{', '.join(plain)} must be left out where terms are given")
+        if self.terms:
+            return combined_advantages(
+                self.turn_rewards,
+                self.cu_turns,
+                self.group_ids,
+                self.turn_ids,
+                self.terms,
+                then=self.then,
+                outcomes=self.outcomes,
+                anchor_ids=self.anchor_ids,
+                backend=backend,
+            ).advantages
+        if set(changed) - set(plain):
+            raise ValueError(f"terms must be given with {', '.join(changed)}, got none")
         return turn_advantages(
             self.turn_rewards,
             self.cu_turns,
@@ -142,6 +314,33 @@ def check_turns(turn_rewards: Tensor, cu_turns: Tensor, gamma: float) -> None:
         raise ValueError("turn_rewards must not require grad: credit passes no gradient")
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+
+
+def check_rule(rule: CreditRule) -> None:
+    """Refuse fields that have other values than they may, or that contradict one another."""
+    for name, choices in CHOICES.items():
+        check_choice(name, getattr(rule, name), choices)
+    if rule.ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {rule.ddof}")
+    if not rule.eps >= 0.0:
+        raise ValueError(f"eps must be 0 or more, got {rule.eps}")
+    if rule.scope in ("group_turn", "group_anchor") and rule.population == "trajectories":
+        allowed = "'group', 'batch' or 'none'"
+        raise ValueError(f"scope must be {allowed} with population='trajectories', got {rule.scope!r}")
+    if rule.order == "normalise_first" and rule.quantity != "turn_return":
+        raise ValueError(f"quantity must be 'turn_return' with order='normalise_first', got {rule.quantity!r}")
+    if rule.scope != "none" and rule.centre == rule.scale == "none":
+        raise ValueError(f"scope must be 'none' where neither centre nor scale is taken, got {rule.scope!r}")
+
+
+def _check_outcomes(outcomes: Tensor, turn_rewards: Tensor, cu_turns: Tensor) -> None:
+    shape = (cu_turns.shape[0] - 1,)
+    check_tensor("outcomes", outcomes, layout="[B]", shape=shape, kind="float", device=turn_rewards.device)
+    if outcomes.dtype != turn_rewards.dtype:
+        ours, theirs = (str(tensor.dtype).removeprefix("torch.") for tensor in (outcomes, turn_rewards))
+        raise ValueError(f"outcomes must be {theirs} as turn_rewards are, got {ours}")
+    if outcomes.requires_grad:
+        raise ValueError("outcomes must not require grad: credit passes no gradient")
 
 
 def check_turn_values(turn_rewards: Tensor, cu_turns: Tensor) -> None:
@@ -177,21 +376,23 @@ def _turn_advantages(
     cu_turns: Tensor,
     group_ids: Tensor,
     turn_ids: Tensor,
+    outcomes: Tensor | None,
+    anchor_ids: Tensor | None,
+    quantity: str,
     gamma: float,
+    order: str,
     scope: str,
     population: str,
+    centre: str,
+    scale: str,
     ddof: int,
     eps: float,
+    singleton: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_turn_values(turn_rewards, cu_turns)
-    if backend != "cpp":  # which refuses the same as it reads them
-        check_turn_ids(turn_ids, turn_rewards.shape[0])
-    rule = CreditRule(gamma, scope, population, ddof, eps)
-    outputs = run_kernel(
-        FAMILY, backend, "turn_advantages", turn_rewards.device, turn_rewards, cu_turns, group_ids, turn_ids, rule
-    )
-    return tuple(outputs)
+    names: tuple[Any, ...] = (quantity, gamma, order, scope, population, centre, scale, ddof, eps, singleton)
+    rule = CreditRule(*names)
+    return tuple(_run(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids, rule, backend))
 
 
 @_turn_advantages.register_fake

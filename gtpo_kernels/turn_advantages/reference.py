@@ -1,12 +1,21 @@
-"""The definition of `turn_returns` and `turn_advantages`: a loop over turns, and statistics in float64."""
+"""The definition of turn credit: a loop over turns, and statistics in float64."""
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gtpo_kernels.checks import accumulator_dtype
+
+Quantity = Literal["turn_return", "trajectory_return", "outcome", "turn_reward"]
+Order = Literal["discount_first", "normalise_first"]
+Scope = Literal["group", "batch", "group_turn", "group_anchor", "none"]
+Population = Literal["turns", "trajectories", "tokens"]
+Centre = Literal["mean", "leave_one_out", "none"]
+Scale = Literal["std", "none"]
+Singleton = Literal["zero", "keep"]
 
 
 class TurnAdvantages(NamedTuple):
@@ -14,7 +23,7 @@ class TurnAdvantages(NamedTuple):
 
     advantages: [N], of each token's turn; 0 where turn_ids is -1.
     turn_advantages: [K]; 0 for turns without tokens.
-    returns: [K], discounted.
+    returns: [K], discounted: what the first term normalises.
     """
 
     advantages: Tensor
@@ -23,13 +32,50 @@ class TurnAdvantages(NamedTuple):
 
 
 class CreditRule(NamedTuple):
-    """How returns become advantages; see `gtpo_kernels.turn_advantages`."""
+    """How rewards become advantages, A_k = Norm(x_k): what x is, and by which statistics it is normalised.
 
-    gamma: float
-    scope: str
-    population: str
-    ddof: int
-    eps: float
+    quantity: x_k is the "turn_return" R_k = r_k + gamma R_{k+1}; the "trajectory_return", R of the trajectory's first
+        turn, for all its turns; the "outcome" of its trajectory; or the "turn_reward" r_k, never discounted.
+    order: "normalise_first", for turn_return: normalises turn rewards and takes the discounted returns of the result.
+    scope: whose values share statistics: "group", "batch", "group_turn" (same group and position in the trajectory),
+        "group_anchor" (same group and anchor id), or "none" (A_k = x_k, and nothing below matters).
+    population: one entry a turn, one a trajectory (the value at its first turn with tokens), or one a token.
+    centre: taken off: the "mean" of the population, that of the population without the trajectory's, turn's or turn's
+        tokens' own entry ("leave_one_out"), or nothing ("none").
+    scale: divides by "std" + eps, of the population with `ddof` (0 or 1); or by nothing ("none").
+    singleton: a scope whose population has one entry has advantage 0 ("zero"), or mean 0 and std 1 ("keep").
+    Where the population has no spread (max == min), "std" gives exactly 0.
+
+    >>> CreditRule(quantity="trajectory_return", gamma=1.0, population="trajectories", scale="none").scope
+    'group'
+    """
+
+    quantity: Quantity = "turn_return"
+    gamma: float = 0.9
+    order: Order = "discount_first"
+    scope: Scope = "group"
+    population: Population = "turns"
+    centre: Centre = "mean"
+    scale: Scale = "std"
+    ddof: int = 1
+    eps: float = 1e-6
+    singleton: Singleton = "zero"
+
+    @property
+    def gamma_before(self) -> float:
+        """The discount of the rewards, before the normalisation."""
+        discounts = self.quantity in ("turn_return", "trajectory_return") and self.order == "discount_first"
+        return self.gamma if discounts else 0.0
+
+    @property
+    def gamma_after(self) -> float:
+        """The discount of what is normalised already."""
+        return self.gamma if self.order == "normalise_first" else 0.0
+
+    @property
+    def per_trajectory(self) -> bool:
+        """Whether all turns of a trajectory have the value of its first."""
+        return self.quantity in ("trajectory_return", "outcome")
 
 
 def turn_returns_reference(turn_rewards: Tensor, cu_turns: Tensor, gamma: float) -> Tensor:
@@ -43,35 +89,73 @@ def turn_returns_reference(turn_rewards: Tensor, cu_turns: Tensor, gamma: float)
 
 
 def turn_advantages_reference(
-    turn_rewards: Tensor, cu_turns: Tensor, group_ids: Tensor, turn_ids: Tensor, rule: CreditRule
+    turn_rewards: Tensor,
+    cu_turns: Tensor,
+    group_ids: Tensor,
+    turn_ids: Tensor,
+    anchor_ids: Tensor | None,
+    rule: CreditRule,
 ) -> TurnAdvantages:
-    """`turn_advantages` as its definition; see `gtpo_kernels.turn_advantages`."""
-    returns = turn_returns_reference(turn_rewards, cu_turns, rule.gamma)
-    has_tokens = torch.zeros_like(turn_rewards, dtype=torch.bool)
-    has_tokens[turn_ids[turn_ids >= 0].long()] = True
-    turns: dict[object, list[int]] = {}  # scope -> its turns with tokens
-    entries: dict[object, list[int]] = {}  # scope -> the turns whose returns make its statistics
-    bounds = cu_turns.tolist()
-    for trajectory, (first, end) in enumerate(pairwise(bounds)):
-        with_tokens = [k for k in range(first, end) if has_tokens[k]]
-        for k in with_tokens:
-            group = int(group_ids[trajectory])
-            scope = {"group": group, "batch": 0, "group_turn": (group, k - first), "none": k}[rule.scope]
-            turns.setdefault(scope, []).append(k)
-            if rule.population == "turns" or k == with_tokens[0]:
-                entries.setdefault(scope, []).append(k)
+    """One rule as its definition; for "outcome", turn_rewards has the outcome at each trajectory's first turn."""
+    x = turn_returns_reference(turn_rewards, cu_turns, rule.gamma_before)
+    num_tokens = torch.bincount(turn_ids.long() + 1, minlength=len(x) + 1)[1:].tolist()
+    anchors = [0] * len(x) if anchor_ids is None else anchor_ids.tolist()
+    entries = [-1] * len(x)  # the turn whose value is k's own entry in the population, -1 where there is none
+    turns: dict[object, list[int]] = {}  # scope -> its turns
+    for trajectory, (first, end) in enumerate(pairwise(cu_turns.tolist())):
+        if rule.per_trajectory and end > first:
+            x[first:end] = float(x[first])
+        with_tokens = [k for k in range(first, end) if num_tokens[k]]
+        group = int(group_ids[trajectory])
+        for k in range(first, end):
+            second = {"group_turn": k - first, "group_anchor": anchors[k]}.get(rule.scope, 0)
+            turns.setdefault((0 if rule.scope == "batch" else group, second), []).append(k)
+            if rule.population == "trajectories":
+                entries[k] = with_tokens[0] if with_tokens else -1
+            elif num_tokens[k]:
+                entries[k] = k
 
-    advantages = torch.zeros_like(returns)
-    for scope, ks in turns.items():
-        if rule.scope == "none":
-            advantages[ks] = returns[ks]
-            continue
-        population = returns[entries[scope]]
-        # Without a spread there is nothing to compare, and dividing rounding errors by eps would invent a difference.
-        if population.max() > population.min():
-            std = population.std(correction=rule.ddof)
-            advantages[ks] = (returns[ks] - population.mean()) / (std + rule.eps)
-    return look_up_by_turn(advantages, returns, turn_ids, accumulator_dtype(turn_rewards.dtype))
+    advantages = x.clone()
+    if rule.scope != "none":
+        for ks in turns.values():
+            masses = [float(num_tokens[k]) if rule.population == "tokens" else 1.0 for k in ks]
+            mass = dict(zip(ks, masses, strict=True))
+            advantages[ks] = normalise_scope(x, ks, entries, mass, rule)
+    advantages = turn_returns_reference(advantages, cu_turns, rule.gamma_after)
+    advantages[torch.tensor(num_tokens, device=x.device) == 0] = 0.0
+    return look_up_by_turn(advantages, x, turn_ids, accumulator_dtype(turn_rewards.dtype))
+
+
+def normalise_scope(
+    x: Tensor, ks: list[int], entries: Sequence[int], mass: dict[int, float], rule: CreditRule
+) -> Tensor:
+    """The normalised values of the turns `ks`, which are one scope."""
+    members = [k for k in ks if entries[k] == k]
+    values = x[ks]
+    if not members:
+        return torch.zeros_like(values)
+    if len(members) == 1:
+        kept = values / (1.0 + rule.eps) if rule.scale == "std" else values
+        return kept if rule.singleton == "keep" else torch.zeros_like(values)
+    weights, population = x.new_tensor([mass[k] for k in members]), x[members]
+    has_spread = bool(population.max() > population.min())
+    # the mean of equal numbers may differ from them by rounding
+    mean = (weights * population).sum() / weights.sum() if has_spread else population[0]
+    if rule.centre == "none":
+        centre = torch.zeros_like(values)
+    elif rule.centre == "mean" or not has_spread:
+        centre = mean.expand(len(ks))
+    else:
+        own = [(mass[entries[k]], float(x[entries[k]])) if entries[k] >= 0 else (0.0, 0.0) for k in ks]
+        own_mass, own_value = x.new_tensor(own).unbind(1)
+        centre = ((weights * population).sum() - own_mass * own_value) / (weights.sum() - own_mass)
+    if rule.scale == "none":
+        return values - centre
+    # Without a spread there is nothing to compare, and dividing rounding errors by eps would invent a difference.
+    if not has_spread:
+        return torch.zeros_like(values)
+    std = ((weights * (population - mean).square()).sum() / (weights.sum() - rule.ddof)).sqrt()
+    return (values - centre) / (std + rule.eps)
 
 
 def look_up_by_turn(advantages: Tensor, returns: Tensor, turn_ids: Tensor, dtype: torch.dtype) -> TurnAdvantages:
