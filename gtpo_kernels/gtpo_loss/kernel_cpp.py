@@ -8,7 +8,7 @@ from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.gtpo_loss.kernel_torch import LossPass, chunked_linear_loss
 from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
 from gtpo_kernels.token_logprobs.kernel_cpp import logits_in_memory, sweepable, temperatures, zero_other_rows_
-from gtpo_kernels.token_logprobs.kernel_torch import Head, zeros
+from gtpo_kernels.token_logprobs.kernel_torch import Head
 from gtpo_kernels.turn_advantages.kernel_cpp import buffer, buffer_or_none
 
 
@@ -43,7 +43,7 @@ def gtpo_loss(logits: Tensor, inputs: LossInputs, need_logits: bool) -> tuple[Te
     """(loss [], metrics [11], d_logits [N, V] in the logits' dtype, or [0] where not needed)."""
     state = LossPass(inputs, accumulator_dtype(logits.dtype))
     x = sweepable(logits)
-    d_logits = zeros(x.shape if need_logits else (0,), x.dtype, x.device)
+    d_logits = x.new_zeros(x.shape if need_logits else (0,))
     _sweep_active_rows(x, d_logits if need_logits else None, state)
     return *state.finish(), d_logits.to(logits.dtype)
 

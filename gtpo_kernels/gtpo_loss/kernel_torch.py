@@ -161,7 +161,7 @@ def chunked_linear_loss(
             accumulate_filtered(head, rows, hidden, logits, state, gradient_filter)
     for rows, _, logits in head.chunks(state.forward_only_rows):
         sweep_(logits, rows, state, False)
-    return *state.finish(), head.d_hidden, head.d_weight, head.d_bias
+    return *state.finish(), *head.gradients()
 
 
 def accumulate_filtered(

@@ -14,7 +14,6 @@ from gtpo_kernels.token_logprobs.kernel_torch import (
     chunked_statistics,
     empty_statistics,
     rows_with_gradient,
-    zeros,
 )
 from gtpo_kernels.token_logprobs.reference import RowStatistics
 from gtpo_kernels.turn_advantages.kernel_cpp import buffer, buffer_or_none
@@ -95,7 +94,7 @@ def token_logprobs_backward(
 ) -> Tensor:
     """d_logits [N, V] in the logits' dtype."""
     x = sweepable(logits)
-    d_logits = zeros(x.shape, x.dtype, x.device)
+    d_logits = torch.zeros_like(x)
     rows = rows_with_gradient(grad_logprobs, grad_entropy)
     turn_into_d_logits(
         x, d_logits, rows, rows, targets, temperature, row_temperature, softcap, grad_logprobs, grad_entropy

@@ -7,7 +7,6 @@ lse, has lost the small term at large logits, so it enters no gradient.
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,17 +177,6 @@ def token_logprobs_backward(
     return d_logits
 
 
-def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.zeros; on a CPU in memory that costs nothing before it is written, and then little.
-
-    A first write to a page of 4 KiB costs more than the arithmetic on it.  numpy asks for huge pages, torch does not.
-    """
-    if device.type != "cpu" or 0 in shape:  # numpy gives strides of 0 to what is empty
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy has no bfloat16, so the memory is of integers as large
-    return torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)
-
-
 def equal_chunks(num_rows: int, most: int) -> int:
     """Rows of a chunk, at most `most`, where as few chunks as possible share num_rows evenly."""
     num_chunks = max(1, -(-num_rows // most))
@@ -242,22 +230,25 @@ class Head:
                 chunk_rows = min(max(chunk_rows, MIN_CHUNK_COLUMNS), MAX_CHUNK_COLUMNS)
         self.chunk_rows = chunk_rows
         self.d_hidden = self.d_weight = self.d_bias = hidden.new_empty(0, dtype=self.dtype)
+        # d_weight is large: its first share is written, not added to zeros that would be written and read before
+        self._has_d_weight = False
 
     def allocate_gradients(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
-        """Zeros for the gradients that are needed; separate empty tensors for the others."""
-        shapes = (
-            self.hidden.shape if need_hidden else (0,),
-            self.weight.shape if need_weight else (0,),
-            self.weight.shape[:1] if need_bias else (0,),
-        )
-        self.d_hidden, self.d_weight, self.d_bias = (zeros(shape, self.dtype, self.hidden.device) for shape in shapes)
+        """Room for the gradients that are needed; separate tensors of size 0 for the others."""
+        options = {"dtype": self.dtype, "device": self.hidden.device}
+        self.d_hidden = torch.zeros(self.hidden.shape if need_hidden else (0,), **options)
+        self.d_weight = torch.empty(self.weight.shape if need_weight else (0,), **options)
+        self.d_bias = torch.zeros(self.weight.shape[:1] if need_bias else (0,), **options)
 
     def chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(Row indices [n], their hidden states [n, D], their logits [n, V]); the logits last until the next chunk."""
         vocab, most = self.weight.shape[0], min(self.chunk_rows, len(rows))
         if self.by_column:
             most = equal_chunks(len(rows), self.chunk_rows)
-            buffer = zeros((vocab, padded_columns(most)), self.dtype, self.hidden.device).t()
+            columns = self.hidden.new_empty((vocab, padded_columns(most)), dtype=self.dtype)
+            # the sweep reads whole vectors
+            columns[:, most:].zero_()
+            buffer = columns.t()
         else:
             buffer = self.hidden.new_empty((most, vocab), dtype=self.dtype)
         for chunk in rows.split(most) if len(rows) else ():
@@ -283,8 +274,21 @@ class Head:
                 multiply_(d_hidden, d_logits[:, run], self.weight[run], add=i > 0)
             self.d_hidden[chunk] = d_hidden
         if self.d_weight.numel():
+            if columns is not EVERY:
+                self._zero_missing_d_weight()
             for run in columns:
-                multiply_(self.d_weight[run], d_logits[:, run].t(), hidden, add=True)
+                multiply_(self.d_weight[run], d_logits[:, run].t(), hidden, add=self._has_d_weight)
+            self._has_d_weight = True
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(d_hidden [N, D], d_weight [V, D], d_bias [V]), once all chunks are in; [0] where not needed."""
+        self._zero_missing_d_weight()
+        return self.d_hidden, self.d_weight, self.d_bias
+
+    def _zero_missing_d_weight(self) -> None:
+        if not self._has_d_weight:
+            self.d_weight.zero_()
+            self._has_d_weight = True
 
 
 def linear_token_logprobs(
@@ -359,4 +363,4 @@ def chunked_gradients(
     for chunk, hidden, logits in head.chunks(rows):
         sweep_(logits, chunk)
         head.accumulate(chunk, hidden, logits)
-    return head.d_hidden, head.d_weight, head.d_bias
+    return head.gradients()
