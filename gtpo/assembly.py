@@ -75,7 +75,13 @@ def make_sandbox(config: Config, tools: ToolSet) -> SandboxPool | None:
         )
     except ValueError as error:
         raise ValueError(f"sandbox.{error}") from None
-    return SandboxPool(limits, min_tier=asked.min_tier, max_concurrent=asked.max_concurrent)
+    return SandboxPool(
+        limits,
+        min_tier=asked.min_tier,
+        unsafe_no_isolation=asked.unsafe_no_isolation,
+        profile=asked.profile,
+        max_concurrent=asked.max_concurrent,
+    )
 
 
 def tokenizer_corpus(environment: Environment, tasks: Sequence[Task]) -> Iterator[str]:

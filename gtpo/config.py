@@ -120,9 +120,9 @@ class RolloutConfig:
 class SandboxConfig:
     """Limits of one session of model-written code; `min_tier` is the least isolation that the run accepts."""
 
-    min_tier: Annotated[Literal["none", "rlimits", "landlock", "namespaces"], "least isolation that is accepted"] = (
-        "landlock"
-    )
+    min_tier: Annotated[Literal["landlock", "namespaces"], "least isolation that is accepted"] = "landlock"
+    unsafe_no_isolation: Annotated[bool, "accept none: model-written code can do what you can"] = False
+    profile: Annotated[Literal["plain", "math", "data"], "libraries: none, numpy + sympy, + pandas + scipy"] = "plain"
     cpu_time_s: Annotated[float, "of a cell"] = 2.0
     wall_time_s: Annotated[float, "of a cell"] = 30.0
     memory_bytes: Annotated[int, "address space of a session"] = 512 * 1024 * 1024

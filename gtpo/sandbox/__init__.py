@@ -17,8 +17,17 @@ that lies about its own result from within its own interpreter.
         await session.close()
 """
 
-from gtpo.sandbox.contract import CellResult, CellStatus, SandboxLimits, SandboxReport, SandboxTier, SandboxUnavailable
-from gtpo.sandbox.pool import SandboxPool, SandboxSession
+from gtpo.sandbox.contract import (
+    CellResult,
+    CellStatus,
+    SandboxLimits,
+    SandboxReport,
+    SandboxTier,
+    SandboxUnavailable,
+    SessionState,
+)
+from gtpo.sandbox.pool import SandboxPool
+from gtpo.sandbox.session import SandboxSession
 
 __all__ = [
     "CellResult",
@@ -29,4 +38,5 @@ __all__ = [
     "SandboxSession",
     "SandboxTier",
     "SandboxUnavailable",
+    "SessionState",
 ]

@@ -1,21 +1,32 @@
-"""The interpreter of one session: locks itself in, then runs cells in one set of globals. Its memory is the code's."""
+"""The interpreter of one session: locks itself in, then runs cells in one set of globals. Its memory is the code's.
+
+A request is a cell to run, or a file to write or read, with `op` "run", "put" or "get". With `snapshot` the interpreter
+first clones itself; the clone waits for the request after this one, which it gets only if this one fails.
+"""
 
 from __future__ import annotations
 
+import base64
+import ctypes
 import fcntl
 import functools
 import io
 import os
 import random
 import sys
+import tempfile
 import traceback
 import types
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from gtpo.sandbox import confinement, frames
 
-_CONTROL_FD, _OUTPUT_FD, _FIRST_FREE_FD = 3, 4, 5
+_CONTROL_FD, _OUTPUT_FD, _NULL_FD, _FIRST_FREE_FD = 3, 4, 5, 6
 _MAX_ERROR_CHARS = 2000
+_SYS_CLONE = {"x86_64": 56, "aarch64": 220}
+_CLONE_PARENT, _SIGCHLD = 0x8000, 17
+_getpid = os.getpid
 
 
 def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int) -> NoReturn:
@@ -28,40 +39,117 @@ def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int) -> 
             _send({"failed": confinement.describe_failure(failure)})
             os._exit(1)
         _send({"layers": layers, "missing": missing})
-        _serve()
+        _serve(_cloner() if plan.processes else None)
     finally:
         os._exit(1)
 
 
 def _keep_descriptors(control_fd: int, output_fd: int) -> None:
-    """Leave /dev/null on 0, the output on 1 and 2, the control socket on 3, a spare of the output on 4, and no more."""
+    """Leave the control socket on 3, and on 4 and 5 spares of the output and of /dev/null. 0 to 2 are set per cell."""
     # By way of high numbers, so that neither is overwritten before it is copied.
     control_fd, output_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in (control_fd, output_fd))
     os.dup2(control_fd, _CONTROL_FD)
     os.dup2(output_fd, _OUTPUT_FD)
+    os.dup2(0, _NULL_FD)
     os.closerange(_FIRST_FREE_FD, os.sysconf("SC_OPEN_MAX"))
 
 
-def _serve() -> NoReturn:
+def _cloner() -> Callable[[], int]:
+    """What clones this process as a child of its parent and returns as fork does; -1 where it fails.
+
+    Not os.fork: a cell that waits for its children must not find the clone, and the handlers that run after a fork
+    would change it (`random` is seeded anew).
+    """
+    # The GIL is kept, so that no other thread of an earlier cell is inside the interpreter.
+    syscall = ctypes.PyDLL(None).syscall
+    number, flags = ctypes.c_long(_SYS_CLONE[os.uname().machine]), ctypes.c_long(_CLONE_PARENT | _SIGCHLD)
+    return functools.partial(syscall, number, flags, 0, 0, 0, 0)
+
+
+def _serve(clone: Callable[[], int] | None) -> NoReturn:
     random.seed(0)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(0)
     here = os.getcwd()
     os.environ.clear()
     os.environ.update(HOME=here, TMPDIR=here, PATH="/usr/bin:/bin", LANG="C.UTF-8")
-    sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), encoding="utf-8")
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     while True:
         request = frames.read_frame(functools.partial(os.read, _CONTROL_FD))
-        number = main.__dict__["__cell__"] = request["cell"]
-        _fresh_output()
-        failure = _run(request["code"], f"<cell {number}>" if number else "<setup>", main.__dict__)
-        for stream in (sys.stdout, sys.stderr):
+        number = request["cell"]
+        if clone is not None:
+            _reap_children()
+            if request["snapshot"]:
+                pid = clone()
+                if pid == 0:
+                    continue
+                if pid > 0:
+                    _send({"cell": number, "snapshot": pid})
+        failure: tuple[str, int | None] | None
+        own_pid, value = _getpid(), None
+        if request["op"] == "run":
+            name = f"<cell {request['number']}>" if request["number"] else "<setup>"
+            main.__dict__["__cell__"] = request["number"]
+            _fresh_output()
             try:
-                stream.flush()
-            except Exception:
-                # The cell put something else there, or closed it: its own output is lost.
-                continue
+                _fresh_input(request["stdin"])
+            except OSError as failed:
+                failure = f"the standard input does not fit: {_describe(failed)}", None
+            else:
+                failure = _run(request["code"], name, main.__dict__)
+            _flush_output()
+        else:
+            failure, value = _move_file(request, here)
+        if _getpid() != own_pid:
+            # A child that the cell forked has run past the cell's end: it does not answer for its parent.
+            os._exit(0)
         status, error, line = ("ok", "", None) if failure is None else ("error", *failure)
-        _send({"cell": number, "status": status, "error": error, "line": line})
+        _send({"cell": number, "status": status, "error": error, "line": line, "value": value})
+
+
+def _reap_children() -> None:
+    """Let the dead children of earlier cells go, which count against the number of processes."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return
+
+
+def _move_file(request: dict[str, Any], here: str) -> tuple[tuple[str, int | None] | None, str | None]:
+    """Write or read a piece of a file of the working directory; what failed, and the piece that was read."""
+    path = os.path.join(here, request["name"])
+    try:
+        if request["op"] == "put":
+            with open(path, "ab" if request["offset"] else "wb") as file:
+                file.write(base64.b64decode(request["data"]))
+            return None, None
+        with open(path, "rb") as file:
+            file.seek(request["offset"])
+            return None, base64.b64encode(file.read(frames.MAX_PIECE_BYTES)).decode()
+    except Exception as failure:
+        return (_describe(failure), None), None
+
+
+def _fresh_input(text: str) -> None:
+    """Have `text` on standard input, as an unlinked file; /dev/null for an empty one."""
+    if text:
+        with tempfile.TemporaryFile(dir=".") as file:
+            file.write(text.encode("utf-8", "surrogatepass"))
+            file.seek(0)
+            os.dup2(file.fileno(), 0)
+    else:
+        os.dup2(_NULL_FD, 0)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+
+
+def _flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:
+            # The cell put something else there, or closed it: its own output is lost.
+            continue
 
 
 def _fresh_output() -> None:

@@ -9,21 +9,24 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-import shutil
 import signal
 import struct
 import sysconfig
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from gtpo.sandbox import syscall_filter
+from gtpo.sandbox import removal, syscall_filter
 from gtpo.sandbox.contract import SandboxLimits
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 NOBODY = 65534
+# Started as root, session i has the user id FIRST_SESSION_UID + i: beyond what systems give to users and containers.
+FIRST_SESSION_UID, NUM_SESSION_UIDS = 0x7000_0000, 2**16
 BOX = "/box"
+LIBRARIES = "/opt/libraries"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
     0x00020000,
@@ -42,13 +45,37 @@ _BACKSTOP_CELLS = 100
 
 @dataclass(frozen=True)
 class Plan:
-    """What every session of a pool gets. `scratch` is an empty directory; `uid` is None to stay who we are."""
+    """What the sessions of a pool get.
+
+    scratch: an empty directory.  proc_fd: the host's /proc.  libraries: name -> path of what cells can import besides
+    the standard library.  uid: who a session is, None to stay who we are; own_users: in a user namespace of its own.
+    processes: whether cells may start some.  library_address_bytes, library_memory_bytes: what an interpreter has
+    before any code has run.
+    """
 
     limits: SandboxLimits
     namespaces: bool
     scratch: str
+    proc_fd: int
     readable: tuple[str, ...]
-    uid: int | None
+    libraries: dict[str, str] = field(default_factory=dict)
+    uid: int | None = None
+    own_users: bool = False
+    processes: bool = False
+    library_address_bytes: int = 0
+    library_memory_bytes: int = 0
+
+    @property
+    def library_root(self) -> str:
+        """Where sessions import `libraries` from."""
+        return LIBRARIES if self.namespaces else self.scratch + LIBRARIES
+
+    @property
+    def library_paths(self) -> tuple[str, ...]:
+        """What of them a session must be able to read."""
+        if not self.libraries:
+            return ()
+        return (self.library_root, *(() if self.namespaces else self.libraries.values()))
 
 
 def _checked(result: int, what: str) -> int:
@@ -68,9 +95,13 @@ def return_to_namespace(descriptor: int) -> None:
     _checked(_libc.setns(descriptor, NEW_PID), "setns")
 
 
-def set_process(*, dies_with_parent: bool = False, undumpable: bool = False, no_new_privs: bool = False) -> None:
-    """Switch on the named prctl flags of this process."""
-    for wanted, option, value in ((dies_with_parent, 1, signal.SIGKILL), (undumpable, 4, 0), (no_new_privs, 38, 1)):
+def set_process(*, dies_with_parent: bool = False, undumpable: bool | None = None, no_new_privs: bool = False) -> None:
+    """Set the named prctl flags of this process."""
+    for wanted, option, value in (
+        (dies_with_parent, 1, signal.SIGKILL),
+        (undumpable is not None, 4, int(not undumpable)),
+        (no_new_privs, 38, 1),
+    ):
         if wanted:
             _checked(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl({option})")
 
@@ -90,36 +121,57 @@ def readable_paths() -> tuple[str, ...]:
     return tuple(path for path in sorted(wanted) if os.path.exists(path))
 
 
-def droppable_uid(*, own_root: bool) -> int | None:
-    """NOBODY when we are root and nobody can read the standard library (or the root will be ours), else None."""
+def session_uid(paths: Iterable[str], *, own_root: bool) -> int | None:
+    """The first user id of sessions when we are root and others can read `paths` (or the root will be ours)."""
     if os.geteuid() != 0:
         return None
-    if own_root:
-        return NOBODY
-    stdlib = Path(sysconfig.get_path("stdlib")).resolve()
-    open_to_all = all(directory.stat().st_mode & 0o005 == 0o005 for directory in (stdlib, *stdlib.parents))
-    return NOBODY if open_to_all else None
+    real = [Path(path).resolve() for path in paths]
+    directories = {directory for path in real for directory in (path, *path.parents) if directory.is_dir()}
+    if not own_root and any(directory.stat().st_mode & 0o005 != 0o005 for directory in directories):
+        return None
+    ranges = (map(int, line.split()) for line in Path("/proc/self/uid_map").read_text().splitlines())
+    all_exist = any(first <= FIRST_SESSION_UID < first + count - NUM_SESSION_UIDS for first, _, count in ranges)
+    return FIRST_SESSION_UID if all_exist else NOBODY
 
 
-def enter_namespaces() -> None:
-    """Unshare pid, network, ipc and uts, with a user namespace unless we may do it without; fork to enter the first."""
+def enter_namespaces(proc_fd: int) -> bool:
+    """Unshare pid, network, ipc and uts, with a user namespace (returns True) unless we may do it without.
+
+    Fork to enter the first.
+    """
     flags = NEW_PID | NEW_NET | NEW_IPC | NEW_UTS
-    uid, gid = os.geteuid(), os.getegid()
-    if uid == 0:
+    if os.geteuid() == 0:
         try:
             unshare(flags)
-            return
+            return False
         except PermissionError:
             # Root without CAP_SYS_ADMIN, as in a container: go on like an ordinary user.
             pass
+    _enter_user_namespace(proc_fd, flags)
+    return True
+
+
+def _enter_user_namespace(proc_fd: int, flags: int) -> None:
+    """Unshare `flags` and the users; the only user and group there is NOBODY, who is who we were."""
+    uid, gid = os.geteuid(), os.getegid()
     unshare(flags | NEW_USER)
-    Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"{NOBODY} {uid} 1")
-    Path("/proc/self/gid_map").write_text(f"{NOBODY} {gid} 1")
+    # The files of an undumpable process belong to root.
+    set_process(undumpable=False)
+    for name, content in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{NOBODY} {uid} 1"),
+        ("gid_map", f"{NOBODY} {gid} 1"),
+    ):
+        fd = os.open(f"self/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc_fd)
+        try:
+            os.write(fd, content.encode())
+        finally:
+            os.close(fd)
+    set_process(undumpable=True)
 
 
 def enter_root(plan: Plan) -> None:
-    """Make a read-only root of `plan.readable`, three devices and an empty box, enter it, and let go of the old one."""
+    """Make a read-only root of what is readable, three devices and an empty box, enter it, let go of the old one."""
     unshare(NEW_NS)
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", plan.scratch, "tmpfs", _MS_NOSUID, "size=1m,mode=0755")
@@ -137,7 +189,15 @@ def enter_root(plan: Plan) -> None:
         else:
             Path(target).touch()
         _mount(path, target, None, _MS_BIND | _MS_REC)
+    if plan.libraries:
+        os.makedirs(plan.scratch + LIBRARIES)
+    for name, path in plan.libraries.items():
+        target = f"{plan.scratch}{LIBRARIES}/{name}"
+        os.mkdir(target) if os.path.isdir(path) else Path(target).touch()
+        _mount(path, target, None, _MS_BIND | _MS_REC)
     os.mkdir(plan.scratch + BOX)
+    for link in ("/tmp", "/dev/shm"):
+        os.symlink(BOX, plan.scratch + link)
     # mount_setattr(2), because a remount of bind mounts in a user namespace would have to repeat their locked flags.
     attributes = struct.pack("=QQQQ", 1 | _MS_NOSUID, 0, 0, 0)
     at_fdcwd, at_recursive = -100, 0x8000
@@ -150,11 +210,23 @@ def enter_root(plan: Plan) -> None:
     _checked(_libc.sethostname(b"sandbox", ctypes.c_size_t(7)), "sethostname")
 
 
+def link_libraries(plan: Plan) -> None:
+    """Without a root of our own: a directory of links to the libraries, for sessions to import from."""
+    if plan.libraries:
+        os.makedirs(plan.library_root)
+    for name, path in plan.libraries.items():
+        os.symlink(path, f"{plan.library_root}/{name}")
+
+
 def make_box(plan: Plan) -> str:
     """The session's working directory, entered: a tmpfs of `file_bytes` of its own, or a new directory in scratch."""
     if plan.namespaces:
-        unshare(NEW_NS)
-        options = f"size={plan.limits.file_bytes},nr_inodes=4096,mode=0700,uid={NOBODY},gid={NOBODY}"
+        if plan.own_users:
+            _enter_user_namespace(plan.proc_fd, NEW_NS)
+        else:
+            unshare(NEW_NS)
+        owner = NOBODY if plan.uid is None else plan.uid
+        options = f"size={plan.limits.file_bytes},nr_inodes=4096,mode=0700,uid={owner},gid={owner}"
         _mount("tmpfs", BOX, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options)
         box = BOX
     else:
@@ -168,7 +240,7 @@ def make_box(plan: Plan) -> str:
 def remove_box(plan: Plan, box: str) -> None:
     """Delete what `make_box` made, as far as the kernel does not: a tmpfs goes with its last process."""
     if not plan.namespaces:
-        shutil.rmtree(box, ignore_errors=True)
+        removal.remove_tree(box)
 
 
 def keep_capabilities(*capabilities: int) -> None:
@@ -191,7 +263,7 @@ def confine(plan: Plan) -> tuple[list[str], dict[str, str]]:
     missing: dict[str, str] = {}
     os.setsid()
     try:
-        ruleset: int | None = _landlock_ruleset(plan.readable)
+        ruleset: int | None = _landlock_ruleset((*plan.readable, *plan.library_paths))
     except OSError as failure:
         ruleset, missing["landlock"] = None, str(failure)
     if plan.uid is not None:
@@ -199,33 +271,38 @@ def confine(plan: Plan) -> tuple[list[str], dict[str, str]]:
         os.setresgid(plan.uid, plan.uid, plan.uid)
         os.setresuid(plan.uid, plan.uid, plan.uid)
         layers.append("uid")
+    elif plan.own_users:
+        layers.append("user namespace")
     elif os.geteuid() == 0:
         missing["uid"] = "root is kept, without capabilities: nobody else can read the interpreter"
     keep_capabilities()
     # After the change of user, which clears the first of them.
     set_process(dies_with_parent=True, undumpable=True, no_new_privs=True)
-    _set_rlimits(plan.limits)
+    _set_rlimits(plan)
     layers.append("rlimits")
     if ruleset is not None:
         _checked(_libc.syscall(446, ruleset, 0), "landlock_restrict_self")
         os.close(ruleset)
         layers.append("landlock")
     try:
-        syscall_filter.install()
+        syscall_filter.install(processes=plan.processes)
         layers.append("seccomp")
     except (OSError, ValueError) as failure:
         missing["seccomp"] = str(failure)
+    if plan.processes:
+        layers.append("snapshots")
     return layers, missing
 
 
-def _set_rlimits(limits: SandboxLimits) -> None:
+def _set_rlimits(plan: Plan) -> None:
+    limits = plan.limits
     cpu_s = int(max(600, _BACKSTOP_CELLS * limits.cpu_time_s))
     for kind, value in (
         (resource.RLIMIT_CPU, cpu_s),
-        (resource.RLIMIT_AS, limits.memory_bytes),
+        (resource.RLIMIT_AS, plan.library_address_bytes + limits.memory_bytes),
         (resource.RLIMIT_FSIZE, limits.file_bytes),
-        # The interpreter itself is the one process: it can start none, and no thread.
-        (resource.RLIMIT_NPROC, 1),
+        # The interpreter, its snapshot and, where it has the same user, the keeper come on top.
+        (resource.RLIMIT_NPROC, 3 + limits.max_processes if plan.processes else 1),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),

@@ -40,7 +40,9 @@ class SandboxLimits:
     """Bounds of one session (memory, files) and of one cell (time, output).
 
     CPU time is the main limit; wall time is the larger, second one, so that a busy machine does not fail slow code.
-    `memory_bytes` bounds the address space, `file_bytes` each file (with namespaces: all files together).
+    `memory_bytes` bounds the address space of a process beyond the libraries', and the memory of a session's processes
+    together; `file_bytes` each file (with namespaces: all files together).  `max_processes` is how many processes and
+    threads a cell may have besides its own; below the tier "namespaces" it can start none.
 
     >>> SandboxLimits(cpu_time_s=0.0)
     Traceback (most recent call last):
@@ -53,6 +55,7 @@ class SandboxLimits:
     memory_bytes: int = 512 * 2**20
     output_bytes: int = 4096
     file_bytes: int = 16 * 2**20
+    max_processes: int = 32
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -69,7 +72,8 @@ class CellStatus(Enum):
     """How a cell ended.
 
     OK: it ran to its end.  ERROR: it raised.  TIMEOUT: CPU or wall time ran out.  CRASH: its process ended (exit,
-    signal, out of memory) or broke the protocol.  INFRA_ERROR: the sandbox itself failed; never the code's fault.
+    signal, out of memory) or broke the protocol.  INFRA_ERROR: the sandbox itself failed, and failed again when the
+    cell was tried anew; never the code's fault.
     """
 
     OK = "ok"
@@ -79,13 +83,28 @@ class CellStatus(Enum):
     INFRA_ERROR = "infra_error"
 
 
+class SessionState(Enum):
+    """What became of the session's variables.
+
+    KEPT: they are as the cell left them.  ROLLED_BACK: as before the cell.  LOST: only those of the setup code are
+    left.
+    """
+
+    KEPT = "kept"
+    ROLLED_BACK = "rolled_back"
+    LOST = "lost"
+
+
 @dataclass(frozen=True)
 class CellResult:
     """What one cell did.
 
-    `stdout` holds stdout and stderr as written, cut to its head.  `error` is the exception as "Type: message" (or why
-    the process ended), without paths, addresses or times; `error_line` is the line of the cell that raised it.
-    `state_lost` tells that the session's variables are gone: the next cell starts from the setup code.
+    `stdout` holds stdout and stderr as written: all of it, or its head and its tail with the number of bytes left out
+    between them; `num_output_bytes` counts all.  `error` is the exception as "Type: message" (or why the process
+    ended), without paths, addresses or times; `error_line` is the line of the cell that raised it.
+    `exit_status` is that of a process that ended, negative for a signal.  Times, exit status and `peak_memory_bytes`
+    (of the session's interpreter so far) are the kernel's.  `num_tries` is above 1 where the sandbox failed under the
+    cell, the session was built up anew and the cell run again.
 
     >>> CellResult(CellStatus.ERROR, error="NameError: name 'x' is not defined", error_line=1).state_lost
     False
@@ -95,10 +114,19 @@ class CellResult:
     stdout: str = ""
     error: str = ""
     error_line: int | None = None
+    exit_status: int | None = None
     cpu_time_s: float = 0.0
     wall_time_s: float = 0.0
+    peak_memory_bytes: int = 0
+    num_output_bytes: int = 0
     output_truncated: bool = False
-    state_lost: bool = False
+    state: SessionState = SessionState.KEPT
+    num_tries: int = 1
+
+    @property
+    def state_lost(self) -> bool:
+        """Whether the next cell starts from the setup code."""
+        return self.state is SessionState.LOST
 
 
 @dataclass(frozen=True)

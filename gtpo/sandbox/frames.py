@@ -10,6 +10,8 @@ from typing import Any
 # One frame must fit in the default send buffer of a Unix socket (208 KiB), because the keeper never waits for
 # an interpreter that does not read.
 MAX_FRAME_BYTES = 128 * 1024
+# Bytes of a file in one message: in base 64 they fit into a frame.
+MAX_PIECE_BYTES = 64 * 1024
 HEADER = struct.Struct(">I")
 # Bound here, so that a cell that replaces json.dumps in its interpreter does not break its own answers.
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

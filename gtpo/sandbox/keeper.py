@@ -1,26 +1,32 @@
 """The keeper of one session: starts its interpreter, passes cells to it, and judges from outside how they end.
 
 Everything in a result but the output and the text of an exception comes from here or from the kernel: the clocks, the
-exit status, the limits. An interpreter that breaks the protocol is killed.
+memory, the exit status, the limits. An interpreter that breaks the protocol is killed.
+
+Where a session may have processes, the interpreter clones itself before a cell. The clone is a child of the keeper,
+stopped at once; when the cell ends well it is killed, otherwise everything else is killed and it goes on in the
+interpreter's place, with the variables from before the cell. The keeper is then the first process of a pid namespace,
+so that "every process but me" is its session.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import os
-import re
+import resource
 import selectors
 import signal
 import socket
 import time
 from typing import Any, NoReturn
 
-from gtpo.sandbox import cell, confinement, frames
+from gtpo.sandbox import cell, confinement, frames, removal
+from gtpo.sandbox.descendants import ProcessTree
+from gtpo.sandbox.output import Output, without_addresses
 
 _MAX_ERROR_CHARS = 2000
-# The addresses in default reprs change from run to run. Pointers have 9 to 12 digits on 64 bits.
-_ADDRESS = re.compile(r"\bat 0x[0-9a-f]{9,16}\b")
+# How often a running cell's memory and the CPU time of its children are looked at.
+_WATCH_S = 0.05
 
 
 def keep(host: socket.socket, plan: confinement.Plan) -> NoReturn:
@@ -29,7 +35,7 @@ def keep(host: socket.socket, plan: confinement.Plan) -> NoReturn:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         box = confinement.make_box(plan)
         try:
-            Keeper(host, plan).serve()
+            Keeper(host, plan, box).serve()
         finally:
             confinement.remove_box(plan, box)
     except OSError as failure:
@@ -51,37 +57,44 @@ class InterpreterGone(Exception):
 class Keeper:
     """Holds one interpreter: its process, its control socket and the read end of its output."""
 
-    def __init__(self, host: socket.socket, plan: confinement.Plan) -> None:
+    def __init__(self, host: socket.socket, plan: confinement.Plan, box: str) -> None:
         self._host = host
+        self._plan = plan
         self._limits = plan.limits
-        self._control, remote = socket.socketpair()
-        self._output_fd, write_end = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
-            cell.run_interpreter(plan, remote.fileno(), write_end)
-        remote.close()
-        os.close(write_end)
+        self._box = box
+        self._control, self._remote = socket.socketpair()
+        self._output_fd, self._output_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            cell.run_interpreter(plan, self._remote.fileno(), self._output_end)
         os.chdir("/")
         confinement.confine_keeper()
         os.set_blocking(self._output_fd, False)
-        # The clock of the process's CPU time: the kernel's encoding of the inverted pid and CPUCLOCK_SCHED.
-        self._cpu_clock = (~self._pid << 3) | 2
+        # "Every process but me" must not be more than the session.
+        assert not plan.processes or os.getpid() == 1
+        self._processes = ProcessTree(plan.proc_fd) if plan.processes else None
+        self._snapshot: int | None = None
         self._received = b""
-        self._output = b""
-        self._truncated = False
+        self._output = Output(plan.limits.output_bytes)
         self._selector = selectors.DefaultSelector()
         for fileobj in (host, self._control, self._output_fd):
             self._selector.register(fileobj, selectors.EVENT_READ)
+        self._adopt(pid)
+        self._start_clocks()
+
+    def _adopt(self, pid: int) -> None:
+        """Make `pid`, a child, the interpreter."""
+        self._pid = pid
+        self._pidfd = os.pidfd_open(pid)
+        # The clock of the process's CPU time: the kernel's encoding of the inverted pid and CPUCLOCK_SCHED.
+        self._cpu_clock = (~pid << 3) | 2
+        self._selector.register(self._pidfd, selectors.EVENT_READ)
 
     def serve(self) -> None:
         """Answer every request of the trainer; returns when the session is over."""
-        try:
-            # It comes after the interpreter has locked itself in and before any code is sent to it.
-            hello = frames.read_frame(self._control.recv)
-        except (EOFError, ValueError, OSError):
-            hello = {"failed": "the interpreter died while it locked itself in"}
+        hello = self._await_hello()
         if "failed" in hello:
-            self._reap()
+            self._end_interpreter()
             report_failure(self._host, hello["failed"])
             return
         self._control.setblocking(False)
@@ -90,42 +103,79 @@ class Keeper:
             try:
                 request = frames.read_frame(self._host.recv)
             except (EOFError, OSError):
-                self._reap()
-                return
-            answer, alive = self._run_cell(request)
+                break
+            answer = self._run_cell(request)
+            alive = answer["state"] != "lost"
             self._host.sendall(frames.encode(answer | hello))
+        if alive:
+            self._end_interpreter()
 
-    def _run_cell(self, request: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Run one cell within its limits; the answer, and whether the interpreter is still good."""
-        self._drain()
-        self._output, self._truncated = b"", False
-        wall_start, cpu_start = time.monotonic(), self._cpu_time_s()
-        alive, line = True, None
+    def _await_hello(self) -> dict[str, Any]:
+        """What the interpreter says after it has locked itself in and before any code is sent to it."""
+        self._selector.unregister(self._host)
+        ready = {key.fileobj for key, _ in self._selector.select()}
+        self._selector.register(self._host, selectors.EVENT_READ)
+        if self._control in ready:
+            with contextlib.suppress(EOFError, ValueError, OSError):
+                return frames.read_frame(self._control.recv)
+        return {"failed": "the interpreter died while it locked itself in"}
+
+    def _run_cell(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Run one cell within its limits and say what became of it and of the session."""
+        self._take_output()
+        self._output = Output(self._limits.output_bytes)
+        # A cell may have changed these for all who share them: its own snapshot too.
+        self._remote.setblocking(True)
+        os.set_blocking(self._output_end, True)
+        self._reap_orphans()
+        self._start_clocks()
+        line = value = exit_status = None
+        peak_bytes = 0
         try:
-            message = self._exchange(frames.encode(request), request["cell"], wall_start, cpu_start)
-            status, error, line = message["status"], message["error"], message["line"]
-            cpu_end = self._cpu_time_s()
-            # Nothing of the session runs between cells.
-            os.kill(self._pid, signal.SIGSTOP)
+            message = self._exchange(request)
+            status, error, line, value = (message[key] for key in ("status", "error", "line", "value"))
+            cpu_time_s = self._cell_cpu_s()
+            if request["discard"]:
+                state, (_, _, peak_bytes) = "lost", self._end_interpreter()
+            else:
+                state, peak_bytes = self._settle()
         except (InterpreterGone, TimeoutError) as end:
-            alive, status = False, "timeout" if isinstance(end, TimeoutError) else "crash"
-            wait_status, cpu_end = self._reap()
+            status, state = "timeout" if isinstance(end, TimeoutError) else "crash", "lost"
+            wait_status, cpu_time_s, peak_bytes = self._end_interpreter()
+            # Without a message it ended by itself.
+            exit_status = None if str(end) else os.waitstatus_to_exitcode(wait_status)
             error = str(end) or _describe_exit(wait_status)
-        self._drain()
-        answer = {
+        wall_time_s = time.monotonic() - self._wall_start
+        self._take_output()
+        if state == "lost":
+            state = self._roll_back(empty_box=request["discard"])
+        return {
             "status": status,
-            "stdout": self._captured(),
-            "error": _ADDRESS.sub("at 0x0", error[:_MAX_ERROR_CHARS]).encode("utf-8", "backslashreplace").decode(),
+            "stdout": self._output.text(),
+            "num_output_bytes": self._output.num_bytes,
+            "output_truncated": self._output.truncated,
+            "error": without_addresses(error[:_MAX_ERROR_CHARS]).encode("utf-8", "backslashreplace").decode(),
             "error_line": line,
-            "cpu_time_s": max(cpu_end - cpu_start, 0.0),
-            "wall_time_s": time.monotonic() - wall_start,
-            "output_truncated": self._truncated,
+            "value": value,
+            "exit_status": exit_status,
+            "cpu_time_s": cpu_time_s,
+            "wall_time_s": wall_time_s,
+            "peak_memory_bytes": peak_bytes,
+            "state": state,
         }
-        return answer, alive
 
-    def _exchange(self, frame: bytes, number: int, wall_start: float, cpu_start: float) -> dict[str, Any]:
+    def _start_clocks(self) -> None:
+        self._wall_start, self._cpu_start = time.monotonic(), self._cpu_time_s()
+        self._orphans_start = _reaped_cpu_s()
+        self._next_watch = self._wall_start + _WATCH_S
+        # CPU seconds of the processes that the cell started, as of the last look.
+        self._children_cpu_s = 0.0
+        self._waited_start: float | None = None
+
+    def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a cell and wait for its answer; InterpreterGone or TimeoutError when there is none."""
         os.kill(self._pid, signal.SIGCONT)
+        frame = frames.encode(request)
         try:
             if self._control.send(frame) < len(frame):
                 raise InterpreterGone("the interpreter does not read its cells")
@@ -134,25 +184,53 @@ class Keeper:
         except ConnectionError:
             raise InterpreterGone from None
         while True:
-            cpu_left = self._limits.cpu_time_s - (self._cpu_time_s() - cpu_start)
-            wall_left = self._limits.wall_time_s - (time.monotonic() - wall_start)
+            now = time.monotonic()
+            wall_left = self._limits.wall_time_s - (now - self._wall_start)
+            cpu_left = self._limits.cpu_time_s - self._cell_cpu_s()
             # A single thread spends no more CPU time than wall time passes.
-            for key, _ in self._selector.select(max(min(cpu_left, wall_left), 0.0)):
-                if key.fileobj is self._host:
-                    # The trainer closed the session, or died, in the middle of a cell.
-                    self._reap()
-                    raise SystemExit
-                if key.fileobj == self._output_fd:
-                    self._drain()
-                elif (message := self._receive(number)) is not None:
-                    return message
+            pause = min(cpu_left, wall_left)
+            if self._processes is not None:
+                pause = min(pause, self._next_watch - now)
+            ready = {key.fileobj for key, _ in self._selector.select(max(pause, 0.0))}
+            if self._host in ready:
+                # The trainer closed the session, or died, in the middle of a cell.
+                self._end_interpreter()
+                raise SystemExit
+            if self._output_fd in ready:
+                self._take_output(once=True)
+            if self._control in ready and (message := self._receive(request)) is not None:
+                return message
+            if self._pidfd in ready:
+                raise InterpreterGone
             if cpu_left <= 0:
                 raise TimeoutError(f"CPU time limit of {self._limits.cpu_time_s:g} s exceeded")
             if wall_left <= 0:
                 raise TimeoutError(f"wall time limit of {self._limits.wall_time_s:g} s exceeded")
+            if self._processes is not None and time.monotonic() >= self._next_watch:
+                self._watch(self._processes)
+                self._next_watch = time.monotonic() + _WATCH_S
 
-    def _receive(self, number: int) -> dict[str, Any] | None:
-        """The interpreter's answer to cell `number` once it is complete. Its content is untrusted."""
+    def _watch(self, processes: ProcessTree) -> None:
+        """Look at the memory and the CPU time of all processes of the session."""
+        self._reap_orphans()
+        memory_bytes, cpu_s = 0, _reaped_cpu_s() - self._orphans_start
+        for process in processes.descendants():
+            if process.namespace_pid == self._snapshot:
+                continue
+            memory_bytes += process.memory_bytes
+            cpu = processes.cpu_time_s(process)
+            if process.namespace_pid == self._pid:
+                waited = cpu - self._cpu_time_s()
+                if self._waited_start is None:
+                    self._waited_start = waited
+                cpu = waited - self._waited_start
+            cpu_s += cpu
+        self._children_cpu_s = max(self._children_cpu_s, cpu_s)
+        if memory_bytes > self._limits.memory_bytes + self._plan.library_memory_bytes:
+            raise InterpreterGone(f"memory limit of {self._limits.memory_bytes >> 20} MB exceeded")
+
+    def _receive(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """The interpreter's answer to `request` once it is complete. Its content is untrusted."""
         try:
             data = self._control.recv(65536)
         except BlockingIOError:
@@ -162,62 +240,155 @@ class Keeper:
         if not data:
             raise InterpreterGone
         self._received += data
-        header, body = self._received[: frames.HEADER.size], self._received[frames.HEADER.size :]
         try:
-            if len(header) < frames.HEADER.size or len(body) < frames.body_length(header):
-                return None
-            if len(body) > frames.body_length(header):
-                raise ValueError("more than one answer")
-            message = frames.decode(body)
-            if message.get("cell") != number or message.get("status") not in ("ok", "error"):
-                raise ValueError("not an answer to this cell")
-            line = message.get("line")
-            if not isinstance(message.get("error"), str) or not (line is None or type(line) is int):
-                raise ValueError("not an answer")
+            while (message := self._next_frame()) is not None:
+                if message.get("cell") != request["cell"]:
+                    raise ValueError("not an answer to this cell")
+                if "snapshot" in message:
+                    self._hold_snapshot(request, message["snapshot"])
+                    continue
+                if self._received or message.get("status") not in ("ok", "error"):
+                    raise ValueError("not one answer")
+                line, value = message.get("line"), message.get("value")
+                if not isinstance(message.get("error"), str) or not (line is None or type(line) is int):
+                    raise ValueError("not an answer")
+                if not (value is None or isinstance(value, str)):
+                    raise ValueError("not an answer")
+                return {"line": None, "value": None} | message
         except ValueError:
             raise InterpreterGone("the cell wrote to the interpreter's control channel") from None
-        self._received = b""
-        return message
+        return None
 
-    def _drain(self) -> None:
-        """Take what lies in the output pipe; keep the head of it."""
+    def _next_frame(self) -> dict[str, Any] | None:
+        header = self._received[: frames.HEADER.size]
+        if len(header) < frames.HEADER.size:
+            return None
+        end = frames.HEADER.size + frames.body_length(header)
+        if len(self._received) < end:
+            return None
+        body, self._received = self._received[frames.HEADER.size : end], self._received[end:]
+        return frames.decode(body)
+
+    def _hold_snapshot(self, request: dict[str, Any], pid: object) -> None:
+        """Stop the interpreter's clone `pid`. ValueError when it is none: only a child of the keeper can be one."""
+        if not request["snapshot"] or self._snapshot is not None or type(pid) is not int or pid == self._pid:
+            raise ValueError("no snapshot was asked for")
+        try:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            os.kill(pid, signal.SIGSTOP)
+        except OSError:
+            raise ValueError("not a clone of the interpreter") from None
+        self._snapshot = pid
+
+    def _settle(self) -> tuple[str, int]:
+        """After a cell that ended well: stop the interpreter, kill the rest; what became of the state, its memory."""
+        if self._processes is None:
+            # Nothing of the session runs between cells.
+            os.kill(self._pid, signal.SIGSTOP)
+            return "kept", 0
+        os.kill(-1, signal.SIGSTOP)
+        # It dies by itself meanwhile, and is reaped before the next cell: waiting for that would cost a millisecond.
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is not None:
+            _kill(snapshot)
+        while True:
+            state, peak_bytes, leftovers = "lost", 0, 0
+            for process in self._processes.descendants():
+                if process.namespace_pid == self._pid:
+                    state, peak_bytes = "kept" if process.alive else "lost", process.peak_bytes
+                elif process.alive and process.namespace_pid != snapshot:
+                    _kill(process.namespace_pid)
+                    leftovers += 1
+            if not leftovers:
+                return state, peak_bytes
+            # They must be dead before the next cell, which could look for them.
+            time.sleep(0.0005)
+
+    def _end_interpreter(self) -> tuple[int, float, int]:
+        """Kill everything but the snapshot; wait status, CPU seconds of the cell, and most memory it ever had."""
+        if self._processes is None:
+            # It may have ended, or not have come to its setsid.
+            for kill in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError):
+                    kill(self._pid, signal.SIGKILL)
+        elif self._snapshot is None:
+            _kill(-1)
+        else:
+            # Stopped first, so that none can be missed that is just being forked.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGSTOP)
+            for process in self._processes.descendants():
+                if process.namespace_pid != self._snapshot:
+                    _kill(process.namespace_pid)
+        _, wait_status, usage = os.wait4(self._pid, 0)
+        if self._processes is not None:
+            # What the interpreter leaves behind is the keeper's now.
+            while len(self._processes.descendants()) > (self._snapshot is not None):
+                os.waitpid(-1, 0)
+        # Of the interpreter and the children that it waited for; of all of them as of the last look.
+        cpu_time_s = max(usage.ru_utime + usage.ru_stime - self._cpu_start, self._children_cpu_s)
+        self._selector.unregister(self._pidfd)
+        os.close(self._pidfd)
+        return wait_status, cpu_time_s, usage.ru_maxrss * 1024
+
+    def _roll_back(self, *, empty_box: bool) -> str:
+        """Go on with the snapshot, with its files if not `empty_box`; "lost" where there is none."""
+        if self._snapshot is None:
+            return "lost"
+        with contextlib.suppress(BlockingIOError):
+            while self._control.recv(65536):
+                pass
+        self._received = b""
+        snapshot, self._snapshot = self._snapshot, None
+        try:
+            self._adopt(snapshot)
+            if empty_box:
+                removal.empty_directory(self._box)
+        except OSError:
+            return "lost"
+        return "rolled_back"
+
+    def _reap_orphans(self) -> None:
+        """Take the exit status of dead children other than the interpreter and its snapshot."""
+        while self._processes is not None:
+            try:
+                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if dead is None or dead.si_pid in (self._pid, self._snapshot):
+                return
+            os.waitpid(dead.si_pid, 0)
+
+    def _take_output(self, *, once: bool = False) -> None:
+        """Take what lies in the output pipe. A flood goes on for ever: `once` looks at the clocks between two reads."""
         while True:
             try:
                 data = os.read(self._output_fd, 65536)
             except BlockingIOError:
                 return
-            if not data:
-                if self._output_fd in self._selector.get_map():
-                    self._selector.unregister(self._output_fd)
-                return
-            room = self._limits.output_bytes - len(self._output)
-            self._output += data[:room]
-            self._truncated |= len(data) > room
-            if self._truncated:
-                # A flood goes on for ever: look at the clocks between two reads.
+            self._output.add(data)
+            if once:
                 return
 
-    def _captured(self) -> str:
-        # A character that the cut divides is left out.
-        decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-        text = _ADDRESS.sub("at 0x0", decoder.decode(self._output, not self._truncated))
-        return text + f"\n[output cut after {self._limits.output_bytes} bytes]" if self._truncated else text
+    def _cell_cpu_s(self) -> float:
+        return max(self._cpu_time_s() - self._cpu_start, 0.0) + self._children_cpu_s
 
     def _cpu_time_s(self) -> float:
         try:
             return time.clock_gettime(self._cpu_clock)
         except OSError:
-            # Dead, not yet reaped: its end is seen on the control socket.
+            # Dead, not yet reaped: its end is seen on its descriptor.
             return 0.0
 
-    def _reap(self) -> tuple[int, float]:
-        """Kill the interpreter with its process group; its wait status and the CPU seconds of its life."""
-        for kill in (os.killpg, os.kill):
-            # It may have ended, or not have come to its setsid.
-            with contextlib.suppress(ProcessLookupError):
-                kill(self._pid, signal.SIGKILL)
-        _, wait_status, usage = os.wait4(self._pid, 0)
-        return wait_status, usage.ru_utime + usage.ru_stime
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _reaped_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _describe_exit(wait_status: int) -> str:

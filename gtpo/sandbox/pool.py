@@ -1,114 +1,85 @@
-"""The asyncio side: starts the fork server, opens sessions, runs cells. Works inside one event loop."""
+"""The pool: starts the fork server, tests its protections, hands out sessions. Works inside one event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
-import json
+import logging
 import os
-import shutil
 import socket
-import subprocess
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
-from typing import Any
 
-from gtpo.sandbox import frames, selftest
-from gtpo.sandbox.contract import CellResult, CellStatus, SandboxLimits, SandboxReport, SandboxTier, SandboxUnavailable
+from gtpo.sandbox import fork_server, selftest
+from gtpo.sandbox.contract import (
+    CellResult,
+    CellStatus,
+    SandboxLimits,
+    SandboxReport,
+    SandboxTier,
+    SandboxUnavailable,
+)
+from gtpo.sandbox.profiles import check_profile
+from gtpo.sandbox.session import SandboxSession, end_stream
 
-# Stand-ins for the two packages, so that the fork server imports its own modules and not the trainer's.
-_BOOTSTRAP = """
-import sys, types
-for name, path in (("gtpo", sys.argv[1]), ("gtpo.sandbox", sys.argv[2])):
-    module = sys.modules[name] = types.ModuleType(name)
-    module.__path__ = [path]
-from gtpo.sandbox import zygote
-zygote.main(sys.argv[3])
-"""
-# Not -I: it would ignore PYTHONHASHSEED. With an environment of our own, -P -s -S isolate as much.
-_FLAGS = ("-P", "-s", "-S", "-B")
-_ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PATH": "/usr/bin:/bin"}
-# An interpreter of a cluster's module system may find its own libraries only by it. Cells do not see it.
-_PASSED_ON = ("LD_LIBRARY_PATH",)
-
-
-@dataclass
-class _ForkServer:
-    process: subprocess.Popen[bytes]
-    control: socket.socket
-    scratch: str
-
-    async def stop(self) -> None:
-        self.control.close()
-        try:
-            await asyncio.to_thread(self.process.wait, 10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            await asyncio.to_thread(self.process.wait)
-        # The launcher removes it, unless it was killed.
-        shutil.rmtree(self.scratch, ignore_errors=True)
-
-
-async def _launch(limits: SandboxLimits, *, namespaces: bool) -> _ForkServer:
-    """Start a fork server by a clean exec; SandboxUnavailable with the step that failed."""
-    loop = asyncio.get_running_loop()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    scratch = tempfile.mkdtemp(prefix="gtpo-sandbox-")
-    package = os.path.dirname(os.path.abspath(__file__))
-    config = {"control_fd": theirs.fileno(), "scratch": scratch, "namespaces": namespaces, "limits": asdict(limits)}
-    with tempfile.TemporaryFile() as log:
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, *_FLAGS, "-c", _BOOTSTRAP, os.path.dirname(package), package, json.dumps(config)],
-                env=_ENVIRONMENT | {name: os.environ[name] for name in _PASSED_ON if name in os.environ},
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        server = _ForkServer(process, ours, scratch)
-        try:
-            hello = await loop.sock_recv(ours, frames.MAX_FRAME_BYTES)
-        except ConnectionError:
-            hello = b""
-        except BaseException:
-            await server.stop()
-            raise
-        answer = json.loads(hello) if hello else {"failed": "the fork server died at its start"}
-        if "failed" not in answer:
-            return server
-        await server.stop()
-        log.seek(0)
-        last_words = log.read().decode(errors="replace").strip().rpartition("\n")[2]
-        raise SandboxUnavailable(": ".join(filter(None, (answer["failed"], last_words))))
+_log = logging.getLogger(__name__)
+_Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class SandboxPool:
     """Runs untrusted Python in isolated, stateful sessions; `docs/sandbox.md` says what is covered and what is not.
 
-    `min_tier` ("none", "rlimits", "landlock" or "namespaces") is the least isolation to accept; below it `start()`
-    raises SandboxUnavailable.  `max_concurrent` bounds the cells that run at once (default: the CPUs); waiting for a
-    turn counts for neither time limit.  Everything must happen inside one event loop (`asyncio.Runner` keeps one).
+    min_tier: "namespaces" or "landlock", the least isolation to accept; below it `start()` raises SandboxUnavailable.
+    unsafe_no_isolation: accept none at all, for code that you would run by hand; says so loudly.
+    profile: the libraries that cells can import ("plain", "math", "data").
+    max_concurrent: cells that run at once (default: the CPUs); waiting for a turn counts for neither time limit.
+    max_sessions: sessions that are open at once; `open()` waits for one to be closed.
+    num_prewarmed: processes that wait for `open()`.
+    Everything must happen inside one event loop; `gtpo.sandbox.blocking` is for code that has none.
     """
 
     def __init__(
-        self, limits: SandboxLimits | None = None, *, min_tier: str = "landlock", max_concurrent: int | None = None
+        self,
+        limits: SandboxLimits | None = None,
+        *,
+        min_tier: str = "namespaces",
+        unsafe_no_isolation: bool = False,
+        profile: str = "plain",
+        max_concurrent: int | None = None,
+        max_sessions: int = 1024,
+        num_prewarmed: int = 0,
     ) -> None:
-        if max_concurrent is not None and max_concurrent < 1:
-            raise ValueError(f"max_concurrent must be at least 1, got {max_concurrent}")
+        for name, value, least in (
+            ("max_concurrent", max_concurrent, 1),
+            ("max_sessions", max_sessions, 1),
+            ("num_prewarmed", num_prewarmed, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         self.limits = limits or SandboxLimits()
-        self._min_tier = SandboxTier.parse(min_tier)
-        self._slots = asyncio.Semaphore(max_concurrent or os.cpu_count() or 1)
+        self.profile = check_profile(profile)
+        self._min_tier = SandboxTier.NONE if unsafe_no_isolation else SandboxTier.parse(min_tier)
+        if self._min_tier < SandboxTier.LANDLOCK and not unsafe_no_isolation:
+            raise ValueError(f"min_tier {min_tier!r} is no isolation: it takes unsafe_no_isolation=True")
+        self._num_slots = max_concurrent or os.cpu_count() or 1
+        self._slots = asyncio.Semaphore(self._num_slots)
+        # The self test's session comes on top.
+        self._places = asyncio.Semaphore(max_sessions)
+        self._num_prewarmed = num_prewarmed
         self._starting = asyncio.Lock()
-        self._server: _ForkServer | None = None
+        self._server: fork_server.ForkServer | None = None
         self._namespaces = True
         self._report: SandboxReport | None = None
         self._sessions: set[SandboxSession] = set()
+        self._idle: list[SandboxSession] = []
+        self._warm: collections.deque[_Stream] = collections.deque()
+        self._warming: asyncio.Task[None] | None = None
+        self._statuses: collections.Counter[CellStatus] = collections.Counter()
+        self._queue_time_s = self._cpu_time_s = self._wall_time_s = 0.0
+        self._num_faults = self._num_restarts = self._num_opened = 0
 
     @property
     def report(self) -> SandboxReport:
@@ -121,6 +92,19 @@ class SandboxPool:
     def tier(self) -> SandboxTier:
         """The isolation that the self test found."""
         return self.report.tier
+
+    def metrics(self) -> dict[str, float]:
+        """Counts and seconds since the start, and the tier as a number (0 none, 3 namespaces)."""
+        return {
+            "sandbox/tier": float(self.tier),
+            "sandbox/sessions_opened": float(self._num_opened),
+            "sandbox/sessions_open": float(len(self._sessions)),
+            "sandbox/faults": float(self._num_faults),
+            "sandbox/restarts": float(self._num_restarts),
+            "sandbox/queue_time_s": self._queue_time_s,
+            "sandbox/cpu_time_s": self._cpu_time_s,
+            "sandbox/wall_time_s": self._wall_time_s,
+        } | {f"sandbox/cells_{status.value}": float(self._statuses[status]) for status in CellStatus}
 
     async def __aenter__(self) -> SandboxPool:
         await self.start()
@@ -148,15 +132,27 @@ class SandboxPool:
         except BaseException:
             await self.close()
             raise
+        if self._report.tier < SandboxTier.LANDLOCK:
+            _log.warning(selftest.BANNER, self._report.tier.name.lower())
+        self._warm_up()
 
     async def _launch_and_probe(self, *, namespaces: bool, missing: dict[str, str]) -> SandboxReport:
         self._namespaces = namespaces
-        self._server = await _launch(self.limits, namespaces=namespaces)
-        return await selftest.probe(self, missing)
+        self._server = await fork_server.launch(self.limits, self.profile, namespaces=namespaces)
+        return await selftest.probe(self, missing | self._server.missing)
 
     async def close(self) -> None:
         """Close every session and end the fork server; nothing is left running. Closing twice is harmless."""
-        await asyncio.gather(*(session.close() for session in list(self._sessions)))
+        if self._warming is not None:
+            self._warming.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._warming
+            self._warming = None
+        warm, self._warm = self._warm, collections.deque()
+        await asyncio.gather(
+            *(session.close() for session in list(self._sessions)), *(end_stream(*stream) for stream in warm)
+        )
+        self._idle.clear()
         self._report = None
         if self._server is not None:
             server, self._server = self._server, None
@@ -165,15 +161,76 @@ class SandboxPool:
     async def open(self, setup_code: str = "") -> SandboxSession:
         """A new session whose variables are those that `setup_code` (trusted) leaves.
 
-        Raises RuntimeError when the setup code fails and SandboxUnavailable when no session can be started.
+        Waits while `max_sessions` are open.  Raises RuntimeError when the setup code fails and SandboxUnavailable
+        when no session can be started.
         """
+        await self._places.acquire()
         session = SandboxSession(self, setup_code)
-        async with self._slots:
-            await session._start()
+        try:
+            async with self._slot():
+                await session._start()
+        except BaseException:
+            self._places.release()
+            raise
         self._sessions.add(session)
+        self._num_opened += 1
         return session
 
-    async def _spawn(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def run(self, code: str, *, stdin: str = "", files: Mapping[str, bytes] | None = None) -> CellResult:
+        """Run `code` once, in a process that has run no other code, beside nothing but `files`.
+
+        The jail is used again for later calls, without the process and the files.
+        """
+        session = self._idle.pop() if self._idle else await self.open()
+        try:
+            for name, data in (files or {}).items():
+                await session.put(name, data)
+            result = await session._run(code, stdin, rollback=True, discard=True)
+            session._forget()
+        except BaseException:
+            await session.close()
+            raise
+        if len(self._idle) < self._num_slots:
+            self._idle.append(session)
+        else:
+            await session.close()
+        return result
+
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        """A permission to run something; how long it took to get is counted."""
+        asked = time.monotonic()
+        async with self._slots:
+            self._queue_time_s += time.monotonic() - asked
+            yield
+
+    def _count(self, result: CellResult) -> None:
+        self._statuses[result.status] += 1
+        self._cpu_time_s += result.cpu_time_s
+        self._wall_time_s += result.wall_time_s
+
+    def _release(self, session: SandboxSession) -> None:
+        if session in self._sessions:
+            self._sessions.remove(session)
+            self._places.release()
+
+    async def _spawn(self) -> _Stream:
+        """A stream to the keeper of a new session: one that is ready, or a new one."""
+        stream = self._warm.popleft() if self._warm else await self._fork()
+        self._warm_up()
+        return stream
+
+    def _warm_up(self) -> None:
+        missing = self._report is not None and len(self._warm) < self._num_prewarmed
+        if missing and (self._warming is None or self._warming.done()):
+            self._warming = asyncio.ensure_future(self._fill())
+
+    async def _fill(self) -> None:
+        with contextlib.suppress(SandboxUnavailable):
+            while len(self._warm) < self._num_prewarmed:
+                self._warm.append(await self._fork())
+
+    async def _fork(self) -> _Stream:
         """Have the fork server start a session's keeper; starts a new server when it died."""
         async with self._starting:
             if self._server is None:
@@ -182,7 +239,7 @@ class SandboxPool:
                 ours, theirs = socket.socketpair()
                 with theirs:
                     try:
-                        await _send_descriptor(self._server.control, theirs.fileno())
+                        await self._server.spawn(theirs)
                         return await asyncio.open_unix_connection(sock=ours)
                     except ConnectionError as failure:
                         ours.close()
@@ -192,118 +249,9 @@ class SandboxPool:
                         ours.close()
                         raise
                 await self._server.stop()
-                self._server = await _launch(self.limits, namespaces=self._namespaces)
+                # The keepers that were ready died with it.
+                while self._warm:
+                    await end_stream(*self._warm.popleft())
+                self._num_restarts += 1
+                self._server = await fork_server.launch(self.limits, self.profile, namespaces=self._namespaces)
         raise AssertionError("unreachable")
-
-
-async def _send_descriptor(control: socket.socket, descriptor: int) -> None:
-    while True:
-        try:
-            socket.send_fds(control, [b"spawn"], [descriptor])
-            return
-        except BlockingIOError:
-            # The fork server is behind by a whole socket buffer of requests.
-            await asyncio.sleep(0.005)
-
-
-class SandboxSession:
-    """One interpreter with its variables; made by `SandboxPool.open`."""
-
-    def __init__(self, pool: SandboxPool, setup_code: str) -> None:
-        self._pool = pool
-        self._setup_code = setup_code
-        self._turn = asyncio.Lock()
-        self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._num_cells = 0
-        self._closed = False
-        self.layers: tuple[str, ...] = ()
-        self.missing: dict[str, str] = {}
-
-    async def _start(self) -> None:
-        """Start the process and run the setup code as cell 0."""
-        request = frames.encode({"code": self._setup_code, "cell": 0})
-        self._stream = await self._pool._spawn()
-        try:
-            answer = await self._exchange(request)
-        except (EOFError, ConnectionError) as failure:
-            await self._drop()
-            raise SandboxUnavailable(f"the session died at its start: {failure}") from failure
-        if answer["status"] != CellStatus.OK.value:
-            await self._drop()
-            infra = answer["status"] == CellStatus.INFRA_ERROR.value
-            raise SandboxUnavailable(answer["error"]) if infra else RuntimeError(f"setup_code: {answer['error']}")
-        self.layers, self.missing = tuple(answer["layers"]), answer["missing"]
-        report = self._pool._report
-        if report is not None and self.layers != report.layers:
-            await self._drop()
-            raise SandboxUnavailable(f"the session has the layers {self.layers}, the self test had {report.layers}")
-
-    async def run(self, code: str) -> CellResult:
-        """Run `code` as the next cell. Never raises for what the code does.
-
-        After a TIMEOUT, CRASH or INFRA_ERROR the next call starts a fresh process with the setup code.
-        """
-        if self._closed:
-            raise RuntimeError("the sandbox session is closed")
-        async with self._turn, self._pool._slots:
-            self._num_cells += 1
-            try:
-                request = frames.encode({"code": code, "cell": self._num_cells})
-            except ValueError as failure:
-                return CellResult(CellStatus.ERROR, error=f"SyntaxError: cell too long: {failure}")
-            try:
-                if self._stream is None:
-                    await self._start()
-                answer = await self._exchange(request)
-            except (EOFError, OSError, RuntimeError) as failure:
-                await self._drop()
-                return CellResult(CellStatus.INFRA_ERROR, error=f"sandbox failure: {failure}", state_lost=True)
-        status = CellStatus(answer["status"])
-        lost = status not in (CellStatus.OK, CellStatus.ERROR)
-        if lost:
-            await self._drop()
-        return CellResult(
-            status=status,
-            stdout=answer["stdout"],
-            error=answer["error"],
-            error_line=answer["error_line"],
-            cpu_time_s=answer["cpu_time_s"],
-            wall_time_s=answer["wall_time_s"],
-            output_truncated=answer["output_truncated"],
-            state_lost=lost,
-        )
-
-    async def close(self) -> None:
-        """End the session's processes and wait until they are gone. Closing twice is harmless."""
-        self._closed = True
-        self._pool._sessions.discard(self)
-        await self._drop()
-
-    async def _exchange(self, request: bytes) -> dict[str, Any]:
-        assert self._stream is not None
-        reader, writer = self._stream
-        try:
-            writer.write(request)
-            await writer.drain()
-            length = frames.body_length(await reader.readexactly(frames.HEADER.size))
-            return frames.decode(await reader.readexactly(length))
-        except asyncio.CancelledError:
-            # The answer to this cell may still come: the stream cannot be used again.
-            await self._drop()
-            raise
-
-    async def _drop(self) -> None:
-        """Close the stream and wait for the keeper's end: it closes its side after its interpreter is dead."""
-        if self._stream is None:
-            return
-        (reader, writer), self._stream = self._stream, None
-        try:
-            writer.write_eof()
-            while await reader.read(65536):
-                pass
-        except OSError:
-            pass
-        finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()

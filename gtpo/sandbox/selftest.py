@@ -12,15 +12,11 @@ from gtpo.sandbox.contract import CellStatus, SandboxReport, SandboxTier, Sandbo
 if TYPE_CHECKING:
     from gtpo.sandbox.pool import SandboxPool
 
-# Every attempt returns when the sandbox lets it through. fork's child exits at once, and an exec of a missing file
-# fails with another error than the refusal.
+# Every attempt returns when the sandbox lets it through. An exec of a missing file fails with another error than the
+# refusal.
 _CANARY = """
 import json, os, socket
 outside, trainer = {outside!r}, {trainer}
-
-def fork():
-    if os.fork() == 0:
-        os._exit(0)
 
 def execute():
     try:
@@ -29,15 +25,13 @@ def execute():
         pass
 
 attempts = {{
-    "processes": fork,
     "exec": execute,
     "network": socket.socket,
     "socketpair": socket.socketpair,
     "read_outside": lambda: open(outside).read(),
-    "write_outside": lambda: open(outside, "w"),
+    "write_outside": lambda: open(outside, "r+"),
     "change_outside": lambda: os.chmod(outside, 0o600),
     "signal_trainer": lambda: os.kill(trainer, 0),
-    "signal_all": lambda: os.kill(-1, 0),
     "trainer_environment": lambda: open(f"/proc/{{trainer}}/environ", "rb").read(),
     "own_environment": lambda: 1 / len(set(os.environ) - {{"HOME", "TMPDIR", "PATH", "LANG"}}),
 }}
@@ -50,6 +44,31 @@ for name, attempt in attempts.items():
         refused[name] = True
 print(json.dumps(refused))
 """
+# A child of one cell must be gone in the next.
+_LEAVE_A_CHILD = """
+import os, time
+try:
+    child = os.fork()
+except OSError:
+    child = 0
+else:
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+"""
+_FIND_THE_CHILD = """
+import os
+if child:
+    try:
+        os.kill(child, 0)
+    except ProcessLookupError:
+        child = 0
+print(child)
+"""
+BANNER = (
+    "NO ISOLATION: the sandbox reached tier %s only, and unsafe_no_isolation was set. Model-written code can read, "
+    "change and send what the user of this process can."
+)
 
 _REMEDY = (
     "Remedies: Linux 5.13 or newer; Ubuntu 24.04: sysctl kernel.apparmor_restrict_unprivileged_userns=0 or an "
@@ -80,14 +99,17 @@ async def probe(pool: SandboxPool, missing: dict[str, str]) -> SandboxReport:
         os.chmod(outside.name, 0o666)
         session = await pool.open()
         try:
-            result = await session.run(_CANARY.format(outside=outside.name, trainer=os.getpid()))
+            canary = _CANARY.format(outside=outside.name, trainer=os.getpid())
+            results = [await session.run(code) for code in (canary, _LEAVE_A_CHILD, _FIND_THE_CHILD)]
         finally:
             await session.close()
-    if result.status is not CellStatus.OK:
-        raise SandboxUnavailable(f"the self test ended with {result.status.value}: {result.error}")
-    checks: dict[str, bool] = json.loads(result.stdout)
+    for result in results:
+        if result.status is not CellStatus.OK:
+            raise SandboxUnavailable(f"the self test ended with {result.status.value}: {result.error}")
+    checks: dict[str, bool] = json.loads(results[0].stdout)
+    checks["processes"] = results[2].stdout == "0\n"
     layers = session.layers
-    missing |= session.missing
+    missing = missing | session.missing
     tier = reached_tier(checks, layers)
     not_covered = _NEVER_COVERED + tuple(
         item for needed, items in _UNCOVERED_BELOW.items() if tier < needed for item in items

@@ -1,7 +1,8 @@
 """The seccomp filter of a session: an allow list. Every other system call fails with EPERM.
 
-A cell computes, prints and uses files, so the list has no process, thread, signal-sending, socket, mount, key, tracing,
-owner or mode changing call. Only the calls of the interpreter and its C library are left.
+A cell computes, prints and uses files, so the list has no socket, exec, mount, key, tracing, owner or mode changing
+call. Processes, threads and signals are a second list, for sessions whose number of processes is bounded and which
+can signal nobody but themselves.
 """
 
 from __future__ import annotations
@@ -28,23 +29,50 @@ gettimeofday 96 169, time 201 -, times 100 153, getrusage 98 165, getrlimit 97 1
 sysinfo 99 179, sched_getaffinity 204 123, sched_yield 24 124, getcpu 309 168, futex 202 98, exit 60 93,
 exit_group 231 94
 """
+# Only with `processes`. Without the two that every new thread makes (rseq, set_robust_list) the C library gives up.
+_ALLOWED_WITH_PROCESSES = """
+wait4 61 260, waitid 247 95, kill 62 129, tgkill 234 131, set_robust_list 273 99, rseq 334 293, link 86 -,
+linkat 265 37
+"""
+# Flags of clone that are refused: new namespaces, ptrace, pidfd, vfork (whose parent waits uninterruptibly), clone_io.
+_CLONE = (56, 220)
+_CLONE_REFUSED = 0x7E02_0000 | 0x2000 | 0x80_0000 | 0x1000 | 0x4000 | 0x8000_0000
 # Calls that are harmless for some values of one argument only: (numbers, argument, values).
 # ioctl: TCGETS, TIOCGWINSZ, FIOCLEX. fcntl: no F_SETOWN, which sends signals. prlimit64: the process itself.
+# prctl: PR_SET_NAME.
 _ALLOWED_FOR = (
     ((16, 29), 1, (0x5401, 0x5413, 0x5451)),
     ((72, 25), 1, (0, 1, 2, 3, 4, 5, 6, 7, 1030)),
     ((302, 261), 0, (0,)),
+    ((157, 167), 0, (15,)),
 )
 _CLONE3 = 435
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_LOAD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_LOAD, _JUMP_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 
 
-def build(machine: str) -> bytes:
+def allowed_calls(*, processes: bool) -> dict[str, dict[str, int]]:
+    """The calls that pass whatever their arguments: machine -> name -> number.
+
+    >>> allowed_calls(processes=False)["aarch64"]["read"]
+    63
+    """
+    table: dict[str, dict[str, int]] = {"x86_64": {}, "aarch64": {}}
+    for entry in (_ALLOWED + ("," + _ALLOWED_WITH_PROCESSES if processes else "")).split(","):
+        name, *numbers = entry.split()
+        for machine, number in zip(table, numbers, strict=True):
+            if number != "-":
+                table[machine][name] = int(number)
+    return table
+
+
+def build(machine: str, *, processes: bool) -> bytes:
     """The BPF program for `machine` as an array of struct sock_filter; ValueError for an unknown machine.
 
-    >>> len(build("x86_64")) % 8
+    `processes` also allows processes, threads and signals.
+
+    >>> len(build("x86_64", processes=False)) % 8
     0
     """
     if machine not in _AUDIT_ARCH:
@@ -57,17 +85,18 @@ def build(machine: str) -> bytes:
 
     # struct seccomp_data: the number at 0, the architecture at 4, the low half of argument i at 16 + 8 * i.
     program = [(_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, _AUDIT_ARCH[machine]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
-    for entry in _ALLOWED.split(","):
-        number = entry.split()[1 + column]
-        if number != "-":
-            program += allow_if_equal(int(number))
+    for number in allowed_calls(processes=processes)[machine].values():
+        program += allow_if_equal(number)
+    if processes:
+        check_flags = [(_LOAD, 0, 0, 16), (_JUMP_ANY_BIT, 0, 1, _CLONE_REFUSED), refuse, (_RETURN, 0, 0, _ALLOW)]
+        program += [(_JUMP_EQUAL, 0, len(check_flags), _CLONE[column]), *check_flags]
     for numbers, argument, values in _ALLOWED_FOR:
         block = [(_LOAD, 0, 0, 16 + 8 * argument)]
         for value in values:
             block += allow_if_equal(value)
         block.append(refuse)
         program += [(_JUMP_EQUAL, 0, len(block), numbers[column]), *block]
-    # The flags of clone3 lie behind a pointer; with ENOSYS the C library falls back to clone, which is refused.
+    # The flags of clone3 lie behind a pointer; with ENOSYS the C library falls back to clone, whose flags can be read.
     program += [(_JUMP_EQUAL, 0, 1, _CLONE3), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS), refuse]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
@@ -76,9 +105,9 @@ class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def install() -> None:
+def install(*, processes: bool) -> None:
     """Put the filter on this process for good; it must have set no_new_privs. OSError or ValueError when it cannot."""
-    program = build(os.uname().machine)
+    program = build(os.uname().machine, processes=processes)
     header = _SockFprog(len(program) // 8, program)
     libc = ctypes.CDLL(None, use_errno=True)
     pr_set_seccomp, filter_mode = 22, 2

@@ -6,17 +6,19 @@ code or output, so nothing of one session can be found in the memory of another.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import json
 import os
-import shutil
 import signal
 import socket
+import sys
 from typing import Any, NoReturn
 
-from gtpo.sandbox import confinement, keeper
+from gtpo.sandbox import confinement, keeper, removal
 from gtpo.sandbox.contract import SandboxLimits
+from gtpo.sandbox.descendants import ProcessTree
 
 # What cells import most; importing more makes every fork slower.
 _PRELOADED = """
@@ -31,33 +33,37 @@ def main(config_json: str) -> None:
     control = socket.socket(fileno=config["control_fd"])
     namespaces = config["namespaces"]
     try:
-        if namespaces:
-            confinement.enter_namespaces()
+        proc_fd = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        own_users = namespaces and confinement.enter_namespaces(proc_fd)
+        readable, libraries = confinement.readable_paths(), config["libraries"]
         plan = confinement.Plan(
             limits=SandboxLimits(**config["limits"]),
             namespaces=namespaces,
             scratch=config["scratch"],
-            readable=confinement.readable_paths(),
-            uid=confinement.droppable_uid(own_root=namespaces),
+            proc_fd=proc_fd,
+            readable=readable,
+            libraries=libraries,
+            uid=confinement.session_uid([*readable, *libraries.values()], own_root=namespaces),
+            own_users=own_users,
         )
         # Same-user processes could otherwise read the memory of these through /proc.
         confinement.set_process(undumpable=True)
         zygote = os.fork()
         if zygote == 0:
-            _run_zygote(control, plan)
+            _run_zygote(control, plan, config["modules"])
     except OSError as failure:
         _report(control, failed=confinement.describe_failure(failure))
         return
     control.close()
     os.waitpid(zygote, 0)
-    shutil.rmtree(plan.scratch, ignore_errors=True)
+    removal.remove_tree(plan.scratch)
 
 
 def _report(control: socket.socket, **message: object) -> None:
     control.send(json.dumps(message).encode())
 
 
-def _run_zygote(control: socket.socket, plan: confinement.Plan) -> NoReturn:
+def _run_zygote(control: socket.socket, plan: confinement.Plan, modules: list[str]) -> NoReturn:
     try:
         confinement.set_process(dies_with_parent=True)
         own_namespace = -1
@@ -66,32 +72,64 @@ def _run_zygote(control: socket.socket, plan: confinement.Plan) -> NoReturn:
             confinement.enter_root(plan)
         else:
             os.chmod(plan.scratch, 0o711)
-        for name in _PRELOADED.split():
+            confinement.link_libraries(plan)
+        if plan.libraries:
+            sys.path.append(plan.library_root)
+        for name in (*_PRELOADED.split(), *modules):
             importlib.import_module(name)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         gc.collect()
         gc.freeze()
-        _report(control, ready=True)
+        plan, missing = _measured(plan)
+        _report(control, ready=True, missing=missing)
         _serve(control, plan, own_namespace)
-    except OSError as failure:
-        _report(control, failed=confinement.describe_failure(failure))
+    except (OSError, ImportError) as failure:
+        error = confinement.describe_failure(failure) if isinstance(failure, OSError) else str(failure)
+        _report(control, failed=error)
     finally:
         os._exit(0)
 
 
+def _measured(plan: confinement.Plan) -> tuple[confinement.Plan, dict[str, str]]:
+    """The plan with the size of the imported libraries, and whether cells may fork; why not, where they may not.
+
+    A session may have processes where their number can be bounded, by a user that nobody else is, and where they
+    can be found and killed, in a pid namespace. Its snapshots are such processes.
+    """
+    missing = {}
+    try:
+        tree = ProcessTree(plan.proc_fd)
+        tree.descendants()
+        address_bytes, memory_bytes = tree.own_memory()
+    except OSError as failure:
+        missing["snapshots"] = f"the kernel does not list the children of a process: {failure}"
+        return plan, missing
+    plan = dataclasses.replace(plan, library_address_bytes=address_bytes, library_memory_bytes=memory_bytes)
+    if not plan.namespaces:
+        missing["snapshots"] = "cells can start no processes without namespaces, so none can be kept as a snapshot"
+    elif not plan.own_users and plan.uid != confinement.FIRST_SESSION_UID:
+        missing["snapshots"] = "sessions have no user of their own, so the number of their processes is not bounded"
+    return dataclasses.replace(plan, processes=not missing), missing
+
+
 def _serve(control: socket.socket, plan: confinement.Plan, own_namespace: int) -> None:
     """Fork one keeper for every socket that arrives, until the trainer is gone."""
+    slot = 0
     while True:
         data, descriptors, _, _ = socket.recv_fds(control, 16, 1)
         if not data:
             return
         host = socket.socket(fileno=descriptors[0])
+        slot = (slot + 1) % confinement.NUM_SESSION_UIDS
+        own = plan
+        if plan.uid == confinement.FIRST_SESSION_UID:
+            own = dataclasses.replace(plan, uid=plan.uid + slot)
         try:
             if plan.namespaces:
                 confinement.unshare(confinement.NEW_PID)
             if os.fork() == 0:
                 control.close()
-                keeper.keep(host, plan)
+                keeper.keep(host, own)
         except OSError as failure:
             keeper.report_failure(host, confinement.describe_failure(failure))
         finally:

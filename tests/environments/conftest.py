@@ -60,7 +60,7 @@ def play() -> Play:
         demonstrator = demonstrator or environment.oracle
 
         async def run() -> list[Episode]:
-            async with SandboxPool(min_tier="none") as pool:
+            async with SandboxPool(min_tier="landlock") as pool:
                 return await asyncio.gather(
                     *(
                         _play_one(pool, environment, task, demonstrator(task, random.Random(number)), max_turns)

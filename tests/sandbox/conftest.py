@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from gtpo.sandbox import CellResult, SandboxLimits, SandboxPool, SandboxUnavailable, pool
+from gtpo.sandbox import CellResult, SandboxLimits, SandboxPool, SandboxUnavailable, fork_server
 
 T = TypeVar("T")
 LIMITS = SandboxLimits(cpu_time_s=0.3, wall_time_s=5.0, memory_bytes=256 * 2**20, file_bytes=2**20)
@@ -41,14 +41,14 @@ class Cage:
 
 def without_namespaces(patch: pytest.MonkeyPatch) -> None:
     """Make the fork server fail as it does where namespaces are forbidden."""
-    launch = pool._launch
+    launch = fork_server.launch
 
-    async def launch_or_refuse(limits: SandboxLimits, *, namespaces: bool) -> Any:
+    async def launch_or_refuse(limits: SandboxLimits, profile: str, *, namespaces: bool) -> Any:
         if namespaces:
             raise SandboxUnavailable("unshare(0x6c000000): Operation not permitted")
-        return await launch(limits, namespaces=False)
+        return await launch(limits, profile, namespaces=False)
 
-    patch.setattr(pool, "_launch", launch_or_refuse)
+    patch.setattr(fork_server, "launch", launch_or_refuse)
 
 
 @pytest.fixture(scope="session", params=["namespaces", "landlock"])

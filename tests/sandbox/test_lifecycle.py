@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gtpo.sandbox import CellStatus, SandboxPool, SandboxTier, SandboxUnavailable, contract, pool, selftest
+from gtpo.sandbox import CellStatus, SandboxPool, SandboxTier, SandboxUnavailable, contract, fork_server, selftest
 from tests.sandbox.conftest import LIMITS, eventually, is_alive, process_states, without_namespaces
 
 ROOT = Path(__file__).parents[2]
@@ -39,29 +39,30 @@ def test_the_report_says_what_holds(tier):
 
 def test_nothing_is_left_after_close(tier, tmp_path):
     async def run() -> dict[int, str]:
-        started = SandboxPool(LIMITS)
+        started = SandboxPool(LIMITS, min_tier="landlock")
         await started.start()
         sessions = [await started.open() for _ in range(4)]
         await sessions[0].run("open('a', 'w').write('x')")
         await sessions[1].run("import os; os._exit(0)")
         await sessions[2].close()
         launcher = started._server.process.pid
-        # Idle interpreters are stopped: launcher, zygote, two keepers, two interpreters.
-        # The processes of the closed and of the crashed session may take a moment to be reaped.
-        assert eventually(lambda: len(s := list(process_states(launcher).values())) == 6 and s.count("T") == 2)
+        # Idle interpreters are stopped: launcher, zygote, three keepers, three interpreters.
+        # The processes of the closed session and the snapshot of the last cell may take a moment to die.
+        assert eventually(lambda: len([s for s in process_states(launcher).values() if s not in "ZX"]) == 8)
+        assert list(process_states(launcher).values()).count("T") == 3
         family = process_states(launcher)
         await started.close()
         await started.close()
         return family
 
     family = asyncio.run(run())
-    assert len(family) == 6 and not any(is_alive(pid) for pid in family)
+    assert len(family) >= 8 and not any(is_alive(pid) for pid in family)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_closed_session_leaves_the_launcher_and_the_zygote(tier):
     async def run() -> None:
-        async with SandboxPool(LIMITS) as started:
+        async with SandboxPool(LIMITS, min_tier="landlock") as started:
             launcher, scratch = started._server.process.pid, Path(started._server.scratch)
             session = await started.open()
             assert len(process_states(launcher)) >= 4
@@ -73,26 +74,25 @@ def test_a_closed_session_leaves_the_launcher_and_the_zygote(tier):
 
 
 @pytest.mark.parametrize("victim", ["launcher", "zygote", "keeper"])
-def test_a_killed_fork_server_is_an_infra_error_and_is_replaced(tier, victim, tmp_path):
+def test_a_killed_fork_server_is_replaced_and_costs_no_session(tier, victim, tmp_path):
     async def run() -> None:
-        async with SandboxPool(LIMITS) as started:
+        async with SandboxPool(LIMITS, min_tier="landlock") as started:
             session = await started.open("s = 7")
             idle = await started.open()
-            await idle.run("x = 1")
+            await idle.run("import random\nx = random.random()\nopen('f', 'w').write('kept')")
+            x = (await idle.run("print(x)")).stdout
             # Launcher, zygote, and of each session the keeper and the interpreter.
             family = sorted(process_states(started._server.process.pid))
-            assert len(family) == 6
-            running = asyncio.ensure_future(session.run("import time; time.sleep(4)"))
+            running = asyncio.ensure_future(session.run("import time\ntime.sleep(0.3)\nprint(s, __cell__)"))
             await asyncio.sleep(0.1)
             os.kill(family[("launcher", "zygote", "keeper").index(victim)], signal.SIGKILL)
             result = await running
-            assert result.status is CellStatus.INFRA_ERROR and result.state_lost
+            assert (result.status, result.stdout, result.num_tries) == (CellStatus.OK, "7 1\n", 2)
             if victim != "keeper":
                 assert eventually(lambda: not any(is_alive(pid) for pid in family[1:]))
-                assert (await idle.run("print(1)")).status is CellStatus.INFRA_ERROR
-            after = await session.run("print(s, __cell__)")
-            assert (after.status, after.stdout) == (CellStatus.OK, "7 2\n")
-            assert (await idle.run("print('x' in globals())")).stdout == ("True\n" if victim == "keeper" else "False\n")
+            after = await idle.run("print(x)\nassert open('f').read() == 'kept'")
+            assert (after.status, after.stdout, after.num_tries) == (CellStatus.OK, x, 1 + (victim != "keeper"))
+            assert started.metrics()["sandbox/faults"] == 1 + (victim != "keeper")
 
     asyncio.run(run())
     assert list(tmp_path.iterdir()) == []
@@ -105,7 +105,7 @@ from gtpo.sandbox import SandboxPool
 from tests.sandbox.conftest import LIMITS, without_namespaces
 
 async def run():
-    pool = SandboxPool(LIMITS, max_concurrent=8)
+    pool = SandboxPool(LIMITS, min_tier="landlock", max_concurrent=8)
     await pool.start()
     sessions = [await pool.open() for _ in range(3)]
     print(pool._server.process.pid, flush=True)
@@ -153,24 +153,24 @@ def test_a_layer_that_is_off_is_found_out_and_refused(monkeypatch, layers_off, l
     disable = """
 from gtpo.sandbox import confinement
 if "seccomp" in sys.argv[4]:
-    confinement.syscall_filter.install = lambda: None
+    confinement.syscall_filter.install = lambda processes: None
 if "landlock" in sys.argv[4]:
     confinement._landlock_ruleset = lambda readable: None
 zygote"""
-    bootstrap = pool._BOOTSTRAP.replace("\nzygote", disable).replace("sys.argv[4]", repr(layers_off))
-    monkeypatch.setattr(pool, "_BOOTSTRAP", bootstrap)
+    bootstrap = fork_server._BOOTSTRAP.replace("\nzygote", disable).replace("sys.argv[4]", repr(layers_off))
+    monkeypatch.setattr(fork_server, "_BOOTSTRAP", bootstrap)
     if "namespaces" in layers_off:
         without_namespaces(monkeypatch)
 
     async def run() -> contract.SandboxReport:
-        async with SandboxPool(min_tier="none") as started:
+        async with SandboxPool(unsafe_no_isolation=True) as started:
             return started.report
 
     report = asyncio.run(run())
     assert report.tier < SandboxTier.LANDLOCK
     assert let_through <= {name for name, refused in report.checks.items() if not refused}
     with pytest.raises(SandboxUnavailable, match=r"landlock is needed.*Attempts not refused: .*'socketpair'"):
-        asyncio.run(SandboxPool().start())
+        asyncio.run(SandboxPool(min_tier="landlock").start())
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_importing_needs_no_linux_module():
 
 
 def test_a_fork_server_that_dies_at_start_is_unavailable(monkeypatch):
-    monkeypatch.setattr(pool, "_BOOTSTRAP", "raise RuntimeError('no such thing')")
+    monkeypatch.setattr(fork_server, "_BOOTSTRAP", "raise RuntimeError('no such thing')")
     with pytest.raises(SandboxUnavailable, match="the fork server died at its start: RuntimeError: no such thing"):
         asyncio.run(SandboxPool().start())
 
@@ -210,49 +210,10 @@ def test_a_fork_server_that_dies_at_start_is_unavailable(monkeypatch):
 def test_the_fork_server_gets_no_environment_but_what_it_needs(monkeypatch):
     monkeypatch.setenv("GTPO_TEST_SECRET", "hunter2")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/nonexistent")
-    monkeypatch.setattr(pool, "_BOOTSTRAP", "import os; raise RuntimeError(sorted(os.environ))")
+    monkeypatch.setattr(fork_server, "_BOOTSTRAP", "import os; raise RuntimeError(sorted(os.environ))")
     # The interpreter itself sets LC_CTYPE where no locale is set.
     with pytest.raises(SandboxUnavailable) as caught:
         asyncio.run(SandboxPool().start())
     names = str(caught.value).rpartition("Error: ")[2].replace("'LC_CTYPE', ", "")
-    assert names == "['LD_LIBRARY_PATH', 'PATH', 'PYTHONHASHSEED', 'PYTHONUTF8']"
-
-
-READABLE_INTERPRETER = """
-import os, sys
-from gtpo.sandbox import confinement
-
-# The interpreter may lie below a directory that only root can enter: in a mount namespace of our own, open the way.
-confinement.unshare(confinement.NEW_NS)
-confinement._mount("none", "/", None, 0x44000)
-prefix = os.path.realpath(sys.base_prefix)
-closed = [p for p in ["/" + "/".join(prefix.split("/")[1:i]) for i in range(2, 9)] if not os.stat(p).st_mode & 1]
-if closed:
-    held = os.open(prefix, os.O_PATH)
-    confinement._mount("tmpfs", closed[0], "tmpfs", 0, "mode=0755")
-    os.makedirs(prefix)
-    confinement._mount(f"/proc/self/fd/{held}", prefix, None, 0x5000)
-if uid := int(sys.argv[1]):
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
-arguments = ["-q", "-p", "no:cacheprovider", "tests/sandbox/test_abuse.py", "-k", *sys.argv[2:]]
-os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
-"""
-
-
-@pytest.mark.parametrize(("uid", "tests"), [(0, "landlock"), (12345, "test_")])
-def test_the_abuse_suite_with_an_interpreter_that_everybody_can_read(uid, tests):
-    """As an ordinary user, and as root that can become nobody. An ordinary user has run the suite already."""
-    if os.geteuid() != 0:
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        os.chmod(scratch, 0o777)
-        finished = subprocess.run(
-            [sys.executable, "-c", READABLE_INTERPRETER, str(uid), tests, f"--basetemp={scratch}/base"],
-            cwd=ROOT,
-            env=os.environ | {"TMPDIR": scratch, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-    assert finished.returncode == 0 and " passed" in finished.stdout, finished.stdout + finished.stderr
+    threads = "'MKL_NUM_THREADS', 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS'"
+    assert names == f"['LD_LIBRARY_PATH', {threads}, 'PATH', 'PYTHONHASHSEED', 'PYTHONUTF8']"

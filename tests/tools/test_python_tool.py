@@ -5,17 +5,18 @@ from collections.abc import Sequence
 
 import pytest
 
-from gtpo.sandbox import CellResult, CellStatus, SandboxLimits, SandboxPool
+from gtpo.sandbox import CellResult, CellStatus, SandboxLimits, SandboxPool, SessionState
 from gtpo.tools import FunctionTool, PythonTool, Toolbox, calculator, python_schema
 from gtpo.tools.python import observation_of
 from gtpo.types import ToolCall, ToolResult, ToolStatus
 
 LOST = "The interpreter was restarted: all variables are lost."
+ROLLED_BACK = "All variables are as they were before this call."
 
 
 def run_cells(codes: Sequence[str], setup_code: str = "", limits: SandboxLimits | None = None) -> list[ToolResult]:
     async def run() -> list[ToolResult]:
-        async with SandboxPool(limits, min_tier="none") as pool:
+        async with SandboxPool(limits, min_tier="landlock") as pool:
             toolbox = Toolbox([PythonTool(await pool.open(setup_code)), FunctionTool(calculator)])
             return await toolbox.execute([ToolCall("python", {"code": code}) for code in codes])
 
@@ -48,7 +49,7 @@ def test_an_error_follows_the_output_and_keeps_the_variables() -> None:
     assert results[2].text.startswith("SyntaxError: invalid syntax")
 
 
-def test_timeout_and_crash_say_that_the_variables_are_lost() -> None:
+def test_timeout_and_crash_say_that_the_variables_are_as_before() -> None:
     codes = ["x = 1\nwhile True: pass", "print('x' in globals(), base)", "import os; os._exit(3)", "print(base)"]
     results = run_cells(codes, setup_code="base = 7", limits=SandboxLimits(cpu_time_s=0.2))
     assert [result.status for result in results] == [
@@ -59,14 +60,14 @@ def test_timeout_and_crash_say_that_the_variables_are_lost() -> None:
     ]
     for result in (results[0], results[2]):
         explanation, _, last = result.text.rpartition("\n")
-        assert explanation and last == LOST
+        assert explanation and last == ROLLED_BACK
     assert [results[1].text, results[3].text] == ["False 7", "7"]
 
 
 def test_long_output_is_marked_as_cut() -> None:
     (result,) = run_cells(["print('x' * 5000)"], limits=SandboxLimits(output_bytes=1000))
     assert result.status is ToolStatus.OK
-    assert result.text == "x" * 1000 + "\n[output cut after 1000 bytes]"
+    assert result.text == "x" * 750 + "\n[4001 of 5001 bytes left out]\n" + "x" * 249
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_long_output_is_marked_as_cut() -> None:
 )
 def test_bad_arguments_run_nothing(arguments: dict[str, object], message: str) -> None:
     async def run() -> list[ToolResult]:
-        async with SandboxPool(min_tier="none") as pool:
+        async with SandboxPool(min_tier="landlock") as pool:
             toolbox = Toolbox([PythonTool(await pool.open())])
             calls = [ToolCall("python", arguments), ToolCall("python", {"code": "print(__cell__)"})]
             return await toolbox.execute(calls)
@@ -101,12 +102,12 @@ class OneResult:
 
 @pytest.mark.parametrize("status", CellStatus)
 def test_every_cell_status_is_a_tool_status(status: CellStatus) -> None:
-    session = OneResult(CellResult(status, error="sandbox failure: fork", wall_time_s=0.25, state_lost=True))
+    session = OneResult(CellResult(status, error="sandbox failure: fork", wall_time_s=0.25, state=SessionState.LOST))
     result = asyncio.run(PythonTool(session).call({"code": ""}))  # type: ignore[arg-type]
     assert result == ToolResult(ToolStatus(status.value), f"sandbox failure: fork\n{LOST}", seconds=0.25)
 
 
 def test_observation_keeps_the_order_of_events() -> None:
-    cell = CellResult(CellStatus.CRASH, stdout=" a\n\n", error="killed by signal 9\n", state_lost=True)
+    cell = CellResult(CellStatus.CRASH, stdout=" a\n\n", error="killed by signal 9\n", state=SessionState.LOST)
     assert observation_of(cell) == f" a\nkilled by signal 9\n{LOST}"
     assert observation_of(CellResult(CellStatus.OK, stdout="\n \n")) == "(no output)"

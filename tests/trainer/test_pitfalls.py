@@ -107,7 +107,7 @@ def test_06_token_in_token_out(policy: Policy) -> None:
         return Completion(ids, [-1.0] * len(ids), finished=True)
 
     async def run() -> Trajectory:
-        async with SandboxPool() as pool:
+        async with SandboxPool(min_tier="landlock") as pool:
             config = RolloutConfig(max_trajectory_tokens=500)
             return await Rollout(SumEnvironment(), chat, pool, config).play(TASK, 0, write)
 

@@ -102,7 +102,7 @@ def test_demonstrations_come_from_the_real_tools() -> None:
     tasks = environment.tasks("train", 4, 0)
 
     async def run() -> list[float]:
-        async with SandboxPool() as sandbox:
+        async with SandboxPool(min_tier="landlock") as sandbox:
             rollout = Rollout(environment, make_chat(policy, config), sandbox, config)
             played = await demonstrate(rollout, tasks, seed=0, max_concurrent=2)
             assert [trajectory.task for trajectory in played] == tasks

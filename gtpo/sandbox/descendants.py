@@ -1,0 +1,94 @@
+"""The processes below this one, seen through a descriptor of a /proc that the jail itself does not have."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Descendant:
+    """A process: its id in the /proc that was read and in its own namespace, whether it has not ended, its threads.
+
+    `memory_bytes` is what it does not share with a file, `peak_bytes` the most that it had, shared or not.
+    """
+
+    pid: int
+    namespace_pid: int
+    alive: bool
+    num_threads: int
+    memory_bytes: int
+    peak_bytes: int
+
+
+class ProcessTree:
+    """The descendants of this process by `proc_fd`, a directory descriptor of /proc."""
+
+    def __init__(self, proc_fd: int) -> None:
+        self._proc_fd = proc_fd
+        self._own_pid = int(os.readlink("self", dir_fd=proc_fd))
+
+    def descendants(self) -> list[Descendant]:
+        """Every descendant, children first. One that ends meanwhile may be missing, and so may what it starts.
+
+        OSError where the kernel lists no children (CONFIG_PROC_CHILDREN).
+        """
+        found = []
+        pids = self._children(self._own_pid, self._own_pid)
+        for pid in pids:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                process = self._look(pid)
+                found.append(process)
+                for thread in [pid] if process.num_threads == 1 else self._threads(pid):
+                    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                        pids += self._children(pid, thread)
+        return found
+
+    def cpu_time_s(self, process: Descendant) -> float:
+        """CPU seconds of `process` and of the children that it waited for, in steps of 10 ms."""
+        try:
+            ticks = self._read(f"{process.pid}/stat").rpartition(")")[2].split()[11:15]
+        except (FileNotFoundError, ProcessLookupError):
+            return 0.0
+        return sum(map(int, ticks)) / _TICKS_PER_S
+
+    def own_memory(self) -> tuple[int, int]:
+        """Of this process: the size of its address space and what of its memory it shares with no file, in bytes."""
+        size, resident, shared = (int(field) * _PAGE_BYTES for field in self._read("self/statm").split()[:3])
+        return size, resident - shared
+
+    def _look(self, pid: int) -> Descendant:
+        lines = self._read(f"{pid}/status").splitlines()
+        fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        # A process that is ending has no memory lines any more.
+        anonymous, shared, peak = (int(fields.get(k, "0").split()[0]) * 1024 for k in ("RssAnon", "RssShmem", "VmHWM"))
+        return Descendant(
+            pid=pid,
+            namespace_pid=int(fields["NSpid"].split()[-1]),
+            # The first thread can end before the others.
+            alive=fields["State"][0] not in "ZX" or fields["Threads"] != "1",
+            num_threads=int(fields["Threads"]),
+            memory_bytes=anonymous + shared,
+            peak_bytes=peak,
+        )
+
+    def _threads(self, pid: int) -> list[int]:
+        tasks = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._proc_fd)
+        try:
+            return [int(thread) for thread in os.listdir(tasks)]
+        finally:
+            os.close(tasks)
+
+    def _children(self, pid: int, thread: int) -> list[int]:
+        return [int(child) for child in self._read(f"{pid}/task/{thread}/children").split()]
+
+    def _read(self, path: str) -> str:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc_fd)
+        try:
+            return os.read(fd, 65536).decode("ascii", "replace")
+        finally:
+            os.close(fd)

@@ -1,0 +1,57 @@
+"""Named sets of libraries that cells can import: the files of their distributions, nothing else of site-packages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+
+PROFILES: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "math": ("numpy", "sympy"),
+    "data": ("numpy", "sympy", "pandas", "scipy"),
+}
+"""Profile -> distributions, which are imported before the first session under their own names."""
+
+
+def check_profile(name: str) -> str:
+    """`name`; ValueError when there is no such profile.
+
+    >>> check_profile("maths")
+    Traceback (most recent call last):
+        ...
+    ValueError: profile must be one of ['plain', 'math', 'data'], got 'maths'
+    """
+    if name not in PROFILES:
+        raise ValueError(f"profile must be one of {list(PROFILES)}, got {name!r}")
+    return name
+
+
+def libraries(profile: str) -> dict[str, str]:
+    """File or directory name in site-packages -> path, of the profile's distributions and all that they require.
+
+    ImportError when one of the profile's own is not installed.
+    """
+    found: dict[str, str] = {}
+    waiting, seen = list(PROFILES[profile]), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name in PROFILES[profile]:
+                raise ImportError(f"the sandbox profile {profile!r} needs {name}: pip install {name}") from None
+            # Required on another system or Python only.
+            continue
+        for file in distribution.files or ():
+            top = file.parts[0]
+            # Not scripts beside site-packages, not metadata, not caches.
+            if top != ".." and not top.endswith(".dist-info") and top != "__pycache__":
+                found[top] = os.path.realpath(str(distribution.locate_file(top)))
+        for requirement in distribution.requires or ():
+            if "extra ==" not in requirement:
+                waiting.append(re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower())
+    return dict(sorted(found.items()))

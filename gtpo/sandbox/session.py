@@ -1,0 +1,255 @@
+"""The trainer's end of one session: its requests, its results, and its recovery when the sandbox fails under it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from gtpo.sandbox import frames
+from gtpo.sandbox.contract import CellResult, CellStatus, SandboxUnavailable, SessionState
+
+if TYPE_CHECKING:
+    from gtpo.sandbox.pool import SandboxPool
+
+# A session is built up anew by running its cells again; not if they took longer than this, or are larger.
+_MAX_REPLAY_CPU_S = 60.0
+_MAX_REPLAY_BYTES = 4 * 2**20
+
+
+class SandboxSession:
+    """One interpreter with its variables and files; made by `SandboxPool.open`.
+
+    `layers` are on in it, `missing` maps those that are off to the reason.
+    """
+
+    def __init__(self, pool: SandboxPool, setup_code: str) -> None:
+        self._pool = pool
+        self._setup_code = setup_code
+        self._turn = asyncio.Lock()
+        self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._closed = False
+        self.layers: tuple[str, ...] = ()
+        self.missing: dict[str, str] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._num_cells = 0
+        self._num_requests = 0
+        self._forget_history()
+
+    def _forget_history(self) -> None:
+        # What brought the session to its state, with a hash of what each request gave; None: cannot be repeated.
+        self._history: list[tuple[dict[str, Any], int]] | None = []
+        self._history_cpu_s = 0.0
+        self._history_bytes = 0
+
+    async def run(self, code: str, *, stdin: str = "", rollback: bool = True) -> CellResult:
+        """Run `code` as the next cell, with `stdin` on its standard input. Never raises for what the code does.
+
+        After a TIMEOUT or CRASH the variables are as before the cell (its files stay); without `rollback`, which
+        saves the snapshot, they are lost.  A cell under which the sandbox failed is tried once more.
+        """
+        return await self._run(code, stdin, rollback=rollback, discard=False)
+
+    async def put(self, name: str, data: bytes) -> None:
+        """Write the file `name` of the session's directory; OSError when the session cannot."""
+        self._check_name(name)
+        for offset in range(0, max(len(data), 1), frames.MAX_PIECE_BYTES):
+            piece = base64.b64encode(data[offset : offset + frames.MAX_PIECE_BYTES]).decode()
+            await self._move({"op": "put", "name": name, "offset": offset, "data": piece})
+
+    async def get(self, name: str, *, max_bytes: int = 16 * 2**20) -> bytes:
+        """What the file `name` of the session's directory holds; OSError when it cannot be read or is larger."""
+        self._check_name(name)
+        data = b""
+        while True:
+            piece = base64.b64decode(await self._move({"op": "get", "name": name, "offset": len(data)}))
+            data += piece
+            if len(data) > max_bytes:
+                raise OSError(f"{name}: more than max_bytes={max_bytes}")
+            if len(piece) < frames.MAX_PIECE_BYTES:
+                return data
+
+    async def reset(self) -> None:
+        """Forget variables and files: the next cell is the first one after the setup code."""
+        async with self._turn:
+            await self._drop()
+            self._forget()
+
+    async def close(self) -> None:
+        """End the session's processes and wait until they are gone. Closing twice is harmless."""
+        if not self._closed:
+            self._closed = True
+            self._pool._release(self)
+        await self._drop()
+
+    async def _run(self, code: str, stdin: str, *, rollback: bool, discard: bool) -> CellResult:
+        async with self._turn, self._pool._slot():
+            self._num_cells += 1
+            request = {"op": "run", "number": self._num_cells, "code": code, "stdin": stdin}
+            result, _ = await self._request(request, rollback=rollback, discard=discard)
+            self._pool._count(result)
+        return result
+
+    async def _move(self, request: dict[str, Any]) -> str:
+        async with self._turn, self._pool._slot():
+            result, value = await self._request(request, rollback=True, discard=False)
+        if result.status is not CellStatus.OK or (value is None and request["op"] == "get"):
+            raise OSError(f"{request['name']}: {result.error or 'the session gave no data'}")
+        return value or ""
+
+    async def _request(
+        self, request: dict[str, Any], *, rollback: bool, discard: bool
+    ) -> tuple[CellResult, str | None]:
+        """Have `request` done, twice if the sandbox fails the first time; the result, and what a file held."""
+        if self._closed:
+            raise RuntimeError("the sandbox session is closed")
+        self._num_requests += 1
+        request |= {"cell": self._num_requests, "snapshot": rollback or discard, "discard": discard}
+        try:
+            frame = frames.encode(request)
+        except ValueError as failure:
+            return CellResult(CellStatus.ERROR, error=f"SyntaxError: cell too long: {failure}"), None
+        faults: list[str] = []
+        while len(faults) < 2:
+            try:
+                if self._stream is None and not await self._rebuild():
+                    faults.append("; ".join([*faults, "the session's variables could not be restored"]))
+                    break
+                answer = await self._exchange(frame)
+                if answer["status"] != CellStatus.INFRA_ERROR.value:
+                    return await self._conclude(request, answer, rollback=rollback, num_tries=len(faults) + 1)
+                faults.append(answer["error"])
+            except (EOFError, OSError, RuntimeError) as failure:
+                faults.append(str(failure))
+            self._pool._num_faults += 1
+            await self._drop()
+        self._forget_history()
+        error = f"sandbox failure: {faults[-1]}"
+        return CellResult(
+            CellStatus.INFRA_ERROR, error=error, state=SessionState.LOST, num_tries=max(len(faults), 1)
+        ), None
+
+    async def _conclude(
+        self, request: dict[str, Any], answer: dict[str, Any], *, rollback: bool, num_tries: int
+    ) -> tuple[CellResult, str | None]:
+        state = SessionState(answer["state"])
+        if state is SessionState.KEPT:
+            self._remember(request, answer)
+        elif state is SessionState.LOST:
+            await self._drop()
+            if rollback and not request["discard"]:
+                # No snapshot was there to go on with.
+                with contextlib.suppress(EOFError, OSError, RuntimeError):
+                    if await self._rebuild():
+                        state = SessionState.ROLLED_BACK
+        if state is SessionState.LOST:
+            self._forget_history()
+        result = CellResult(
+            status=CellStatus(answer["status"]),
+            stdout=answer["stdout"],
+            error=answer["error"],
+            error_line=answer["error_line"],
+            exit_status=answer["exit_status"],
+            cpu_time_s=answer["cpu_time_s"],
+            wall_time_s=answer["wall_time_s"],
+            peak_memory_bytes=answer["peak_memory_bytes"],
+            num_output_bytes=answer["num_output_bytes"],
+            output_truncated=answer["output_truncated"],
+            state=state,
+            num_tries=num_tries,
+        )
+        return result, answer["value"]
+
+    def _remember(self, request: dict[str, Any], answer: dict[str, Any]) -> None:
+        if self._history is None or request["op"] == "get":
+            return
+        self._history.append((request | {"snapshot": False}, _outcome(answer)))
+        self._history_cpu_s += answer["cpu_time_s"]
+        self._history_bytes += sum(len(request.get(key, "")) for key in ("code", "stdin", "data"))
+        if self._history_cpu_s > _MAX_REPLAY_CPU_S or self._history_bytes > _MAX_REPLAY_BYTES:
+            self._history = None
+
+    async def _rebuild(self) -> bool:
+        """Start the process, run the setup code and then the cells again; whether all gave what they gave before.
+
+        Where they did not, the session has been started with the setup code only, and its history is forgotten.
+        """
+        await self._start()
+        replayed = self._history is not None
+        for request, outcome in self._history or ():
+            answer = await self._exchange(frames.encode(request))
+            if answer["state"] != SessionState.KEPT.value or _outcome(answer) != outcome:
+                replayed = False
+                break
+        if not replayed:
+            await self._drop()
+            self._forget_history()
+            await self._start()
+        return replayed
+
+    async def _start(self) -> None:
+        """Start the process and run the setup code as cell 0."""
+        request = {"op": "run", "number": 0, "code": self._setup_code, "stdin": ""}
+        request |= {"cell": 0, "snapshot": False, "discard": False}
+        self._stream = await self._pool._spawn()
+        try:
+            answer = await self._exchange(frames.encode(request))
+        except (EOFError, ConnectionError) as failure:
+            await self._drop()
+            raise SandboxUnavailable(f"the session died at its start: {failure}") from failure
+        if answer["status"] != CellStatus.OK.value:
+            await self._drop()
+            infra = answer["status"] == CellStatus.INFRA_ERROR.value
+            raise SandboxUnavailable(answer["error"]) if infra else RuntimeError(f"setup_code: {answer['error']}")
+        self.layers, self.missing = tuple(answer["layers"]), answer["missing"]
+        report = self._pool._report
+        if report is not None and self.layers != report.layers:
+            await self._drop()
+            raise SandboxUnavailable(f"the session has the layers {self.layers}, the self test had {report.layers}")
+
+    async def _exchange(self, request: bytes) -> dict[str, Any]:
+        assert self._stream is not None
+        reader, writer = self._stream
+        try:
+            writer.write(request)
+            await writer.drain()
+            length = frames.body_length(await reader.readexactly(frames.HEADER.size))
+            return frames.decode(await reader.readexactly(length))
+        except asyncio.CancelledError:
+            # The answer to this cell may still come: the stream cannot be used again.
+            await self._drop()
+            raise
+
+    async def _drop(self) -> None:
+        """End the session's processes."""
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            await end_stream(*stream)
+
+    @staticmethod
+    def _check_name(name: str) -> None:
+        path = PurePosixPath(name)
+        if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+            raise ValueError(f"name must be a path below the session's directory, got {name!r}")
+
+
+async def end_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Close a keeper's stream and wait for the keeper's end: it closes its side after its interpreter is dead."""
+    try:
+        writer.write_eof()
+        while await reader.read(65536):
+            pass
+    except OSError:
+        pass
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+def _outcome(answer: dict[str, Any]) -> int:
+    return hash((answer["status"], answer["stdout"], answer["error"]))
