@@ -235,10 +235,10 @@ class Head:
 
     def allocate_gradients(self, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
         """Room for the gradients that are needed; separate tensors of size 0 for the others."""
-        options = {"dtype": self.dtype, "device": self.hidden.device}
-        self.d_hidden = torch.zeros(self.hidden.shape if need_hidden else (0,), **options)
-        self.d_weight = torch.empty(self.weight.shape if need_weight else (0,), **options)
-        self.d_bias = torch.zeros(self.weight.shape[:1] if need_bias else (0,), **options)
+        hidden, dtype = self.hidden, self.dtype
+        self.d_hidden = hidden.new_zeros(hidden.shape if need_hidden else (0,), dtype=dtype)
+        self.d_weight = hidden.new_empty(self.weight.shape if need_weight else (0,), dtype=dtype)
+        self.d_bias = hidden.new_zeros(self.weight.shape[:1] if need_bias else (0,), dtype=dtype)
 
     def chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(Row indices [n], their hidden states [n, D], their logits [n, V]); the logits last until the next chunk."""
