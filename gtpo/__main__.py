@@ -1,4 +1,4 @@
-"""The command line: `gtpo train`, `gtpo sft`, `gtpo eval`, `gtpo config`."""
+"""The command line: `gtpo train`, `gtpo sft`, `gtpo eval`, `gtpo config`, `gtpo methods`."""
 
 import argparse
 import contextlib
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gtpo.config import METHODS, Config, describe_keys, load_config
+from gtpo.methods import NAMESAKES, PRESETS, describe_credit, describe_loss, refuse_untrainable
 from gtpo.sandbox import SandboxUnavailable
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ Train tool-using language models with one reward a turn (GTPO, arXiv 2511.14846)
   gtpo train examples/demo.toml --train.steps 20    any key of the config can be set as --table.key value
   gtpo eval examples/demo.toml --checkpoint runs/demo/checkpoints/last
   gtpo config                                       every key with its default
+  gtpo methods                                      every method with its formula and source
 """
 
 
@@ -89,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gtpo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="{train,sft,eval,config}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="{train,sft,eval,config,methods}")
     for name, run, text in (
         ("train", _train, "warm up (if sft.steps > 0), evaluate, train with the method, evaluate again"),
         ("sft", _sft, "only the supervised warm-up on the environments' demonstrations"),
@@ -116,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
             )
     listing = commands.add_parser("config", help="list every config key with its default")
     listing.set_defaults(run=_list_keys)
+    methods = commands.add_parser("methods", help="list every method with its formula and source")
+    methods.set_defaults(run=_list_methods)
     return parser
 
 
@@ -185,7 +189,27 @@ def _list_keys(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             print(f"\n[{table}]  {purpose}")
             previous = table
         print(f"  {key} = {value!r}".ljust(46) + f"  # {meaning} ({allowed})")
-    print(f"\nmethods: {', '.join(METHODS)}; the keys of [credit] default to those of the method")
+    print(f"\nmethods: {', '.join(METHODS)}; the keys of [credit] default to those of the method (`gtpo methods`)")
+    return 0
+
+
+def _list_methods(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if overrides:
+        raise _Refused(f"`gtpo methods` takes no arguments, got {' '.join(overrides)}")
+    for name, preset in PRESETS.items():
+        print(f"{name}  {preset.source}")
+        print(f"  reward  {preset.method.reward}")
+        print(f"  credit  {describe_credit(preset.method)}")
+        print(f"  loss    {describe_loss(preset.method)}")
+        try:
+            refuse_untrainable(preset.method)
+        except ValueError as error:
+            print(f"          {error}")
+        print()
+    print('method = "NAME" selects one, the keys of [credit] override its fields; what is ours in each: docs/credit.md')
+    print("\nOther methods called GTPO:")
+    for name, covered in NAMESAKES.items():
+        print(f"  {name}: {covered}")
     return 0
 
 

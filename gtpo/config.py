@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, read from TOML, overridden by `--key value`, unknown keys refused.
 
-Units are in the names (`_s`, `_bytes`, `num_`, `max_`). `method` names a preset of `Method`; the keys of the table
-`[credit]` override single fields of it.
+Units are in the names (`_s`, `_bytes`, `num_`, `max_`). `method` names a preset of `gtpo.methods`; the keys of the
+table `[credit]` override single fields of it, `--credit.extra_terms.0.weight 0.3` one of its further terms.
 
 >>> config = config_from_dict({"method": "grpo", "credit": {"eps": 1e-4}})
 >>> config.credit.gamma, config.credit.population, config.credit.eps
@@ -23,37 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-
-@dataclass(frozen=True)
-class Method:
-    """What a method of the family does, as data. Source of the presets: arXiv 2511.14846, read as docs/log.md says.
-
-    reward: "turn" gives r_ij = outcome or similarity credit on the last turn + format and execution terms of the turn;
-    "outcome" gives one terminal reward, 1 if the answer is right and no turn has a format fault, else 0.
-    scope and population: which turn returns share a mean and a standard deviation, and whether every turn or every
-    trajectory is one entry of them.
-    """
-
-    reward: Annotated[Literal["turn", "outcome"], "rewards of single turns, or one of the outcome"] = "turn"
-    gamma: Annotated[float, "discount from a turn to the one before it"] = 0.9
-    scope: Annotated[Literal["group", "batch", "group_turn"], "whose returns are normalised together"] = "group"
-    population: Annotated[Literal["turns", "trajectories"], "what is one entry of mean and deviation"] = "turns"
-    ddof: Annotated[int, "degrees of freedom taken off the deviation"] = 1
-    eps: Annotated[float, "added to the deviation"] = 1e-6
-    format_penalty: Annotated[float, "taken off a turn with a format fault"] = 0.1
-    similarity_alpha: Annotated[float, "most credit for code like that of a success"] = 0.5
-    similarity: Annotated[Literal["ngram"], "how code is compared"] = "ngram"
-    execution_bonus: Annotated[float, "paid once, for output as expected"] = 0.0
-    execution_penalty: Annotated[float, "taken off a turn whose tool failed"] = 0.0
-    clip_low: Annotated[float, "least ratio is 1 minus this"] = 0.2
-    clip_high: Annotated[float, "greatest ratio is 1 plus this"] = 0.28
-
-
-METHODS: dict[str, Method] = {
-    "gtpo": Method(),
-    "gtpo_dense": Method(execution_bonus=0.05, execution_penalty=0.05),
-    "grpo": Method(reward="outcome", gamma=1.0, population="trajectories", format_penalty=0.0, similarity_alpha=0.0),
-}
+from gtpo.methods import METHODS, Method, Term
 
 
 @dataclass(frozen=True)
@@ -112,8 +82,6 @@ class RolloutConfig:
     tools: Annotated[tuple[str, ...], "offered tools: kinds, or names of tables [tools.NAME]"] = ("python",)
     tool_role: Annotated[str, "role of tool output in the model's chat template"] = "tool"
     tool_join_steps: Annotated[int, "decoding steps from a call to its result"] = 4
-    mask_truncated: Annotated[bool, "keep truncated trajectories out of the loss"] = False
-    mask_void_turns: Annotated[bool, "keep those with a void turn out of the loss"] = False
 
 
 @dataclass(frozen=True)
@@ -176,7 +144,7 @@ class EvalConfig:
 class Config:
     """One run. Everything random derives from `seed`; `num_threads = 0` keeps PyTorch's own choice."""
 
-    method: Annotated[str, "preset of [credit]"] = "gtpo"
+    method: Annotated[str, "preset of [credit]; `gtpo methods` lists them"] = "gtpo"
     seed: Annotated[int, "all that is random derives from it"] = 0
     output_dir: Annotated[str, "the run's folder"] = "runs/run"
     num_threads: Annotated[int, "of PyTorch; 0: its own choice"] = 0
@@ -218,17 +186,20 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
         _LEAST_ABOVE_0,
         _GREATEST,
         "model.initializer_range rollout.temperature eval.temperature train.max_grad_norm sandbox.cpu_time_s "
-        "sandbox.wall_time_s sandbox.memory_bytes sandbox.output_bytes",
+        "sandbox.wall_time_s sandbox.memory_bytes sandbox.output_bytes credit.aggregation_constant",
     ),
     (
         "at least 0",
         0,
         _GREATEST,
         "seed num_threads model.lora_rank credit.eps credit.format_penalty credit.similarity_alpha "
-        "credit.execution_bonus credit.execution_penalty credit.clip_high sft.steps sft.learning_rate sft.warmup_steps "
+        "credit.execution_bonus credit.execution_penalty credit.clip_high credit.kl_coef credit.entropy_coef "
+        "credit.rollout_correction_low credit.rollout_correction_high sft.steps sft.learning_rate sft.warmup_steps "
         "train.steps train.learning_rate train.warmup_steps train.weight_decay train.eval_every",
     ),
     ("at least -1", -1, _GREATEST, "rollout.tool_join_steps"),
+    ("above 1", 1 + sys.float_info.epsilon, _GREATEST, "credit.dual_clip"),
+    ("a finite number", -_GREATEST, _GREATEST, "credit.weight"),
     ("in [0, 1]", 0, 1, "credit.gamma credit.clip_low credit.ddof"),
 )
 
@@ -275,7 +246,7 @@ def config_from_dict(raw: Mapping[str, Any]) -> Config:
     method = raw.get("method", "gtpo")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    raw["credit"] = dataclasses.asdict(METHODS[method]) | raw.get("credit", {})
+    raw["credit"] = _overridden(dataclasses.asdict(METHODS[method]), raw.get("credit", {}))
     try:
         return pydantic.TypeAdapter(Config).validate_python(raw)
     except pydantic.ValidationError as error:
@@ -284,6 +255,17 @@ def config_from_dict(raw: Mapping[str, Any]) -> Config:
         message = first["msg"].removeprefix("Value error, ")
         where = f"config key {key!r}: " if key else ""
         raise ValueError(f"{where}{message}" + (f", got {first['input']!r}" if key else "")) from None
+
+
+def _overridden(preset: Mapping[str, Any], credit: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset's fields under those given. `extra_terms` is a list, or {"0": {...}}: fields of the preset's terms."""
+    terms = credit.get("extra_terms")
+    if isinstance(terms, Mapping):
+        changed = [dict(term) for term in preset["extra_terms"]]
+        for number, fields in terms.items():
+            _entry(changed, number, f"credit.extra_terms.{number}").update(fields)
+        terms = changed
+    return {**preset, **credit} | ({} if terms is None else {"extra_terms": terms})
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -323,7 +305,9 @@ def _describe(table: Any, *, prefix: str) -> Iterator[tuple[str, Any, str, str, 
             yield from _describe(value, prefix=f"{key}.")
             continue
         kind, meaning = get_args(types[entry.name])
-        allowed = str(kind).replace("gtpo.config.", "") if get_args(kind) else kind.__name__
+        allowed = (
+            str(kind).replace("gtpo.config.", "").replace("gtpo.methods.", "") if get_args(kind) else kind.__name__
+        )
         if get_origin(kind) is Literal:
             allowed = "one of " + ", ".join(get_args(kind))
         if key == "method":
@@ -358,6 +342,10 @@ def _refuse_unknown_keys(raw: Mapping[str, Any], cls: type, *, prefix: str) -> N
             for number, item in enumerate(value):
                 if isinstance(item, Mapping):
                     _refuse_unknown_keys(item, EnvironmentConfig, prefix=f"environments.{number}.")
+        if prefix == "credit." and key == "extra_terms":
+            for number, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+                if isinstance(item, Mapping):
+                    _refuse_unknown_keys(item, Term, prefix=f"credit.extra_terms.{number}.")
 
 
 def _override_pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from gtpo.config import Method
+from gtpo.methods import Method
 from gtpo.types import StopReason, ToolStatus, Trajectory
 
 # of two trajectories' cells, in [0, 1]

@@ -19,9 +19,10 @@ import torch
 from gtpo.assembly import make_chat, make_mixture, make_sandbox, refuse_unusable_model, tokenizer_corpus
 from gtpo.batch import Batch, PackedSequence
 from gtpo.config import Config
-from gtpo.credit import Credit, assign_credit, to_sequence
+from gtpo.credit import Credit, assign_credit, check_credit, to_sequence
 from gtpo.evaluation import Evaluation, evaluate_groups
 from gtpo.learner import Learner
+from gtpo.methods import refuse_untrainable
 from gtpo.metrics import rollout_metrics, tool_metrics, turn_rows
 from gtpo.policy import load_policy
 from gtpo.report.progress import Progress
@@ -51,6 +52,9 @@ class Trainer:
 
     def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
         refuse_unusable_model(config)
+        if config.train.steps:
+            refuse_untrainable(config.credit)
+        check_credit(config.credit)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self.config = config
@@ -391,8 +395,8 @@ def to_sequences(
         to_sequence(
             trajectory,
             assigned,
-            mask_truncated=config.rollout.mask_truncated,
-            mask_void_turns=config.rollout.mask_void_turns,
+            mask_truncated=config.credit.mask_truncated,
+            mask_void_turns=config.credit.mask_void_turns,
         )
         for group, group_credit in zip(groups, credit, strict=True)
         for trajectory, assigned in zip(group, group_credit, strict=True)

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first. A module of gtpo imports only from layers below its own, or from its own package.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "config"),
+    ("types", "methods"),
+    ("config",),
     ("sandbox",),
     ("tools", "chat"),
     ("environments",),
@@ -40,7 +41,7 @@ RESTRICTED: dict[str, dict[str, tuple[str, ...] | None]] = {
 }
 
 # Maths only: no I/O, no clock, no scheduling, no randomness but what is passed in.
-PURE = ("rewards", "credit", "batch")
+PURE = ("methods", "rewards", "credit", "batch")
 IMPURE_IMPORTS = ("asyncio", "io", "multiprocessing", "os", "pathlib", "random", "socket", "subprocess", "time")
 
 KERNELS_NEVER = ("gtpo", "transformers", "flash_attn")

@@ -25,7 +25,7 @@ NO_SCOPE = tl.constexpr(2**63 - 1)
 class Statistics(NamedTuple):
     """Of a scope's population, a row of float64.  mean: the lowest value where there is no spread."""
 
-    count: float
+    num_entries: float
     total_mass: float
     weighted_sum: float
     mean: float

@@ -392,7 +392,8 @@ def _turn_advantages(
 ) -> tuple[Tensor, Tensor, Tensor]:
     names: tuple[Any, ...] = (quantity, gamma, order, scope, population, centre, scale, ddof, eps, singleton)
     rule = CreditRule(*names)
-    return tuple(_run(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids, rule, backend))
+    credit = _run(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids, rule, backend)
+    return credit.advantages, credit.turn_advantages, credit.returns
 
 
 @_turn_advantages.register_fake

@@ -32,7 +32,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ({"environments": [{"name": "retry", "size": 1}]}, r"unknown config key 'environments\.0\.size'"),
         ({"train": 3}, "'train' must be a table, got 3"),
         ({"train": {"steps": "many"}}, r"'train\.steps'.*got 'many'"),
-        ({"method": "ppo"}, "method must be one of gtpo, gtpo_dense, grpo; got 'ppo'"),
+        ({"method": "ppo"}, "method must be one of gtpo, gtpo_dense, grpo, .*; got 'ppo'"),
         ({"rollout": {"group_size": 1}}, r"rollout\.group_size must be at least 2, got 1"),
         ({"rollout": {"temperature": 0.0}}, r"rollout\.temperature must be above 0"),
         ({"credit": {"gamma": 1.5}}, r"credit\.gamma must be in \[0, 1\], got 1\.5"),

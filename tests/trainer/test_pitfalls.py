@@ -171,7 +171,7 @@ def test_07_the_configured_masks_reach_the_loss(name: str) -> None:
     group, credit = [truncated, void, whole], [Credit([0.0] * 2, [1.0] * 2)] * 3
     masked = {"mask_truncated": 0, "mask_void_turns": 1}[name]
     for switch in (False, True):
-        sequences = to_sequences([group], [credit], config_from_dict({"rollout": {name: switch}}))
+        sequences = to_sequences([group], [credit], config_from_dict({"credit": {name: switch}}))
         assert [any(sequence.loss_mask) for sequence in sequences] == [not switch or i != masked for i in range(3)]
 
 

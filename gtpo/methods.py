@@ -1,0 +1,408 @@
+"""The methods of the family as data: what a turn is credited with, and what the loss makes of it.
+
+A `Method` is one row of settings; `PRESETS` holds the published ones, each with its source and an example worked by
+hand, which is run as a doctest. Nothing here computes: the credit is `gtpo.credit`, the loss `gtpo_kernels`.
+"""
+
+import textwrap
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+Quantity = Literal["turn_return", "trajectory_return", "outcome", "turn_reward"]
+Order = Literal["discount_first", "normalise_first"]
+Scope = Literal["group", "batch", "group_turn", "group_anchor", "none"]
+Population = Literal["turns", "trajectories", "tokens"]
+Centre = Literal["mean", "leave_one_out", "none"]
+Scale = Literal["std", "none"]
+Singleton = Literal["zero", "keep"]
+Turns = Literal["all", "with_calls"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A further term of a credit: its weight, which turns get it, and the fields of `gtpo_kernels.CreditRule`."""
+
+    weight: float = 1.0
+    turns: Turns = "all"
+    quantity: Quantity = "turn_return"
+    gamma: float = 0.9
+    order: Order = "discount_first"
+    scope: Scope = "group"
+    population: Population = "turns"
+    centre: Centre = "mean"
+    scale: Scale = "std"
+    ddof: int = 1
+    eps: float = 1e-6
+    singleton: Singleton = "zero"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method of the family does, as data; the defaults are GTPO, arXiv 2511.14846, read as docs/log.md says.
+
+    reward: "turn" gives r_ij = outcome or similarity credit on the last turn + format and execution terms of the turn;
+    "outcome" gives one terminal reward, 1 if the answer is right and no turn has a format fault, else 0.
+    `quantity` to `singleton` are the first term of the credit (`gtpo_kernels.CreditRule`), `extra_terms` are added to
+    it, and `whiten` then normalises the sum over all tokens of the batch. From `ratio_level` on it is the loss.
+    """
+
+    reward: Annotated[Literal["turn", "outcome"], "rewards of single turns, or one of the outcome"] = "turn"
+    quantity: Annotated[Quantity, "what is normalised"] = "turn_return"
+    gamma: Annotated[float, "discount from a turn to the one before it"] = 0.9
+    order: Annotated[Order, "returns of rewards, or of normalised rewards"] = "discount_first"
+    scope: Annotated[Scope, "whose values are normalised together"] = "group"
+    population: Annotated[Population, "what is one entry of mean and deviation"] = "turns"
+    centre: Annotated[Centre, "what is taken off"] = "mean"
+    scale: Annotated[Scale, "what it is divided by"] = "std"
+    ddof: Annotated[int, "degrees of freedom taken off the deviation"] = 1
+    eps: Annotated[float, "added to the deviation"] = 1e-6
+    singleton: Annotated[Singleton, "advantage where there is nothing to compare with"] = "zero"
+    weight: Annotated[float, "of this first term"] = 1.0
+    extra_terms: Annotated[tuple[Term, ...], "further terms, added to the first"] = ()
+    whiten: Annotated[bool, "normalise the sum over all tokens of the batch"] = False
+    format_penalty: Annotated[float, "taken off a turn with a format fault"] = 0.1
+    similarity_alpha: Annotated[float, "most credit for code like that of a success"] = 0.5
+    similarity: Annotated[Literal["ngram"], "how code is compared"] = "ngram"
+    execution_bonus: Annotated[float, "paid once, for output as expected"] = 0.0
+    execution_penalty: Annotated[float, "taken off a turn whose tool failed"] = 0.0
+    ratio_level: Annotated[Literal["token", "turn", "sequence"], "over what the ratio is taken"] = "token"
+    surrogate: Annotated[Literal["ppo", "cispo", "reinforce"], "what is maximised"] = "ppo"
+    clip_low: Annotated[float, "least ratio is 1 minus this"] = 0.2
+    clip_high: Annotated[float, "greatest ratio is 1 plus this"] = 0.28
+    dual_clip: Annotated[float | None, "bound of the ratio where the advantage is negative"] = None
+    aggregation: Annotated[
+        Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"], "of tokens to one number"
+    ] = "token-mean"
+    aggregation_constant: Annotated[float | None, 'divisor of "constant"; left out: rollout.max_trajectory_tokens'] = (
+        None
+    )
+    kl: Annotated[Literal["none", "k1", "k2", "k3"], "penalty on leaving the reference policy"] = "none"
+    kl_coef: Annotated[float, "weight of that penalty"] = 0.0
+    entropy_coef: Annotated[float, "weight of the entropy bonus"] = 0.0
+    rollout_correction: Annotated[Literal["none", "truncated", "masked"], "of the sampler's log-probs"] = "none"
+    rollout_correction_level: Annotated[Literal["token", "turn", "sequence"], "over what its weight is taken"] = "token"
+    rollout_correction_low: Annotated[float, "least weight that is not masked"] = 0.5
+    rollout_correction_high: Annotated[float, "greatest weight"] = 2.0
+    mask_truncated: Annotated[bool, "keep truncated trajectories out of the loss"] = False
+    mask_void_turns: Annotated[bool, "keep those with a void turn out of the loss"] = False
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method under its published name. source: where its formula is from. notes: what is ours, and the example."""
+
+    method: Method
+    source: str
+    notes: str
+
+
+def _outcome(**fields: Any) -> Method:
+    """One terminal reward, and one value a trajectory: what GRPO and its kin compare."""
+    shared: dict[str, Any] = {"reward": "outcome", "format_penalty": 0.0, "similarity_alpha": 0.0}
+    return Method(**shared | _per_trajectory() | fields)
+
+
+def _turns(**fields: Any) -> Method:
+    """Rewards of single turns: the outcome, format, and execution, without GTPO's similarity credit."""
+    return Method(**{"similarity_alpha": 0.0, "execution_bonus": 0.05, "execution_penalty": 0.05} | fields)
+
+
+def _per_trajectory() -> dict[str, Any]:
+    return {"quantity": "trajectory_return", "gamma": 1.0, "population": "trajectories"}
+
+
+# Loss of the methods that state no other than PPO's: the symmetric clip of the paper.
+_CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}
+_KL: dict[str, Any] = {"kl": "k3", "kl_coef": 0.001}
+
+PRESETS: dict[str, Preset] = {
+    "gtpo": Preset(
+        Method(),
+        "Group Turn Policy Optimization, arXiv 2511.14846",
+        """
+        Returns of all turns of the group share a mean and a deviation. By hand, gamma 0.9: returns 0.9, 1 and 0; mean
+        19/30, deviation 0.5508.
+
+        >>> group_advantages(method, [[0.0, 1.0], [0.0]])
+        [[0.4842, 0.6657], [-1.1499]]
+        """,
+    ),
+    "gtpo_dense": Preset(
+        Method(execution_bonus=0.05, execution_penalty=0.05),
+        "GTPO, arXiv 2511.14846, with execution feedback: ours",
+        """
+        The credit of gtpo. Turns earn or lose 0.05 by what their code did: by hand, a turn of 0.05 before a right
+        answer, another of -0.05 before a wrong one: returns 0.95, 1, -0.05, 0; mean 0.475, deviation 0.5781.
+
+        >>> group_advantages(method, [[0.05, 1.0], [-0.05, 0.0]])
+        [[0.8217, 0.9082], [-0.9082, -0.8217]]
+        """,
+    ),
+    "grpo": Preset(
+        _outcome(),
+        "the GRPO baseline of arXiv 2511.14846; credit of arXiv 2402.03300",
+        """
+        One number a trajectory, that of its outcome. By hand: outcomes 1, 0, 0; mean 1/3, deviation 0.5774. The loss is
+        GTPO's (clip 0.2 / 0.28, token-mean, no KL), so that the two differ in their credit alone.
+
+        >>> group_advantages(method, [[0.0, 1.0], [0.0], [0.0, 0.0, 0.0]])
+        [[1.1547, 1.1547], [-0.5773], [-0.5773, -0.5773, -0.5773]]
+        """,
+    ),
+    "deepseek_grpo": Preset(
+        _outcome(**_CLIP, aggregation="seq-mean-token-mean", kl="k3", kl_coef=0.04),
+        "Group Relative Policy Optimization, arXiv 2402.03300 (outcome supervision)",
+        """
+        By hand: outcomes 1 and 0; mean 1/2, deviation 0.7071.
+
+        >>> group_advantages(method, [[0.0, 1.0], [0.0]])
+        [[0.7071, 0.7071], [-0.7071]]
+        """,
+    ),
+    "dr_grpo": Preset(
+        _outcome(**_CLIP, scale="none", aggregation="constant"),
+        "Dr. GRPO, arXiv 2503.20783",
+        """
+        No deviation, no length: outcome minus the group's mean. By hand: 1 - 1/4 and 0 - 1/4.
+
+        >>> group_advantages(method, [[0.0, 1.0], [0.0], [0.0], [0.0]])
+        [[0.75, 0.75], [-0.25], [-0.25], [-0.25]]
+        """,
+    ),
+    "dapo": Preset(
+        _outcome(mask_truncated=True),
+        "DAPO, arXiv 2503.14476",
+        """
+        GRPO's credit, clip 0.2 / 0.28, token-mean, no KL, truncated trajectories out of the loss. Its dynamic sampling
+        and its soft length penalty are no part of credit or loss, and not here. By hand: outcomes 1, 1, 0; mean 2/3,
+        deviation 0.5774.
+
+        >>> group_advantages(method, [[1.0], [0.0, 1.0], [0.0]])
+        [[0.5773], [0.5773, 0.5773], [-1.1547]]
+        """,
+    ),
+    "rloo": Preset(
+        _outcome(centre="leave_one_out", scale="none", surrogate="reinforce", aggregation="seq-mean-token-sum"),
+        "REINFORCE leave-one-out, arXiv 2402.14740",
+        """
+        Outcome minus the mean of the others. By hand: 1 - 0, and 0 - 1/2 twice. The paper's KL penalty is part of its
+        reward, and not here.
+
+        >>> group_advantages(method, [[0.0, 1.0], [0.0], [0.0]])
+        [[1.0, 1.0], [-0.5], [-0.5]]
+        """,
+    ),
+    "reinforce_pp": Preset(
+        _outcome(**_CLIP, scale="none", whiten=True),
+        "REINFORCE++, its baseline form, arXiv 2501.03262",
+        """
+        Outcome minus the group's mean, then whitened over all tokens of the batch. By hand: 1/2 on two turns of a token
+        each, -1/2 on one; mean 1/6, deviation 0.5774. Its KL penalty is part of its reward, and not here.
+
+        >>> group_advantages(method, [[0.0, 1.0], [0.0]])
+        [[0.5774, 0.5774], [-1.1547]]
+        """,
+    ),
+    "gspo": Preset(
+        _outcome(ratio_level="sequence", clip_low=3e-4, clip_high=4e-4, aggregation="seq-mean-token-mean"),
+        "Group Sequence Policy Optimization, arXiv 2507.18071",
+        """
+        GRPO's credit; the ratio is the geometric mean over the sequence. By hand: as for deepseek_grpo.
+
+        >>> group_advantages(method, [[0.0], [0.0, 1.0]])
+        [[-0.7071], [0.7071, 0.7071]]
+        """,
+    ),
+    "cispo": Preset(
+        # the paper sets no lower bound: a ratio of 0 is the least there is
+        _outcome(surrogate="cispo", clip_low=1.0, clip_high=4.0),
+        "CISPO of MiniMax-M1, arXiv 2506.13585",
+        """
+        GRPO's credit; the clipped ratio weights the log-prob, so that no token is left out. The paper gives no number
+        for its upper bound: 1 + 4.0 is ours. By hand: outcomes 1, 1, 0, 0; mean 1/2, deviation 0.5774.
+
+        >>> group_advantages(method, [[1.0], [0.0, 1.0], [0.0], [0.0]])
+        [[0.866], [0.866, 0.866], [-0.866], [-0.866]]
+        """,
+    ),
+    "mt_grpo": Preset(
+        _turns(
+            **_CLIP,
+            quantity="outcome",
+            gamma=1.0,
+            population="trajectories",
+            eps=1e-4,
+            extra_terms=(Term(turns="with_calls", quantity="turn_reward", scope="group_turn", eps=1e-4),),
+            aggregation="seq-mean-token-mean",
+            kl="k3",
+            kl_coef=0.04,
+        ),
+        "MT-GRPO, arXiv 2505.11821",
+        """
+        All turns get the normalised outcome; those that call a tool also the normalised reward of that turn. The paper
+        has two turns, a call and an answer; more calls are compared at the same turn. Its turn rewards are of search
+        results, ours of format and execution. By hand: outcomes 1, 0 give 0.7070 and -0.7070 (eps 1e-4), first turns of
+        0.2 and 0 another 0.7066 and -0.7066.
+
+        >>> group_advantages(method, [[0.2, 1.0], [0.0, 0.0]], outcomes=[1.0, 0.0], calls=[[True, False]] * 2)
+        [[1.4136, 0.707], [-1.4136, -0.707]]
+        """,
+    ),
+    "matchtir": Preset(
+        _turns(
+            **_CLIP,
+            **_per_trajectory(),
+            weight=0.5,
+            extra_terms=(Term(weight=0.5, gamma=0.9, scope="group_turn"),),
+            aggregation="seq-mean-token-mean",
+        ),
+        "MatchTIR, arXiv 2601.10712",
+        """
+        Half the normalised sum of rewards, half the discounted returns normalised at the same turn. Its rewards match
+        calls with those of a known solution; ours are of format and execution. By hand: sums 1, 0 give 0.7071, -0.7071;
+        first turns 0.9, 0 the same, and so do the second.
+
+        >>> group_advantages(method, [[0.0, 1.0], [0.0, 0.0]])
+        [[0.7071, 0.7071], [-0.7071, -0.7071]]
+        >>> group_advantages(method, [[0.0, 1.0], [0.0]])  # nothing to compare the second turn with
+        [[0.7071, 0.3536], [-0.7071]]
+        """,
+    ),
+    "gigpo": Preset(
+        _turns(
+            **_CLIP,
+            **_per_trajectory(),
+            **_KL,
+            extra_terms=(Term(gamma=0.95, scope="group_anchor"),),
+            aggregation="seq-mean-token-mean",
+        ),
+        "Group-in-Group Policy Optimization, arXiv 2505.10978",
+        """
+        The normalised sum of rewards, and the discounted returns normalised among turns taken in the same state. The
+        trainer takes what the tools last said for the state. By hand: sums 1, 0 give 0.7071, -0.7071; first turns share
+        the state 0 and returns 0.95, 0: the same again; the last turns are each alone in theirs.
+
+        >>> group_advantages(method, [[0.0, 1.0], [0.0, 0.0]], anchors=[[0, 1], [0, 2]])
+        [[1.4142, 0.7071], [-1.4142, -0.7071]]
+        """,
+    ),
+    "igpo": Preset(
+        _turns(**_CLIP, **_KL, order="normalise_first", gamma=1.0, aggregation="seq-mean-token-mean"),
+        "Information Gain-based Policy Optimization, arXiv 2510.14967",
+        """
+        Rewards of all turns of the group are normalised together, then summed to returns. Its rewards are gains of
+        information, which need the policy's probability of the truth; ours are of format and execution. By hand:
+        rewards 0, 1, 0; mean 1/3, deviation 0.5774: -0.5773, 1.1547, -0.5773.
+
+        >>> group_advantages(method, [[0.0, 1.0], [0.0]])
+        [[0.5773, 1.1547], [-0.5773]]
+        """,
+    ),
+    "simpletir": Preset(
+        _outcome(**_CLIP, aggregation="seq-mean-token-mean", mask_void_turns=True),
+        "SimpleTIR, arXiv 2509.02479",
+        """
+        GRPO, with trajectories that have a void turn (no call and no answer) out of the loss but in the statistics. By
+        hand: outcomes 1, 0; mean 1/2, deviation 0.7071.
+
+        >>> group_advantages(method, [[0.0, 1.0], [0.0]])
+        [[0.7071, 0.7071], [-0.7071]]
+        """,
+    ),
+}
+METHODS: dict[str, Method] = {name: preset.method for name, preset in PRESETS.items()}
+
+# The two other methods called GTPO, which are no presets: what of them the credit covers.
+NAMESAKES = {
+    "GTPO and GRPO-S, arXiv 2508.04349": (
+        "rewards shaped by entropy. GRPO-S: give the shaped reward of a sequence as its outcome, with "
+        'quantity = "outcome", population = "trajectories". GTPO gives every token a reward of its own: not covered.'
+    ),
+    "GTPO, arXiv 2508.03772": (
+        "its advantage is that of grpo. It also spares tokens that stand at one place in right and wrong completions, "
+        "and leaves completions of high entropy out: not covered, these are masks for the loss."
+    ),
+}
+
+# Which values the loss of this version computes; training with another is refused.
+TRAINABLE: dict[str, tuple[Any, ...]] = {
+    "ratio_level": ("token",),
+    "surrogate": ("ppo",),
+    "dual_clip": (None,),
+    "aggregation": ("token-mean",),
+    "kl": ("none",),
+    "entropy_coef": (0.0,),
+    "rollout_correction": ("none",),
+}
+
+
+def refuse_untrainable(method: Method) -> None:
+    """Raises ValueError for a loss that this version does not compute; its credit can be computed all the same.
+
+    >>> refuse_untrainable(METHODS["gspo"])
+    Traceback (most recent call last):
+        ...
+    ValueError: this version does not train with credit.ratio_level = 'sequence' (only 'token'), credit.aggregation = \
+'seq-mean-token-mean' (only 'token-mean')
+    """
+    wanted = [
+        f"credit.{name} = {getattr(method, name)!r} (only {', '.join(map(repr, values))})"
+        for name, values in TRAINABLE.items()
+        if getattr(method, name) not in values
+    ]
+    if wanted:
+        raise ValueError(f"this version does not train with {', '.join(wanted)}")
+
+
+def describe_credit(method: Method) -> str:
+    """The formula of a credit, read off its fields.
+
+    >>> describe_credit(METHODS["matchtir"])
+    '0.5 norm[group, one a trajectory](trajectory return) + 0.5 norm[group and turn](turn return, gamma 0.9)'
+    """
+    first = Term(**{name: getattr(method, name) for name in Term.__dataclass_fields__ if name != "turns"})
+    credit = " + ".join(_describe_term(term) for term in (first, *method.extra_terms))
+    return f"whiten[tokens of the batch]({credit})" if method.whiten else credit
+
+
+def describe_loss(method: Method) -> str:
+    """The settings of a loss in one line.
+
+    >>> describe_loss(METHODS["gtpo"])
+    'token ratio, ppo, clip 0.2 / 0.28, token-mean'
+    """
+    parts = [f"{method.ratio_level} ratio", method.surrogate, f"clip {method.clip_low:g} / {method.clip_high:g}"]
+    parts += [f"dual clip {method.dual_clip:g}"] if method.dual_clip is not None else []
+    parts += [method.aggregation]
+    parts += [f"{method.kl} KL {method.kl_coef:g}"] if method.kl != "none" else []
+    parts += [f"entropy {method.entropy_coef:g}"] if method.entropy_coef else []
+    parts += [f"{method.rollout_correction} rollout weights"] if method.rollout_correction != "none" else []
+    parts += ["truncated masked"] if method.mask_truncated else []
+    parts += ["void turns masked"] if method.mask_void_turns else []
+    return ", ".join(parts)
+
+
+def _describe_term(term: Term) -> str:
+    values = term.quantity.replace("_", " ")
+    discounted = term.quantity in ("turn_return", "trajectory_return") and term.gamma != 1
+    values += f", gamma {term.gamma:g}" if discounted and term.order == "discount_first" else ""
+    if term.scope != "none":
+        entries = {"turns": "", "trajectories": ", one a trajectory", "tokens": ", one a token"}[term.population]
+        if term.centre == "none":
+            operation = "scale"
+        elif term.scale == "none":
+            operation = "centre" if term.centre == "mean" else "leave-one-out"
+        else:
+            operation = "norm" if term.centre == "mean" else "leave-one-out norm"
+        inner = "turn reward" if term.order == "normalise_first" else values
+        values = f"{operation}[{term.scope.replace('_', ' and ')}{entries}]({inner})"
+    elif term.order == "normalise_first":
+        values = "turn reward"
+    if term.order == "normalise_first":
+        values = f"returns(gamma {term.gamma:g}) of {values}"
+    values += " on turns with calls" if term.turns == "with_calls" else ""
+    return values if term.weight == 1 else f"{term.weight:g} {values}"
+
+
+_EXAMPLE = ">>> from gtpo.credit import group_advantages\n>>> method = METHODS[{name!r}]\n"
+__test__ = {name: _EXAMPLE.format(name=name) + textwrap.dedent(preset.notes) for name, preset in PRESETS.items()}

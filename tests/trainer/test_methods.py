@@ -1,0 +1,285 @@
+"""Every preset's credit against a loop written from its formula; presets in training, in the config, in the listing."""
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gtpo.__main__ import main
+from gtpo.config import config_from_dict, load_config
+from gtpo.credit import anchor_ids, assign_credit, check_credit, credit_rules, method_advantages
+from gtpo.methods import METHODS, PRESETS, TRAINABLE, Method, Term, describe_credit, describe_loss, refuse_untrainable
+from gtpo.rewards import turn_rewards
+from gtpo.types import ToolResult, ToolStatus
+from gtpo_kernels import turn_advantages
+from tests.trainer.conftest import make_trajectory, make_turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A ragged batch as plain lists: by trajectory its group and outcome, by turn its reward, tokens, state, a call."""
+
+    groups: list[int]
+    outcomes: list[float]
+    rewards: list[list[float]]
+    num_tokens: list[list[int]]
+    anchors: list[list[int]]
+    calls: list[list[bool]]
+
+    def peers(self, i: int) -> list[int]:
+        return [j for j, group in enumerate(self.groups) if group == self.groups[i]]
+
+
+def random_trial(seed: int) -> Trial:
+    """2 or 3 groups of at least two trajectories of 1 to 5 turns of 1 to 4 tokens."""
+    generator = random.Random(seed)
+    groups = [g for g in range(generator.randint(2, 3)) for _ in range(generator.randint(2, 5))]
+    generator.shuffle(groups)
+    lengths = [generator.randint(1, 5) for _ in groups]
+    return Trial(
+        groups=groups,
+        outcomes=[generator.choice([0.0, 1.0, round(generator.random(), 2)]) for _ in groups],
+        rewards=[[generator.choice([0.0, 1.0, -0.1, generator.gauss(0, 1)]) for _ in range(n)] for n in lengths],
+        num_tokens=[[generator.randint(1, 4) for _ in range(n)] for n in lengths],
+        anchors=[[generator.randint(0, 2) for _ in range(n)] for n in lengths],
+        calls=[[j < n - 1 for j in range(n)] for n in lengths],
+    )
+
+
+def by_method(method: Method, trial: Trial) -> list[list[float]]:
+    lengths = [len(turns) for turns in trial.rewards]
+    num_tokens = [n for turns in trial.num_tokens for n in turns]
+    flat = {name: [x for turns in getattr(trial, name) for x in turns] for name in ("rewards", "anchors", "calls")}
+    credit = method_advantages(
+        method,
+        torch.tensor(flat["rewards"], dtype=torch.float64),
+        torch.tensor([0, *lengths]).cumsum(0),
+        torch.tensor(trial.groups),
+        torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)),
+        outcomes=torch.tensor(trial.outcomes, dtype=torch.float64),
+        anchor_ids=torch.tensor(flat["anchors"]),
+        turns_with_calls=torch.tensor(flat["calls"]),
+    )
+    return [part.tolist() for part in credit.turn_advantages.split(lengths)]
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def std(values: list[float]) -> float:
+    return math.sqrt(math.fsum((x - mean(values)) ** 2 for x in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+
+
+def normalised(x: float, values: list[float], eps: float = 1e-6) -> float:
+    return 0.0 if max(values) == min(values) else (x - mean(values)) / (std(values) + eps)
+
+
+def returns(rewards: list[float], gamma: float) -> list[float]:
+    return [math.fsum(gamma ** (m - j) * rewards[m] for m in range(j, len(rewards))) for j in range(len(rewards))]
+
+
+Formula = Callable[[Trial, int, int], float]
+
+
+def gtpo(trial: Trial, i: int, j: int) -> float:
+    pool = [x for p in trial.peers(i) for x in returns(trial.rewards[p], 0.9)]
+    return normalised(returns(trial.rewards[i], 0.9)[j], pool)
+
+
+def grpo(trial: Trial, i: int, j: int) -> float:
+    return normalised(sum(trial.rewards[i]), [sum(trial.rewards[p]) for p in trial.peers(i)])
+
+
+def dr_grpo(trial: Trial, i: int, j: int) -> float:
+    return sum(trial.rewards[i]) - mean([sum(trial.rewards[p]) for p in trial.peers(i)])
+
+
+def rloo(trial: Trial, i: int, j: int) -> float:
+    return sum(trial.rewards[i]) - mean([sum(trial.rewards[p]) for p in trial.peers(i) if p != i])
+
+
+def reinforce_pp(trial: Trial, i: int, j: int) -> float:
+    centred = [dr_grpo(trial, p, 0) for p in range(len(trial.groups))]
+    tokens = [x for x, n in zip(centred, trial.num_tokens, strict=True) for _ in range(sum(n))]
+    return (centred[i] - mean(tokens)) / (std(tokens) + 1e-8)
+
+
+def mt_grpo(trial: Trial, i: int, j: int) -> float:
+    peers = trial.peers(i)
+    outcome = normalised(trial.outcomes[i], [trial.outcomes[p] for p in peers], eps=1e-4)
+    if not trial.calls[i][j]:
+        return outcome
+    same_turn = [trial.rewards[p][j] for p in peers if len(trial.rewards[p]) > j]
+    return outcome + normalised(trial.rewards[i][j], same_turn, eps=1e-4)
+
+
+def matchtir(trial: Trial, i: int, j: int) -> float:
+    same_turn = [returns(trial.rewards[p], 0.9)[j] for p in trial.peers(i) if len(trial.rewards[p]) > j]
+    return 0.5 * grpo(trial, i, j) + 0.5 * normalised(returns(trial.rewards[i], 0.9)[j], same_turn)
+
+
+def gigpo(trial: Trial, i: int, j: int) -> float:
+    same_state = [
+        value
+        for p in trial.peers(i)
+        for value, anchor in zip(returns(trial.rewards[p], 0.95), trial.anchors[p], strict=True)
+        if anchor == trial.anchors[i][j]
+    ]
+    return grpo(trial, i, j) + normalised(returns(trial.rewards[i], 0.95)[j], same_state)
+
+
+def igpo(trial: Trial, i: int, j: int) -> float:
+    pool = [x for p in trial.peers(i) for x in trial.rewards[p]]
+    return math.fsum(normalised(x, pool) for x in trial.rewards[i][j:])
+
+
+FORMULAS: dict[str, Formula] = {
+    "gtpo": gtpo,
+    "gtpo_dense": gtpo,
+    "grpo": grpo,
+    "deepseek_grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "dapo": grpo,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "gspo": grpo,
+    "cispo": grpo,
+    "mt_grpo": mt_grpo,
+    "matchtir": matchtir,
+    "gigpo": gigpo,
+    "igpo": igpo,
+    "simpletir": grpo,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_preset_is_its_formula(name: str) -> None:
+    for seed in range(100):
+        trial = random_trial(seed)
+        expected = [[FORMULAS[name](trial, i, j) for j in range(len(turns))] for i, turns in enumerate(trial.rewards)]
+        for ours, theirs in zip(by_method(METHODS[name], trial), expected, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-9)
+
+
+def test_gtpo_and_grpo_are_the_short_call_bit_for_bit() -> None:
+    for seed in range(20):
+        trial = random_trial(seed)
+        rewards = torch.tensor([x for turns in trial.rewards for x in turns])
+        cu_turns = torch.tensor([0, *(len(turns) for turns in trial.rewards)]).cumsum(0)
+        terminal = torch.zeros_like(rewards)
+        terminal[cu_turns[1:] - 1] = torch.tensor(trial.outcomes)
+        rest = (cu_turns, torch.tensor(trial.groups), torch.arange(len(rewards)).repeat_interleave(2))
+        for name in ("gtpo", "gtpo_dense"):
+            for ours, short in zip(
+                method_advantages(METHODS[name], rewards, *rest),
+                turn_advantages(rewards, *rest, gamma=0.9),
+                strict=True,
+            ):
+                assert torch.equal(ours, short)
+        short = turn_advantages(terminal, *rest, gamma=1.0, population="trajectories")
+        for ours, theirs in zip(method_advantages(METHODS["grpo"], terminal, *rest), short, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_preset_is_chosen_by_name_and_any_field_overridden(name: str) -> None:
+    config = config_from_dict({"method": name})
+    assert config.credit == METHODS[name]
+    check_credit(config.credit)
+    changed = {"gamma": 0.25, "eps": 0.5, "aggregation": "constant", "kl": "k2", "mask_truncated": True}
+    config = config_from_dict({"method": name, "credit": changed})
+    assert config.credit == dataclasses.replace(METHODS[name], **changed)  # type: ignore[arg-type]
+
+
+def test_a_further_term_is_overridden_or_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('method = "matchtir"\n')
+    (term,) = METHODS["matchtir"].extra_terms
+    (changed,) = load_config(path, ["--credit.extra_terms.0.weight", "0.3"]).credit.extra_terms
+    assert changed == dataclasses.replace(term, weight=0.3)
+    path.write_text('method = "matchtir"\n[[credit.extra_terms]]\nscope = "batch"\n')
+    assert load_config(path).credit.extra_terms == (Term(scope="batch"),)
+    assert load_config(path, ["--credit.extra_terms.0.gamma", "1.0"]).credit.extra_terms == (
+        Term(scope="batch", gamma=1),
+    )
+    path.write_text('method = "matchtir"\n')
+    with pytest.raises(ValueError, match=r"--credit.extra_terms.1: expected the number of one of 1 entries"):
+        load_config(path, ["--credit.extra_terms.1.weight", "0.3"])
+    with pytest.raises(ValueError, match=r"unknown config key 'credit.extra_terms.0.wieght'; did you mean"):
+        load_config(path, ["--credit.extra_terms.0.wieght", "0.3"])
+
+
+def test_a_credit_that_contradicts_itself_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"credit\.scope must be 'none' where neither centre nor scale is taken"):
+        check_credit(Method(centre="none", scale="none"))
+    with pytest.raises(ValueError, match=r"credit\.extra_terms\.0\.ddof must be 0 or 1, got 3"):
+        check_credit(Method(extra_terms=(Term(ddof=3),)))
+
+
+def test_what_a_credit_needs_and_lacks_is_named() -> None:
+    batch = [torch.tensor([1.0, 0.0]), torch.tensor([0, 1, 2]), torch.tensor([0, 0]), torch.arange(2)]
+    with pytest.raises(ValueError, match=r"outcomes must be \[B\] for quantity='outcome', got None"):
+        method_advantages(METHODS["mt_grpo"], *batch, turns_with_calls=torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"turns_with_calls must be \[K\] for a term of turns='with_calls', got None"):
+        method_advantages(METHODS["mt_grpo"], *batch, outcomes=torch.ones(2))
+    with pytest.raises(ValueError, match=r"turns_with_calls must be \[K\] = \[2\], got shape \(1,\)"):
+        method_advantages(METHODS["mt_grpo"], *batch, outcomes=torch.ones(2), turns_with_calls=torch.ones(1).bool())
+    with pytest.raises(ValueError, match=r"anchor_ids must be \[K\]"):
+        method_advantages(METHODS["gigpo"], *batch)
+
+
+def test_the_trainer_gives_every_method_what_it_needs() -> None:
+    seen, other = (ToolResult(ToolStatus.OK, text) for text in ("seen", "other"))
+    first = make_trajectory(make_turn(code="a"), make_turn(code="b"), make_turn(), outcome=1.0)
+    second = make_trajectory(make_turn(code="a"), make_turn(), outcome=0.0)
+    for trajectory, results in ((first, (seen, other)), (second, (seen,))):
+        for turn, result in zip(trajectory.turns, results, strict=False):
+            turn.results = [result]
+    assert anchor_ids([first, second]) == [0, 1, 2, 0, 1]
+    for name, method in METHODS.items():
+        rewards = [turn_rewards([first, second], method)]
+        (credit,) = assign_credit([[first, second]], rewards, method)
+        trial = Trial(
+            groups=[0, 0],
+            outcomes=[1.0, 0.0],
+            rewards=[reward.rewards for reward in rewards[0]],
+            num_tokens=[[len(turn.completion_ids) for turn in t.turns] for t in (first, second)],
+            anchors=[[0, 1, 2], [0, 1]],
+            calls=[[True, True, False], [True, False]],
+        )
+        for i, assigned in enumerate(credit):
+            expected = [FORMULAS[name](trial, i, j) for j in range(len(assigned.advantages))]
+            assert assigned.advantages == pytest.approx(expected, abs=1e-5), name
+
+
+def test_training_is_refused_for_a_loss_that_is_not_there_yet() -> None:
+    trainable = [name for name, method in METHODS.items() if all(getattr(method, k) in v for k, v in TRAINABLE.items())]
+    assert {"gtpo", "gtpo_dense", "grpo", "dapo"} <= set(trainable)
+    for name, method in METHODS.items():
+        if name in trainable:
+            refuse_untrainable(method)
+        else:
+            with pytest.raises(ValueError, match=r"this version does not train with credit\."):
+                refuse_untrainable(method)
+
+
+def test_methods_are_listed_with_formula_and_source(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    listing = capsys.readouterr().out
+    for name, preset in PRESETS.items():
+        assert f"{name}  {preset.source}\n" in listing
+        assert f"  credit  {describe_credit(preset.method)}\n" in listing
+        assert f"  loss    {describe_loss(preset.method)}\n" in listing
+    assert "arXiv 2508.03772" in listing and "arXiv 2508.04349" in listing
+    assert main(["methods", "--all", "1"]) == 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_description_tells_credits_apart(name: str) -> None:
+    same = [other for other in METHODS if describe_credit(METHODS[other]) == describe_credit(METHODS[name])]
+    assert {tuple(credit_rules(METHODS[other])) for other in same} == {tuple(credit_rules(METHODS[name]))}
