@@ -14,8 +14,9 @@ def read_passages(corpus: Path, *, fields: Sequence[str], max_chars: int) -> lis
 
     corpus: a `.jsonl` or `.json` file (also `.gz`) of objects, or a folder whose `.txt`, `.md` and `.rst` files are
     read at any depth. fields: what is kept of an object, in this order; one field as it is, several as "field: value"
-    lines. An object that lacks all of them is an error, one that lacks some is not. A passage of a file begins with its
-    path. Raises ValueError with file and line, and for a corpus without text; OSError.
+    lines. An object that lacks all of them is an error, one that lacks some is not. Each passage begins with the path
+    of its file, or with the first of several fields.
+    Raises ValueError with file and line, and for a corpus without text; OSError.
     """
     documents = _folder(corpus) if corpus.is_dir() else _objects(corpus, fields)
     passages = [passage for head, text in documents for passage in _split(head, text, max_chars)]
@@ -27,7 +28,9 @@ def read_passages(corpus: Path, *, fields: Sequence[str], max_chars: int) -> lis
 def _folder(folder: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(folder.rglob("*")):
         if path.suffix in _TEXT_SUFFIXES and path.is_file():
-            yield f"{path.relative_to(folder).as_posix()}\n", path.read_text(encoding="utf-8", errors="replace")
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if text.strip():
+                yield f"{path.relative_to(folder).as_posix()}\n", text
 
 
 def _objects(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -38,13 +41,13 @@ def _objects(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
         if suffixes[-1] == ".jsonl":
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield "", _text_of(_parsed(line, f"{path}:{number}"), fields, f"{path}:{number}")
+                    yield _text_of(_parsed(line, f"{path}:{number}"), fields, f"{path}:{number}")
             return
         rows = _parsed(file.read(), str(path))
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list of objects, got {type(rows).__name__}")
     for number, row in enumerate(rows):
-        yield "", _text_of(row, fields, f"{path}, object {number}")
+        yield _text_of(row, fields, f"{path}, object {number}")
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -54,15 +57,17 @@ def _parsed(text: str, place: str) -> Any:
         raise ValueError(f"{place} is not JSON: {error}") from None
 
 
-def _text_of(row: Any, fields: Sequence[str], place: str) -> str:
+def _text_of(row: Any, fields: Sequence[str], place: str) -> tuple[str, str]:
+    """What all passages of an object begin with, and the text that is divided into passages."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{place} must hold an object, got {type(row).__name__}")
     present = {field: _plain(row[field]) for field in fields if row.get(field) not in (None, "", [])}
     if not any(field in row for field in fields):
         raise ValueError(f"{place} must have one of the fields {', '.join(fields)}, got {', '.join(row) or 'none'}")
     if len(fields) == 1:
-        return "".join(present.values())
-    return "\n".join(f"{field}: {value}" for field, value in present.items())
+        return "", "".join(present.values())
+    lines = [f"{field}: {value}\n" for field, value in present.items()]
+    return ("".join(lines[:1]), "".join(lines[1:])) if fields[0] in present else ("", "".join(lines))
 
 
 def _plain(value: Any) -> str:
@@ -78,7 +83,11 @@ def _split(head: str, text: str, max_chars: int) -> Iterator[str]:
     ['one two.', 'three four', 'five']
     """
     text = text.strip()
-    room = max(max_chars - len(head), 1)
+    if len(head) > max_chars // 2:
+        head = head[: max_chars // 2].rstrip() + "\n"
+    if head and not text:
+        yield head.rstrip()
+    room = max_chars - len(head)
     while len(text) > room:
         piece = text[: room + 1]
         # a cut in the first half would give many short passages

@@ -133,7 +133,10 @@ def _build(name: str, table: Mapping[str, Any]) -> tuple[ToolSource, CallLimits]
     try:
         options = KeywordCheck(TOOL_KINDS[kind], CallLimits, noun="option", without=("name",)).parse(options)
         limits = CallLimits(**{key: options.pop(key) for key in _LIMITS & options.keys()})
-        return TOOL_KINDS[kind](name=name, **options), limits
+        source = TOOL_KINDS[kind](name=name, **options)
+        if source.needs_session and limits.retries:
+            raise ValueError(f"retries must be 0, since the sandbox itself tries a cell again; got {limits.retries}")
+        return source, limits
     except (ValueError, OSError) as error:
         raise ValueError(f"tools.{name}: {error}") from error
     except ImportError as error:

@@ -113,6 +113,11 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         ToolSet(["search"], {"search": {"corpus": str(tmp_path)}})
 
 
+def test_a_cell_is_not_run_twice_by_the_tool() -> None:
+    with pytest.raises(ValueError, match=r"tools\.python: retries must be 0, since the sandbox itself tries"):
+        ToolSet(["python"], {"python": {"retries": 1}})
+
+
 def test_only_python_needs_a_session() -> None:
     python = ToolSet(["python"])
     assert (python.needs_session, ToolSet(["calculator"]).needs_session) == (True, False)
