@@ -129,7 +129,7 @@ Doubles token_statistics(const gtpo::Logits& logits, const std::optional<Ints>& 
     gtpo::SweepStatus status;
     {
         py::gil_scoped_release release;
-        status = gtpo::sweep_rows_cpu(logits, nullptr, batch, out, nullptr, nullptr, num_threads);
+        status = gtpo::sweep_rows_cpu(logits, nullptr, batch, out, nullptr, nullptr, false, num_threads);
     }
     raise_if_bad(status);
     return statistics;
@@ -156,7 +156,8 @@ void token_gradient(const gtpo::Logits& logits, const gtpo::Logits& d_logits, co
     gtpo::SweepStatus status;
     {
         py::gil_scoped_release release;
-        status = gtpo::sweep_rows_cpu(logits, &d_logits, batch, out, upstream_of, &upstream, num_threads);
+        status = gtpo::sweep_rows_cpu(logits, &d_logits, batch, out, upstream_of, &upstream, upstream.entropy != nullptr,
+                                      num_threads);
     }
     raise_if_bad(status);
 }

@@ -21,7 +21,7 @@ RowUpstream upstream_of(const void* data, std::int64_t i, const RowStatistics& r
 SweepStatus gtpo_loss_cpu(const Logits& logits, const Logits* d_logits, const RowBatch& batch, const LossRows& loss,
                           RowStatistics* statistics, std::int64_t num_threads) {
     const Context context{loss, logits.type == LogitType::float64};
-    return sweep_rows_cpu(logits, d_logits, batch, statistics, upstream_of, &context, num_threads);
+    return sweep_rows_cpu(logits, d_logits, batch, statistics, upstream_of, &context, false, num_threads);
 }
 
 }  // namespace gtpo

@@ -53,6 +53,12 @@ struct ColumnScale {
 template <class Logit>
 struct RowKernels {
     void (*sums)(const Logit* row, std::int64_t vocab, const RowScale& scale, RowSums& sums);
+    // And the weights exp((l_v - m) / temperature), m the maximum up to the end of v's block of row_block_vocab entries,
+    // which goes to block_max.  row and weights may be the same.  Without softcap; null where rounding them costs too much.
+    void (*weights)(const Logit* row, Logit* weights, std::int64_t vocab, const RowScale& scale, RowSums& sums,
+                    double* block_max);
+    // weights_v *= factors of v's block; null as `weights` is
+    void (*rescale)(Logit* weights, std::int64_t vocab, const double* factors);
     // row and d_row may be the same
     void (*gradient)(const Logit* row, Logit* d_row, std::int64_t vocab, const RowScale& scale, const RowSlope& slope);
 };

@@ -175,6 +175,16 @@ void for_each_vector(const Logit* row, std::int64_t count, Body body) {
     body(Memory<Logit>::load(rest), i);
 }
 
+// The first `count` lanes, at most all.
+template <class Logit>
+void store_some(Logit* to, Vector<typename Memory<Logit>::T> v, std::int64_t count) {
+    constexpr std::int64_t lanes = Simd<typename Memory<Logit>::T>::lanes;
+    if (count >= lanes) return Memory<Logit>::store(to, v);
+    Logit rest[lanes];
+    Memory<Logit>::store(rest, v);
+    __builtin_memcpy(to, rest, static_cast<unsigned long>(count) * sizeof(Logit));
+}
+
 template <class Logit>
 typename Memory<Logit>::T block_max(const Logit* row, std::int64_t count) {
     using T = typename Memory<Logit>::T;
@@ -192,8 +202,9 @@ typename Memory<Logit>::T block_max(const Logit* row, std::int64_t count) {
     return largest_lane<T>(larger(larger(a, b), larger(c, d)));
 }
 
-template <class Logit, bool capped, bool scaled>
-void row_sums_of(const Logit* row, std::int64_t vocab, const RowScale& scale, RowSums& sums) {
+template <class Logit, bool capped, bool scaled, bool keeps_weights>
+void row_sums_of(const Logit* row, Logit* weights, std::int64_t vocab, const RowScale& scale, RowSums& sums,
+                 double* block_max_of) {
     using T = typename Memory<Logit>::T;
     constexpr std::int64_t lanes = Simd<T>::lanes;
     const T softcap = static_cast<T>(scale.softcap);
@@ -216,24 +227,26 @@ void row_sums_of(const Logit* row, std::int64_t vocab, const RowScale& scale, Ro
             }
             sums.max = max;
         }
+        if constexpr (keeps_weights) block_max_of[start / row_block_vocab] = sums.max;
         // two chains of additions, or their latency would be what is measured
         Vector<T> sum[2] = {}, weighted[2] = {};
-        const auto add = [&](Vector<T> x, int chain) {
+        const auto add = [&](Vector<T> x, int chain, std::int64_t at) {
             const Vector<T> y =
                 without_infinity<T>(divide<T, scaled>(cap<T, capped>(x, softcap) - shift, high, low));
             const Vector<T> e = Simd<T>::exp(y);
             sum[chain] += e;
             weighted[chain] += y * e;
+            if constexpr (keeps_weights) store_some(weights + start + at, e, count - at);
         };
         std::int64_t i = 0;
         for (; i + 2 * lanes <= count; i += 2 * lanes) {
             // the next block, whose maximum would else wait for memory
             __builtin_prefetch(row + start + i + row_block_vocab);
             __builtin_prefetch(row + start + i + row_block_vocab + lanes);
-            add(Memory<Logit>::load(row + start + i), 0);
-            add(Memory<Logit>::load(row + start + i + lanes), 1);
+            add(Memory<Logit>::load(row + start + i), 0, i);
+            add(Memory<Logit>::load(row + start + i + lanes), 1, i + lanes);
         }
-        for_each_vector(row + start + i, count - i, [&](Vector<T> x, std::int64_t) { add(x, 0); });
+        for_each_vector(row + start + i, count - i, [&](Vector<T> x, std::int64_t k) { add(x, 0, i + k); });
         sums.sum += sum_of_lanes<T>(sum[0]) + sum_of_lanes<T>(sum[1]);
         sums.weighted += sum_of_lanes<T>(weighted[0]) + sum_of_lanes<T>(weighted[1]);
     }
@@ -258,11 +271,18 @@ void row_gradient_of(const Logit* row, Logit* d_row, std::int64_t vocab, const R
     };
     std::int64_t i = 0;
     for (; i + lanes <= vocab; i += lanes) Memory<Logit>::store(d_row + i, gradient(Memory<Logit>::load(row + i)));
-    for_each_vector(row + i, vocab - i, [&](Vector<T> x, std::int64_t) {
-        Logit rest[lanes];
-        Memory<Logit>::store(rest, gradient(x));
-        __builtin_memcpy(d_row + i, rest, static_cast<unsigned long>(vocab - i) * sizeof(Logit));
-    });
+    for_each_vector(row + i, vocab - i, [&](Vector<T> x, std::int64_t) { store_some(d_row + i, gradient(x), vocab - i); });
+}
+
+template <class Logit>
+void row_rescale(Logit* weights, std::int64_t vocab, const double* factors) {
+    using T = typename Memory<Logit>::T;
+    for (std::int64_t start = 0; start < vocab; start += row_block_vocab) {
+        const std::int64_t count = vocab - start < row_block_vocab ? vocab - start : row_block_vocab;
+        const Vector<T> factor = broadcast<T>(static_cast<T>(factors[start / row_block_vocab]));
+        Logit* block = weights + start;
+        for_each_vector(block, count, [&](Vector<T> x, std::int64_t i) { store_some(block + i, x * factor, count - i); });
+    }
 }
 
 // ---- columns: a vector holds the same vocabulary entry of neighbouring rows ----
@@ -359,9 +379,16 @@ void column_gradient_of(T* logits, std::int64_t stride, std::int64_t vocab, std:
 
 template <class Logit>
 void row_sums(const Logit* row, std::int64_t vocab, const RowScale& scale, RowSums& sums) {
-    if (scale.softcap != 0.0) return row_sums_of<Logit, true, true>(row, vocab, scale, sums);
-    if (scale.temperature != 1.0) return row_sums_of<Logit, false, true>(row, vocab, scale, sums);
-    row_sums_of<Logit, false, false>(row, vocab, scale, sums);
+    const auto run = [&](auto* function) { function(row, nullptr, vocab, scale, sums, nullptr); };
+    if (scale.softcap != 0.0) return run(row_sums_of<Logit, true, true, false>);
+    run(scale.temperature != 1.0 ? row_sums_of<Logit, false, true, false> : row_sums_of<Logit, false, false, false>);
+}
+
+template <class Logit>
+void row_weights(const Logit* row, Logit* weights, std::int64_t vocab, const RowScale& scale, RowSums& sums,
+                 double* block_max) {
+    const auto run = [&](auto* function) { function(row, weights, vocab, scale, sums, block_max); };
+    run(scale.temperature != 1.0 ? row_sums_of<Logit, false, true, true> : row_sums_of<Logit, false, false, true>);
 }
 
 template <class Logit>
@@ -416,9 +443,9 @@ void map_tanh(const float* x, float* out, std::int64_t count) { map_vectors(x, o
 }  // namespace
 
 const Kernels GTPO_KERNELS = {
-    {row_sums<float>, row_gradient<float>},
-    {row_sums<Bfloat16>, row_gradient<Bfloat16>},
-    {row_sums<double>, row_gradient<double>},
+    {row_sums<float>, row_weights<float>, row_rescale<float>, row_gradient<float>},
+    {row_sums<Bfloat16>, nullptr, nullptr, row_gradient<Bfloat16>},
+    {row_sums<double>, row_weights<double>, row_rescale<double>, row_gradient<double>},
     {column_sums<float>, column_gradient<float>},
     {column_sums<double>, column_gradient<double>},
     map_exp,

@@ -51,9 +51,10 @@ struct RowUpstream {
 //   d_logits: null for none; or of the shape of the logits, whose memory it may be, with num_rows rows wanted.  Rows that
 //       are not wanted stay as they are.  Must be the logits' own memory where those are columns.
 //   upstream(context, i, statistics of wanted row i): what flows back to it; called once a row, from any thread.
+//   has_entropy_gradient: whether any of that may be to the entropy.
 SweepStatus sweep_rows_cpu(const Logits& logits, const Logits* d_logits, const RowBatch& batch, RowStatistics* statistics,
                            RowUpstream (*upstream)(const void*, std::int64_t, const RowStatistics&), const void* context,
-                           std::int64_t num_threads);
+                           bool has_entropy_gradient, std::int64_t num_threads);
 
 enum class InstructionSet { portable, avx2, avx512 };
 

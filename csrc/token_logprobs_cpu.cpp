@@ -86,6 +86,7 @@ struct Sweep {
     RowStatistics* statistics;
     RowUpstream (*upstream)(const void*, std::int64_t, const RowStatistics&);
     const void* context;
+    bool has_entropy_gradient;
     std::int64_t num_threads;
 
     std::int64_t row(std::int64_t i) const { return batch.rows == nullptr ? i : batch.rows[i]; }
@@ -104,21 +105,42 @@ void sweep_row(const Sweep& sweep, const RowKernels<Logit>& kernels, std::int64_
     const std::int64_t vocab = sweep.logits.vocab;
     const RowScale scale{sweep.temperature(i), sweep.batch.softcap};
     const Logit* row = static_cast<const Logit*>(sweep.logits.data) + sweep.row(i) * sweep.logits.row_stride;
-    RowSums sums;
-    kernels.sums(row, vocab, scale, sums);
+    Logit* d_row = nullptr;
+    if (sweep.d_logits != nullptr) {
+        d_row = static_cast<Logit*>(sweep.d_logits->data) + sweep.row(i) * sweep.d_logits->row_stride;
+    }
     const std::int64_t at = sweep.batch.targets[i];
-    const Target target = target_of(widen(row[at]), sums, scale.temperature, scale.softcap);
+    const double target_logit = widen(row[at]);
+    // one exponential an entry instead of two, where the gradient is a multiple of the weights
+    const bool keeps_weights =
+        d_row != nullptr && kernels.weights != nullptr && scale.softcap == 0.0 && !sweep.has_entropy_gradient;
+    std::vector<double> blocks(keeps_weights ? static_cast<std::size_t>((vocab + row_block_vocab - 1) / row_block_vocab) : 0);
+    RowSums sums;
+    if (keeps_weights) {
+        kernels.weights(row, d_row, vocab, scale, sums, blocks.data());
+    } else {
+        kernels.sums(row, vocab, scale, sums);
+    }
+    const Target target = target_of(target_logit, sums, scale.temperature, scale.softcap);
     const RowStatistics statistics = statistics_of(sums, target, scale.temperature, scale.softcap);
     sweep.statistics[i] = statistics;
-    if (sweep.d_logits == nullptr) return;
-    Logit* d_row = static_cast<Logit*>(sweep.d_logits->data) + sweep.row(i) * sweep.d_logits->row_stride;
+    if (d_row == nullptr) return;
     const RowUpstream upstream = sweep.upstream(sweep.context, i, statistics);
     if (sums.sum == 0.0 || (upstream.logprob == 0.0 && upstream.entropy == 0.0)) {
         std::fill_n(d_row, vocab, Logit{});
         return;
     }
     const Gradient gradient = gradient_of(sums, target, statistics, upstream, scale.temperature, scale.softcap);
-    kernels.gradient(row, d_row, vocab, scale, gradient.slope);
+    if (keeps_weights) {
+        for (double& block : blocks) {
+            // a block of all -inf before any other has weights of 0
+            const double moved = block == -infinity ? 0.0 : (block - sums.max) / scale.temperature;
+            block = gradient.slope.constant * std::exp(moved);
+        }
+        kernels.rescale(d_row, vocab, blocks.data());
+    } else {
+        kernels.gradient(row, d_row, vocab, scale, gradient.slope);
+    }
     narrow(gradient.of_target, d_row[at]);
 }
 
@@ -229,8 +251,8 @@ SweepStatus check(const Sweep& sweep) {
 
 SweepStatus sweep_rows_cpu(const Logits& logits, const Logits* d_logits, const RowBatch& batch, RowStatistics* statistics,
                            RowUpstream (*upstream)(const void*, std::int64_t, const RowStatistics&), const void* context,
-                           std::int64_t num_threads) {
-    const Sweep sweep{logits, d_logits, batch, statistics, upstream, context, num_threads};
+                           bool has_entropy_gradient, std::int64_t num_threads) {
+    const Sweep sweep{logits, d_logits, batch, statistics, upstream, context, has_entropy_gradient, num_threads};
     const SweepStatus status = check(sweep);
     if (status != SweepStatus::ok || batch.num_rows == 0) return status;
     const Kernels& best = kernels();
