@@ -13,6 +13,7 @@ import functools
 import io
 import os
 import random
+import select
 import sys
 import tempfile
 import traceback
@@ -132,14 +133,21 @@ def _move_file(request: dict[str, Any], here: str) -> tuple[tuple[str, int | Non
 
 
 def _fresh_input(text: str) -> None:
-    """Have `text` on standard input, as an unlinked file; /dev/null for an empty one."""
-    if text:
+    """Have `text` on standard input: a pipe, an unlinked file where that is too small, /dev/null for an empty text."""
+    data = text.encode("utf-8", "surrogatepass")
+    if not data:
+        os.dup2(_NULL_FD, 0)
+    elif len(data) <= select.PIPE_BUF:
+        read_end, write_end = os.pipe()
+        os.write(write_end, data)
+        os.close(write_end)
+        os.dup2(read_end, 0)
+        os.close(read_end)
+    else:
         with tempfile.TemporaryFile(dir=".") as file:
-            file.write(text.encode("utf-8", "surrogatepass"))
+            file.write(data)
             file.seek(0)
             os.dup2(file.fileno(), 0)
-    else:
-        os.dup2(_NULL_FD, 0)
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
 
 

@@ -81,7 +81,7 @@ async def launch(limits: SandboxLimits, profile: str, *, namespaces: bool) -> Fo
         "namespaces": namespaces,
         "limits": asdict(limits),
         "libraries": libraries,
-        "modules": profiles.PROFILES[profile],
+        "modules": profiles.modules(profile),
     }
     with tempfile.TemporaryFile() as log:
         with theirs:

@@ -214,9 +214,9 @@ class SandboxPool:
             self._sessions.remove(session)
             self._places.release()
 
-    async def _spawn(self) -> _Stream:
-        """A stream to the keeper of a new session: one that is ready, or a new one."""
-        stream = self._warm.popleft() if self._warm else await self._fork()
+    async def _spawn(self, *, in_reserve: bool) -> _Stream:
+        """A stream to the keeper of a new session: one that waits `in_reserve`, or a new one."""
+        stream = self._warm.popleft() if in_reserve and self._warm else await self._fork()
         self._warm_up()
         return stream
 

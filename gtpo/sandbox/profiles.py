@@ -13,6 +13,9 @@ PROFILES: dict[str, tuple[str, ...]] = {
 }
 """Profile -> distributions, which are imported before the first session under their own names."""
 
+# What they import only when it is used.
+_ALSO_IMPORTED = {"numpy": ("numpy.random", "numpy.linalg")}
+
 
 def check_profile(name: str) -> str:
     """`name`; ValueError when there is no such profile.
@@ -25,6 +28,15 @@ def check_profile(name: str) -> str:
     if name not in PROFILES:
         raise ValueError(f"profile must be one of {list(PROFILES)}, got {name!r}")
     return name
+
+
+def modules(profile: str) -> list[str]:
+    """What is imported before the first session.
+
+    >>> modules("math")
+    ['numpy', 'numpy.random', 'numpy.linalg', 'sympy']
+    """
+    return [module for name in PROFILES[profile] for module in (name, *_ALSO_IMPORTED.get(name, ()))]
 
 
 def libraries(profile: str) -> dict[str, str]:

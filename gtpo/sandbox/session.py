@@ -195,12 +195,16 @@ class SandboxSession:
         """Start the process and run the setup code as cell 0."""
         request = {"op": "run", "number": 0, "code": self._setup_code, "stdin": ""}
         request |= {"cell": 0, "snapshot": False, "discard": False}
-        self._stream = await self._pool._spawn()
-        try:
-            answer = await self._exchange(frames.encode(request))
-        except (EOFError, ConnectionError) as failure:
-            await self._drop()
-            raise SandboxUnavailable(f"the session died at its start: {failure}") from failure
+        # One in reserve may have died unnoticed: then all are new.
+        for in_reserve in (True, False):
+            self._stream = await self._pool._spawn(in_reserve=in_reserve)
+            try:
+                answer = await self._exchange(frames.encode(request))
+                break
+            except (EOFError, ConnectionError) as failure:
+                await self._drop()
+                if not in_reserve:
+                    raise SandboxUnavailable(f"the session died at its start: {failure}") from failure
         if answer["status"] != CellStatus.OK.value:
             await self._drop()
             infra = answer["status"] == CellStatus.INFRA_ERROR.value

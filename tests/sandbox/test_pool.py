@@ -1,0 +1,235 @@
+"""Stateless calls, files, input, profiles, sessions in reserve, back-pressure, recovery and the blocking API."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from gtpo.sandbox import CellStatus, SandboxLimits, SandboxPool, SandboxUnavailable, SessionState, profiles
+from gtpo.sandbox.blocking import BlockingSandboxPool
+from tests.sandbox.conftest import LIMITS, eventually, process_states
+
+
+def test_a_stateless_call_sees_nothing_of_another(cage):
+    async def run():
+        first = await cage.pool.run("x = 1\nopen('f', 'w').write('x')\nimport os\nos.makedirs('a' + '/b' * 500)")
+        second = await cage.pool.run("import os\nprint('x' in globals(), os.listdir('.'), __cell__)")
+        return first, second, await cage.pool.run("import os\nos._exit(3)"), await cage.pool.run("print(1)")
+
+    first, second, crash, after = cage.do(run())
+    assert first.status is CellStatus.OK and first.state is not SessionState.KEPT
+    assert second.stdout == "False [] 1\n"
+    assert (crash.status, crash.exit_status, after.stdout) == (CellStatus.CRASH, 3, "1\n")
+
+
+def test_stateless_calls_use_a_jail_again(cage):
+    async def run():
+        before = cage.pool.metrics()["sandbox/sessions_opened"]
+        for _ in range(5):
+            await cage.pool.run("print(1)")
+        return cage.pool.metrics()["sandbox/sessions_opened"] - before
+
+    assert cage.do(run()) <= 1
+
+
+def test_input_and_files_go_in_and_files_come_out(cage):
+    async def run():
+        code = "import sys\nprint(input(), sys.stdin.read(), open('in.txt', 'rb').read(3))"
+        stateless = await cage.pool.run(code, stdin="one\ntwo", files={"in.txt": b"abc"})
+        session = await cage.pool.open()
+        data = bytes(range(256)) * 600
+        await session.put("a.bin", data)
+        doubled = await session.run("import os\ndata = open('a.bin', 'rb').read()\nopen('b.bin', 'wb').write(data * 2)")
+        back = await session.get("b.bin")
+        with pytest.raises(OSError, match="missing: FileNotFoundError"):
+            await session.get("missing")
+        with pytest.raises(OSError, match="more than max_bytes=1000"):
+            await session.get("b.bin", max_bytes=1000)
+        for name in ("/etc/passwd", "../a", "", "a\0b"):
+            with pytest.raises(ValueError, match="name must be a path below"):
+                await session.put(name, b"")
+        with pytest.raises(OSError, match="full: OSError"):
+            await session.put("full", b"x" * 2**21)
+        read_again = await session.run("print(repr(input()))", stdin="again\n")
+        await session.run("os.unlink('full')\nos.unlink('b.bin')")
+        long = await session.run("print(len(input()))", stdin="x" * 50_000)
+        assert long.stdout == "50000\n"
+        empty = await session.run("input()")
+        await session.close()
+        return stateless.stdout, doubled.status, back == data * 2, read_again.stdout, empty.error
+
+    assert cage.do(run()) == (
+        "one two b'abc'\n",
+        CellStatus.OK,
+        True,
+        "'again'\n",
+        "EOFError: EOF when reading a line",
+    )
+
+
+def test_reset_forgets_variables_files_and_the_count(cage):
+    async def run():
+        session = await cage.pool.open("base = 7")
+        await session.run("x = 1\nopen('f', 'w')")
+        await session.reset()
+        result = await session.run("import os\nprint('x' in globals(), os.listdir('.'), base, __cell__)")
+        await session.close()
+        return result.stdout
+
+    assert cage.do(run()) == "False [] 7 1\n"
+
+
+def test_without_rollback_a_failure_costs_the_variables(cage):
+    async def run():
+        session = await cage.pool.open("base = 7")
+        await session.run("x = 1")
+        crash = await session.run("import os\nos._exit(1)", rollback=False)
+        after = await session.run("print('x' in globals(), base)")
+        again = await session.run("import os\nos._exit(1)")
+        await session.close()
+        return crash.state, after.stdout, again.state
+
+    assert cage.do(run()) == (SessionState.LOST, "False 7\n", SessionState.ROLLED_BACK)
+
+
+def test_a_snapshot_is_an_exact_copy(cage):
+    """Also of what a fork would change: the random numbers go on as if the failed cell had not been."""
+    draw = "import random\nprint(random.random())"
+    straight = cage.cells(draw, draw, draw)
+    broken = cage.cells(draw, f"{draw}\nimport os\nos._exit(1)", draw, draw)
+    assert [cell.stdout for cell in straight] == [broken[i].stdout for i in (0, 2, 3)]
+
+
+def test_many_turns_of_one_session_leave_nothing_behind(cage):
+    async def run():
+        session = await cage.pool.open("n = 0")
+        launcher = cage.pool._server.process.pid
+        before = len(process_states(launcher))
+        for _ in range(60):
+            await session.run("n += 1")
+        result = await session.run("print(n)")
+        assert eventually(lambda: len(process_states(launcher)) <= before + 1)
+        await session.close()
+        return result.stdout
+
+    assert cage.do(run()) == "60\n"
+
+
+def test_a_session_that_cannot_be_repeated_is_lost_not_falsified(cage):
+    """After a fault its cells run again; where they print something else, the variables are not passed off."""
+
+    async def run():
+        session = await cage.pool.open("base = 7")
+        await session.run("import time\nx = time.time_ns()\nprint(x)")
+        os.kill(cage.pool._server.process.pid, signal.SIGKILL)
+        # The kernel ends the server's children one after another: until then a cell may still be served.
+        while not session._stream[0].at_eof():
+            await asyncio.sleep(0.005)
+        lost = await session.run("print(x)")
+        after = await session.run("print('x' in globals(), base)")
+        await session.close()
+        return lost, after
+
+    lost, after = cage.do(run())
+    assert (lost.status, lost.state) == (CellStatus.INFRA_ERROR, SessionState.LOST)
+    assert lost.error.endswith("the session's variables could not be restored")
+    assert after.stdout == "False 7\n"
+
+
+def test_sessions_in_reserve_are_handed_out_and_replaced():
+    async def run():
+        async with SandboxPool(LIMITS, min_tier="landlock", num_prewarmed=3) as pool:
+            while len(pool._warm) < 3:
+                await asyncio.sleep(0.001)
+            session = await pool.open("x = 1")
+            assert (await session.run("print(x)")).stdout == "1\n"
+            while len(pool._warm) < 3:
+                await asyncio.sleep(0.001)
+            # Those in reserve die with the fork server; nobody notices.
+            os.kill(pool._server.process.pid, signal.SIGKILL)
+            opened = await asyncio.gather(*(pool.open() for _ in range(4)))
+            return [(await session.run("print(2)")).stdout for session in opened]
+
+    assert asyncio.run(run()) == ["2\n"] * 4
+
+
+def test_open_waits_while_all_places_are_taken():
+    async def run():
+        async with SandboxPool(LIMITS, min_tier="landlock", max_sessions=2) as pool:
+            sessions = [await pool.open() for _ in range(2)]
+            waiting = asyncio.ensure_future(pool.open())
+            await sessions[0].run("print(1)")
+            assert not waiting.done()
+            await sessions[0].close()
+            await sessions[0].close()
+            third = await waiting
+            return (await third.run("print(3)")).stdout, pool.metrics()["sandbox/sessions_open"]
+
+    assert asyncio.run(run()) == ("3\n", 2.0)
+
+
+@pytest.fixture(scope="module", params=["namespaces", "landlock"])
+def mathematician(request):
+    from tests.sandbox.conftest import without_namespaces
+
+    pool = SandboxPool(SandboxLimits(cpu_time_s=5.0), min_tier=request.param, profile="math")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "landlock":
+            without_namespaces(patch)
+        blocking = BlockingSandboxPool(pool)
+        blocking.__enter__()
+    yield blocking
+    blocking.__exit__(None, None, None)
+
+
+def test_the_math_profile_has_numpy_and_sympy_and_nothing_else(mathematician):
+    with mathematician.open() as session:
+        code = "import numpy as np, sympy\nx = sympy.symbols('x')\nprint(np.arange(6).sum(), sympy.solve(x**2 - 4, x))"
+        assert session.run(code).stdout == "15 [-2, 2]\n"
+        lazy = session.run("import numpy.polynomial, sympy.physics.mechanics as m\nprint(m.Point('P'))")
+        assert (lazy.stdout, lazy.error) == ("P\n", "")
+        assert session.run("import torch").error == "ModuleNotFoundError: No module named 'torch'"
+        draws = {mathematician.run("import numpy as np\nprint(np.random.rand())").stdout for _ in range(2)}
+        assert len(draws) == 1
+
+
+def test_the_blocking_pool_does_what_the_other_does(mathematician):
+    with mathematician.open("x = 1") as session:
+        session.put("f", b"abc")
+        assert session.get("f") == b"abc"
+        crash = session.run("x = 2\nimport os\nos._exit(0)")
+        assert crash.state is SessionState.ROLLED_BACK and session.run("print(x)").stdout == "1\n"
+        session.reset()
+        assert session.run("print(input())", stdin="hi").stdout == "hi\n"
+    assert mathematician.run("print(1)").stdout == "1\n"
+    assert mathematician.metrics()["sandbox/cells_crash"] == 1.0
+    assert "seccomp" in mathematician.report.layers
+    with pytest.raises(RuntimeError, match="setup_code: NameError"):
+        mathematician.open("nope")
+
+
+def test_a_profile_whose_libraries_are_missing_names_them(monkeypatch):
+    monkeypatch.setitem(profiles.PROFILES, "math", ("no-such-library",))
+    with pytest.raises(SandboxUnavailable, match="profile 'math' needs no-such-library: pip install no-such-library"):
+        asyncio.run(SandboxPool(profile="math").start())
+
+
+def test_no_isolation_is_asked_for_by_name_and_said_loudly(caplog, monkeypatch):
+    with pytest.raises(ValueError, match="min_tier 'rlimits' is no isolation: it takes unsafe_no_isolation=True"):
+        SandboxPool(min_tier="rlimits")
+
+    from gtpo.sandbox import fork_server
+
+    hook = "confinement.syscall_filter.install = lambda processes: None\nfrom gtpo.sandbox import zygote"
+    hook = f"from gtpo.sandbox import confinement\n{hook}"
+    monkeypatch.setattr(
+        fork_server, "_BOOTSTRAP", fork_server._BOOTSTRAP.replace("from gtpo.sandbox import zygote", hook)
+    )
+
+    async def run():
+        async with SandboxPool(LIMITS, unsafe_no_isolation=True) as pool:
+            return pool.metrics()["sandbox/tier"]
+
+    assert asyncio.run(run()) == 1.0
+    assert "NO ISOLATION: the sandbox reached tier rlimits only" in caplog.text
