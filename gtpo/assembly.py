@@ -1,6 +1,7 @@
 """Building the parts of a run from its configuration: environments, chat, sandbox, the text of a tiny tokenizer."""
 
 import contextlib
+import importlib
 import importlib.util
 import random
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from gtpo.chat import Chat
 from gtpo.config import Config
 from gtpo.environments import Answer, Environment, Mixture, make_environment
 from gtpo.policy import Policy
-from gtpo.sandbox import SandboxLimits, SandboxPool
+from gtpo.sandbox import Sandbox, SandboxLimits, SandboxPool
 from gtpo.tools import ToolSet
 from gtpo.types import Task
 
@@ -61,7 +62,7 @@ def make_chat(policy: Policy, config: Config, environment: Environment, tools: T
     )
 
 
-def make_sandbox(config: Config, tools: ToolSet) -> SandboxPool | None:
+def make_sandbox(config: Config, tools: ToolSet) -> Sandbox | None:
     """The sandbox that the tools need; None where none of them runs code."""
     if not tools.needs_session:
         return None
@@ -75,6 +76,8 @@ def make_sandbox(config: Config, tools: ToolSet) -> SandboxPool | None:
         )
     except ValueError as error:
         raise ValueError(f"sandbox.{error}") from None
+    if asked.adapter:
+        return _adapted_sandbox(asked.adapter, limits, asked.max_concurrent)
     return SandboxPool(
         limits,
         min_tier=asked.min_tier,
@@ -82,6 +85,28 @@ def make_sandbox(config: Config, tools: ToolSet) -> SandboxPool | None:
         profile=asked.profile,
         max_concurrent=asked.max_concurrent,
     )
+
+
+def _adapted_sandbox(adapter: str, limits: SandboxLimits, max_concurrent: int) -> Sandbox:
+    module, _, name = adapter.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f'sandbox.adapter must be "module:name" of a function, got {adapter!r}: {error}') from error
+    try:
+        sandbox: Sandbox = make(limits, max_concurrent=max_concurrent)
+    except ValueError as error:
+        raise ValueError(f"sandbox.adapter: {error}") from error
+    return sandbox
+
+
+def describe_sandbox(sandbox: Sandbox | None) -> str:
+    """What a run says of its sandbox before it starts."""
+    if sandbox is None:
+        return "sandbox: none, no tool runs code"
+    if isinstance(sandbox, SandboxPool):
+        return f"sandbox tier: {sandbox.tier.name.lower()}"
+    return f"sandbox: {type(sandbox).__name__}, whose isolation is not tested here"
 
 
 def tokenizer_corpus(environment: Environment, tasks: Sequence[Task]) -> Iterator[str]:

@@ -88,6 +88,7 @@ class RolloutConfig:
 class SandboxConfig:
     """Limits of one session of model-written code; `min_tier` is the least isolation that the run accepts."""
 
+    adapter: Annotated[str, 'another sandbox, "module:name", as docs/sandbox_adapters.md says; "": our own'] = ""
     min_tier: Annotated[Literal["landlock", "namespaces"], "least isolation that is accepted"] = "landlock"
     unsafe_no_isolation: Annotated[bool, "accept none: model-written code can do what you can"] = False
     profile: Annotated[Literal["plain", "math", "data"], "libraries: none, numpy + sympy, + pandas + scipy"] = "plain"

@@ -11,7 +11,7 @@ from gtpo.chat import Chat
 from gtpo.config import RolloutConfig
 from gtpo.environments import Environment
 from gtpo.sampler import Completion, SampledSequence, Sampler
-from gtpo.sandbox import SandboxPool, SandboxSession, SandboxUnavailable
+from gtpo.sandbox import Sandbox, SandboxUnavailable, Session
 from gtpo.tools import Toolbox, ToolSet
 from gtpo.types import StopReason, Task, ToolResult, ToolStatus, Trajectory, Turn
 
@@ -29,7 +29,7 @@ class Rollout:
         self,
         environment: Environment,
         chat: Chat,
-        sandbox: SandboxPool | None,
+        sandbox: Sandbox | None,
         config: RolloutConfig,
         tools: ToolSet | None = None,
     ) -> None:
@@ -80,7 +80,7 @@ class Rollout:
         """One trajectory: completions by `write`, tools by the sandbox, until an answer or a limit."""
         prompt_ids = self.prompt_ids(task)
         trajectory = Trajectory(task=task, sample=sample, prompt_ids=prompt_ids)
-        session: SandboxSession | None = None
+        session: Session | None = None
         toolbox: Toolbox | None = None
         new_ids, observation, num_tokens = prompt_ids, "", len(prompt_ids)
         try:

@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-from gtpo.assembly import make_chat, make_mixture, make_sandbox, refuse_unusable_model, tokenizer_corpus
+from gtpo.assembly import (
+    describe_sandbox,
+    make_chat,
+    make_mixture,
+    make_sandbox,
+    refuse_unusable_model,
+    tokenizer_corpus,
+)
 from gtpo.batch import Batch, PackedSequence
 from gtpo.config import Config
 from gtpo.credit import Credit, assign_credit, check_credit, to_sequence
@@ -162,7 +169,7 @@ class Trainer:
             f"model {config.model.source}: {policy.num_parameters / 1e6:.2f} M parameters, "
             f"{config.model.dtype} on {policy.device}, "
             f"{torch.get_num_threads()} threads, loss backend {select_backend('gtpo_loss', None, policy.device)}",
-            f"sandbox tier: {self.sandbox.tier.name.lower()}" if self.sandbox else "sandbox: none, no tool runs code",
+            describe_sandbox(self.sandbox),
             f"run folder: {self.run.path}",
             *([f"versions changed since the run began: {changed}"] if (changed := self.run.changed_versions) else []),
         ]

@@ -27,16 +27,19 @@ from gtpo.sandbox.contract import (
     SessionState,
 )
 from gtpo.sandbox.pool import SandboxPool
+from gtpo.sandbox.protocol import Sandbox, Session
 from gtpo.sandbox.session import SandboxSession
 
 __all__ = [
     "CellResult",
     "CellStatus",
+    "Sandbox",
     "SandboxLimits",
     "SandboxPool",
     "SandboxReport",
     "SandboxSession",
     "SandboxTier",
     "SandboxUnavailable",
+    "Session",
     "SessionState",
 ]

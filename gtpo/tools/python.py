@@ -9,7 +9,7 @@ from gtpo.tools.signature import CallSignature
 from gtpo.types import ToolResult, ToolStatus
 
 if TYPE_CHECKING:
-    from gtpo.sandbox import CellResult, SandboxSession
+    from gtpo.sandbox import CellResult, Session
 
 # by the name of the state that a cell left its session in
 _NOTES = {
@@ -45,7 +45,7 @@ class PythonTool:
 
     name = "python"
 
-    def __init__(self, session: "SandboxSession") -> None:
+    def __init__(self, session: "Session") -> None:
         self._session = session
 
     @property

@@ -19,14 +19,14 @@ from gtpo.tools.sql import sql_source
 from gtpo.tools.toolbox import CallGate, CallLimits, Toolbox
 
 if TYPE_CHECKING:
-    from gtpo.sandbox import SandboxSession
+    from gtpo.sandbox import Session
 
 
 def _python_source(name: str) -> ToolSource:
     if name != "python":
         raise ValueError(f'a tool of kind "python" must be called "python", got {name!r}')
 
-    def make(session: "SandboxSession | None") -> Sequence[Tool]:
+    def make(session: "Session | None") -> Sequence[Tool]:
         if session is None:
             raise ValueError('the tool "python" needs a session in a sandbox, got none')
         return [PythonTool(session)]
@@ -98,7 +98,7 @@ class ToolSet:
         """Whether one of the tools runs code in the sandbox."""
         return any(source.needs_session for source, _, _ in self._sources)
 
-    def toolbox(self, session: "SandboxSession | None") -> Toolbox:
+    def toolbox(self, session: "Session | None") -> Toolbox:
         """The tools of one trajectory, whose calls are counted from zero."""
         tools: list[Tool] = []
         gates: dict[str, CallGate] = {}

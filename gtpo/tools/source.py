@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gtpo.tools.base import Tool
 
 if TYPE_CHECKING:
-    from gtpo.sandbox import SandboxSession
+    from gtpo.sandbox import Session
 
 
 async def _nothing() -> None:
@@ -24,7 +24,7 @@ class ToolSource:
     """
 
     schemas: Sequence[Mapping[str, Any]]
-    make: Callable[["SandboxSession | None"], Sequence[Tool]]
+    make: Callable[["Session | None"], Sequence[Tool]]
     needs_session: bool = False
     close: Callable[[], Awaitable[None]] = _nothing
 
