@@ -1,4 +1,4 @@
-"""The command line: `gtpo train`, `gtpo sft`, `gtpo eval`, `gtpo config`, `gtpo methods`."""
+"""The command line: `gtpo train`, `gtpo sft`, `gtpo eval`, `gtpo config`, `gtpo methods`, `gtpo sandbox`."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gtpo.trainer import Trainer
 
 # what is not the key of a config
-_FLAGS = ("--help", "--checkpoint", "--overwrite", "--resume")
+_FLAGS = ("--help", "--checkpoint", "--overwrite", "--resume", "--min-tier", "--profile", "--kind", "--adapter")
 _DESCRIPTION = """\
 Train tool-using language models with one reward a turn (GTPO, arXiv 2511.14846).
 
@@ -28,6 +28,7 @@ Train tool-using language models with one reward a turn (GTPO, arXiv 2511.14846)
   gtpo eval examples/demo.toml --checkpoint runs/demo/checkpoints/last
   gtpo config                                       every key with its default
   gtpo methods                                      every method with its formula and source
+  gtpo sandbox check                                what isolates model-written code here, tested by attempts
 """
 
 
@@ -91,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gtpo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="{train,sft,eval,config,methods}")
+    commands = parser.add_subparsers(
+        dest="command", title="commands", metavar="{train,sft,eval,config,methods,sandbox}"
+    )
     for name, run, text in (
         ("train", _train, "warm up (if sft.steps > 0), evaluate, train with the method, evaluate again"),
         ("sft", _sft, "only the supervised warm-up on the environments' demonstrations"),
@@ -120,6 +123,18 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_list_keys)
     methods = commands.add_parser("methods", help="list every method with its formula and source")
     methods.set_defaults(run=_list_methods)
+    sandbox = commands.add_parser("sandbox", help="`gtpo sandbox check`: what isolates model-written code here, tested")
+    checks = sandbox.add_subparsers(required=True, metavar="{check}")
+    check = checks.add_parser(
+        "check",
+        help="self test and abuse suite",
+        description="What isolates model-written code here, tested by attempts.",
+    )
+    check.add_argument("--min-tier", default="namespaces", metavar="TIER", help="landlock or namespaces (default)")
+    check.add_argument("--profile", default="plain", help="the libraries of the cells: plain (default), math, data")
+    check.add_argument("--kind", action="append", default=[], help="only attempts of this kind; can be repeated")
+    check.add_argument("--adapter", default="", metavar="MODULE:NAME", help="another sandbox than ours")
+    check.set_defaults(run=_check_sandbox)
     return parser
 
 
@@ -211,6 +226,18 @@ def _list_methods(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     for name, covered in NAMESAKES.items():
         print(f"  {name}: {covered}")
     return 0
+
+
+def _check_sandbox(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if overrides:
+        raise _Refused(f"`gtpo sandbox check` takes no config keys, got {' '.join(overrides)}")
+    from gtpo.sandbox.check import run_check
+
+    with _refusing_mistakes():
+        contained = run_check(
+            min_tier=options.min_tier, profile=options.profile, only=options.kind, adapter=options.adapter
+        )
+    return 0 if contained else 1
 
 
 def _peak_memory_mb() -> float | None:

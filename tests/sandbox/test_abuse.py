@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gtpo.__main__ import main
 from gtpo.sandbox import CellStatus, SandboxPool, SessionState, abuse, fork_server
 from gtpo.sandbox.attempts import ATTEMPTS, Attempt
 from gtpo.sandbox.check import run_check
@@ -149,6 +150,14 @@ def test_the_suite_with_an_interpreter_that_everybody_can_read(uid, tier, layers
         )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert f"tier: {tier}" in finished.stdout and layers in finished.stdout, finished.stdout
+
+
+def test_the_command_line_runs_the_check(capsys):
+    assert main(["sandbox", "check", "--min-tier", "landlock", "--kind", "network", "--kind", "output"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("tier: ") and said.endswith("25 of 25 attempts contained\n")
+    assert main(["sandbox", "check", "--kind", "nothing"]) == 2
+    assert main(["sandbox", "check", "--sandbox.profile", "math"]) == 2
 
 
 def test_the_check_names_what_was_not_contained(monkeypatch):
