@@ -276,7 +276,7 @@ class Keeper:
         try:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             os.kill(pid, signal.SIGSTOP)
-        except OSError:
+        except (OSError, OverflowError):
             raise ValueError("not a clone of the interpreter") from None
         self._snapshot = pid
 

@@ -45,7 +45,8 @@ class Output:
             return without_addresses((self._head + self._tail).decode("utf-8", "backslashreplace"))
         # Of a character that the cut divides no part is shown.
         head = codecs.getincrementaldecoder("utf-8")("backslashreplace").decode(self._head)
-        start = next((i for i, byte in enumerate(self._tail[:4]) if byte & 0xC0 != 0x80), 0)
+        whole = len(self._tail) if len(self._tail) < 4 else 0
+        start = next((i for i, byte in enumerate(self._tail[:4]) if byte & 0xC0 != 0x80), whole)
         tail = self._tail[start:].decode("utf-8", "backslashreplace")
         left_out = self.num_bytes - len(head.encode()) - len(self._tail) + start
         return without_addresses(f"{head}\n[{left_out} of {self.num_bytes} bytes left out]\n{tail}")
