@@ -177,15 +177,20 @@ def token_logprobs_backward(
     return d_logits
 
 
+def whole_vectors(num_rows: int) -> int:
+    """num_rows rounded up to the columns that a sweep takes at once, column_multiple of csrc/row_kernels.h."""
+    return 16 * -(-num_rows // 16)
+
+
 def equal_chunks(num_rows: int, most: int) -> int:
-    """Rows of a chunk, at most `most`, where as few chunks as possible share num_rows evenly."""
+    """Rows of a chunk, 1 to `most`, where as few chunks as possible share num_rows evenly."""
     num_chunks = max(1, -(-num_rows // most))
-    return min(most, 16 * max(1, -(-num_rows // (16 * num_chunks))))
+    return min(most, max(16, whole_vectors(-(-num_rows // num_chunks))))
 
 
 def padded_columns(num_rows: int) -> int:
     """Columns of a buffer [V, n] for n >= num_rows: whole vectors, and neighbours in V never in the same cache set."""
-    return 16 * (-(-num_rows // 16) | 1)
+    return 16 * (whole_vectors(num_rows) // 16 | 1)
 
 
 def product_operands(like: Tensor) -> torch.dtype:
@@ -246,8 +251,9 @@ class Head:
         if self.by_column:
             most = equal_chunks(len(rows), self.chunk_rows)
             columns = self.hidden.new_empty((vocab, padded_columns(most)), dtype=self.dtype)
-            # the sweep reads whole vectors
-            columns[:, most:].zero_()
+            # the sweep reads whole vectors; in later chunks the rest of the last one is of the chunk before
+            filled = min(most, len(rows))
+            columns[:, filled : whole_vectors(filled)].zero_()
             buffer = columns.t()
         else:
             buffer = self.hidden.new_empty((most, vocab), dtype=self.dtype)
