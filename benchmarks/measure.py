@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -13,9 +14,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from torch import Tensor
 from gtpo_kernels import BackendUnavailable
 
 RESULTS = Path(__file__).parent / "results"
+# Calls whose peaks of memory are measured.
+PEAKS = 3
 MIB = 2**20
 Outputs = dict[str, Tensor]
 Batch = TypeVar("Batch")
@@ -170,10 +174,10 @@ def _checked_call(
             _reset(contestant, warm_up_batch)
             contestant.prepare(warm_up_batch)()
         call = contestant.prepare(batch)
-        _reset(contestant, batch)
         if contestant.compiles:
+            _reset(contestant, batch)
             call()
-        outputs, line.extra_mb = with_peak_memory(call, device)
+        outputs, line.extra_mb = with_peak_memory(call, device, partial(_reset, contestant, batch))
         line.errors = relative_errors(outputs, exact)
         line.error = max(line.errors.values(), default=None)
         if line.error is not None and line.error > allowed:
@@ -214,22 +218,52 @@ def time_call(call: Callable[[], object], device: torch.device) -> tuple[float, 
     return spent
 
 
-def with_peak_memory(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """(what the call returns, MiB of its peak above what was held before)."""
-    release_memory(device)
+def with_peak_memory(
+    call: Callable[[], Result], device: torch.device, reset: Callable[[], object] = lambda: None
+) -> tuple[Result, float]:
+    """(what the last call returns, MiB of the peak above what was held before the first).  reset: runs before each.
+
+    The median of PEAKS calls, since a peak of resident memory moves by a few pages; what a call keeps counts in all.
+    """
+    result = None
+    peaks = []
+    for _ in range(PEAKS):
+        # what the call before returned is not this one's
+        result = None
+        reset()
+        release_memory(device)
+        if not peaks:
+            held = _held_memory(device)
+        _reset_peak(device)
+        result = call()
+        peaks.append((_peak_memory(device) - held) / MIB)
+    return cast(Result, result), median(peaks)
+
+
+def _held_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated()
+    _reset_peak(device)
+    return _peak_memory(device)
+
+
+def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = call()
-        torch.cuda.synchronize()
-        return result, (torch.cuda.max_memory_allocated() - before) / MIB
-    try:
+        return
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak, VmHWM, back to the present size
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes; NaN where the system does not say."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    try:
+        return _status_kib("VmHWM") * 1024
     except OSError:
-        return call(), float("nan")
-    before = _status_kib("VmHWM")
-    result = call()
-    return result, (_status_kib("VmHWM") - before) / 1024
+        return float("nan")
 
 
 def _status_kib(key: str) -> int:
