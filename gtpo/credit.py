@@ -51,7 +51,7 @@ def method_advantages(
     [0.5, 0.5, -0.5]
     """
     terms = [
-        CreditTerm(rule, _weight(term, turns_with_calls, turn_rewards))
+        CreditTerm(rule, term.weight, _turns(term, turns_with_calls))
         for term, rule in zip(_terms(method), credit_rules(method), strict=False)
     ]
     return combined_advantages(
@@ -162,15 +162,12 @@ def _terms(method: Method) -> tuple[Method | Term, ...]:
     return (method, *method.extra_terms)
 
 
-def _weight(term: Method | Term, turns_with_calls: Tensor | None, turn_rewards: Tensor) -> float | Tensor:
+def _turns(term: Method | Term, turns_with_calls: Tensor | None) -> Tensor | None:
     if isinstance(term, Method) or term.turns == "all":
-        return term.weight
+        return None
     if turns_with_calls is None:
         raise ValueError("turns_with_calls must be [K] for a term of turns='with_calls', got None")
-    if turns_with_calls.shape != turn_rewards.shape:
-        expected, got = tuple(turn_rewards.shape), tuple(turns_with_calls.shape)
-        raise ValueError(f"turns_with_calls must be [K] = {list(expected)}, got shape {got}")
-    return term.weight * turns_with_calls.double()
+    return turns_with_calls
 
 
 def to_sequence(

@@ -192,6 +192,18 @@ PRESETS: dict[str, Preset] = {
         [[1.0, 1.0], [-0.5], [-0.5]]
         """,
     ),
+    "turn_rloo": Preset(
+        Method(gamma=1.0, scope="group_turn", centre="leave_one_out", scale="none", singleton="keep"),
+        "ours: leave-one-out for turns, unbiased on all processes of docs/credit.md",
+        """
+        The sum of rewards from this turn on, minus the mean of the other trajectories' at the same turn; all of it
+        where no other got that far. Rewards and loss of gtpo. By hand: first turns 1 - 1/4, 1/2 - 1/2 and 0 - 3/4; the
+        second turn is alone.
+
+        >>> group_advantages(method, [[0.0, 1.0], [0.5], [0.0]])
+        [[0.75, 1.0], [0.0], [-0.75]]
+        """,
+    ),
     "reinforce_pp": Preset(
         _outcome(**_CLIP, scale="none", whiten=True),
         "REINFORCE++, its baseline form, arXiv 2501.03262",
@@ -239,8 +251,8 @@ PRESETS: dict[str, Preset] = {
         ),
         "MT-GRPO, arXiv 2505.11821",
         """
-        All turns get the normalised outcome; those that call a tool also the normalised reward of that turn. The paper
-        has two turns, a call and an answer; more calls are compared at the same turn. Its turn rewards are of search
+        All turns get the normalised outcome; those that call a tool also their reward, normalised among the calls at
+        the same turn. The paper has two turns, a call and an answer. Its turn rewards are of search
         results, ours of format and execution. By hand: outcomes 1, 0 give 0.7070 and -0.7070 (eps 1e-4), first turns of
         0.2 and 0 another 0.7066 and -0.7066.
 

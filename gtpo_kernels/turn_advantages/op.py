@@ -100,10 +100,15 @@ def turn_advantages(
 
 
 class CreditTerm(NamedTuple):
-    """A rule, and what its advantages are multiplied by: a number, or [K] float, one a turn."""
+    """One summand of a credit.
+
+    weight: what the rule's advantages are multiplied by: a number, or [K] float, one a turn.
+    turns: [K] bool, the turns it is about, None for all; others leave its statistics, and get nothing from it.
+    """
 
     rule: CreditRule
     weight: float | Tensor = 1.0
+    turns: Tensor | None = None
 
 
 def combined_advantages(
@@ -142,7 +147,7 @@ def combined_advantages(
     if not terms:
         raise ValueError("terms must hold at least one CreditTerm, got none")
     rest = (cu_turns, group_ids, turn_ids)
-    plain = not isinstance(terms[0].weight, Tensor) and terms[0].weight == 1.0
+    plain = terms[0].turns is None and not isinstance(terms[0].weight, Tensor) and terms[0].weight == 1.0
     if plain and len(terms) == 1 and then is None:
         return _advantages_of_rule(turn_rewards, *rest, outcomes, anchor_ids, terms[0].rule, backend)
     exact_outcomes = outcomes
@@ -150,13 +155,20 @@ def combined_advantages(
         _check_outcomes(outcomes, turn_rewards, cu_turns)
         exact_outcomes = outcomes.double()
     check_tensor("turn_rewards", turn_rewards, layout="[K]", shape=(None,), kind="float")
+    shape, device = tuple(turn_rewards.shape), turn_rewards.device
     dtype = accumulator_dtype(turn_rewards.dtype)
     total, first = torch.zeros_like(turn_rewards, dtype=torch.float64), None
-    for rule, weight in terms:
+    for rule, weight, turns in terms:
         if isinstance(weight, Tensor):
-            shape, device = tuple(turn_rewards.shape), turn_rewards.device
             check_tensor("weight", weight, layout="[K]", shape=shape, kind="float", device=device)
-        credit = _advantages_of_rule(turn_rewards.double(), *rest, exact_outcomes, anchor_ids, rule, backend)
+        ids = turn_ids
+        if turns is not None:
+            check_tensor("turns", turns, layout="[K]", shape=shape, kind="bool", device=device)
+            # one more entry, which the index -1 finds
+            ids = turn_ids.masked_fill(~torch.cat([turns, turns.new_zeros(1)])[turn_ids.long()], -1)
+        credit = _advantages_of_rule(
+            turn_rewards.double(), cu_turns, group_ids, ids, exact_outcomes, anchor_ids, rule, backend
+        )
         total = total + weight * credit.turn_advantages
         first = credit.returns if first is None else first
     if then is not None:

@@ -168,6 +168,19 @@ def test_terms_are_added_with_their_weights(backend: str) -> None:
     assert torch.equal(both.returns, alone[0].returns)
 
 
+def test_turns_that_a_term_is_not_about_leave_its_statistics(backend: str) -> None:
+    case = general_case(4, torch.float64)
+    about = torch.arange(len(case["turn_rewards"])) % 3 > 0
+    rule = CreditRule("turn_reward", scope="batch")
+    credit = combined_advantages(**case, terms=[CreditTerm(rule, 2.0, about)], backend=backend)
+    turn_ids = case["turn_ids"].long()
+    masked = torch.where((turn_ids >= 0) & about[turn_ids], turn_ids, -1)
+    alone = combined_advantages(**{**case, "turn_ids": masked}, terms=[CreditTerm(rule)], backend=backend)
+    assert alone.turn_advantages.any() and not credit.turn_advantages[~about].any()
+    torch.testing.assert_close(credit.turn_advantages, 2.0 * alone.turn_advantages)
+    assert_equal([credit.advantages], [torch.cat([credit.turn_advantages, torch.zeros(1)])[turn_ids]])
+
+
 def test_one_term_is_turn_advantages(backend: str) -> None:
     case = random_case(6)
     for options in ({}, {"gamma": 0.5, "scope": "batch", "population": "tokens", "ddof": 0, "eps": 0.1}):
@@ -586,6 +599,7 @@ def test_bad_arguments_are_named(bad: Case, message: str, backend: str) -> None:
         ({"quantity": "outcome"}, {"outcomes": torch.zeros(1, requires_grad=True)}, "outcomes must not require grad"),
         ({}, {"terms": []}, "terms must hold at least one CreditTerm, got none"),
         ({}, {"terms": [CreditTerm(CreditRule(), torch.zeros(3))]}, r"weight must be \[K\] = \[2\], got shape \(3,\)"),
+        ({}, {"terms": [CreditTerm(CreditRule(), 1.0, torch.ones(2))]}, "turns must be bool, got float32"),
         ({"gamma": 1.5}, {}, r"gamma must lie in \[0, 1\], got 1.5"),
     ],
 )

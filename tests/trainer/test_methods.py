@@ -103,6 +103,11 @@ def rloo(trial: Trial, i: int, j: int) -> float:
     return sum(trial.rewards[i]) - mean([sum(trial.rewards[p]) for p in trial.peers(i) if p != i])
 
 
+def turn_rloo(trial: Trial, i: int, j: int) -> float:
+    others = [sum(trial.rewards[p][j:]) for p in trial.peers(i) if p != i and len(trial.rewards[p]) > j]
+    return sum(trial.rewards[i][j:]) - (mean(others) if others else 0.0)
+
+
 def reinforce_pp(trial: Trial, i: int, j: int) -> float:
     centred = [dr_grpo(trial, p, 0) for p in range(len(trial.groups))]
     tokens = [x for x, n in zip(centred, trial.num_tokens, strict=True) for _ in range(sum(n))]
@@ -114,7 +119,7 @@ def mt_grpo(trial: Trial, i: int, j: int) -> float:
     outcome = normalised(trial.outcomes[i], [trial.outcomes[p] for p in peers], eps=1e-4)
     if not trial.calls[i][j]:
         return outcome
-    same_turn = [trial.rewards[p][j] for p in peers if len(trial.rewards[p]) > j]
+    same_turn = [trial.rewards[p][j] for p in peers if len(trial.rewards[p]) > j and trial.calls[p][j]]
     return outcome + normalised(trial.rewards[i][j], same_turn, eps=1e-4)
 
 
@@ -146,6 +151,7 @@ FORMULAS: dict[str, Formula] = {
     "dr_grpo": dr_grpo,
     "dapo": grpo,
     "rloo": rloo,
+    "turn_rloo": turn_rloo,
     "reinforce_pp": reinforce_pp,
     "gspo": grpo,
     "cispo": grpo,
@@ -227,7 +233,7 @@ def test_what_a_credit_needs_and_lacks_is_named() -> None:
         method_advantages(METHODS["mt_grpo"], *batch, turns_with_calls=torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"turns_with_calls must be \[K\] for a term of turns='with_calls', got None"):
         method_advantages(METHODS["mt_grpo"], *batch, outcomes=torch.ones(2))
-    with pytest.raises(ValueError, match=r"turns_with_calls must be \[K\] = \[2\], got shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"turns must be \[K\] = \[2\], got shape \(1,\)"):
         method_advantages(METHODS["mt_grpo"], *batch, outcomes=torch.ones(2), turns_with_calls=torch.ones(1).bool())
     with pytest.raises(ValueError, match=r"anchor_ids must be \[K\]"):
         method_advantages(METHODS["gigpo"], *batch)
