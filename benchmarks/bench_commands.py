@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("GTPO_BENCH_SMOKE") != "1", reaso
         (["logits", "--smoke"], "bench-logits"),
         (["credit", "--smoke"], "bench-credit"),
         (["skip", "--smoke"], "bench-skip"),
+        (["adapters", "--smoke"], "bench-adapters"),
         (["gpu_check", "--smoke", "--device", "cpu", "--tests"], "gpu_check"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -15,6 +15,7 @@ Written against SkyRL 0.3.0.
 
 import contextlib
 import contextvars
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def gtpo_advantages(
     token_level_rewards: [B, T]; SkyRL lays a turn's reward on the last token of its assistant message.
     response_mask: [B, T], the loss mask, as the trainer of `trainer_class` passes it.
     index: the uid of each row's prompt.  gamma: `trainer.algorithm.gamma`, a discount from turn to turn (its default
-        is 1.0, GTPO's 0.9).  values, grpo_norm_by_std, lambd, config: SkyRL's, unused.
+        is 1.0, GTPO's 0.9).  config: `trainer.algorithm`; a mapping
+        `gtpo` in it holds keywords of `gtpo_kernels.turn_advantages`.  values, grpo_norm_by_std, lambd: unused.
     Returns (advantages, returns), [B, T] each.
     Raises RuntimeError under another trainer, which would show whole responses as one turn.
     Source: arXiv 2511.14846; the signature is that of `compute_advantages_and_returns` in
@@ -62,8 +64,14 @@ def gtpo_advantages(
             "SkyRL's own trainer hides the turns from its estimators: return gtpo.adapters.skyrl.trainer_class()(...) "
             "from BasePPOExp.get_trainer"
         )
-    credit = token_reward_advantages(token_level_rewards, response_mask, index, gamma=gamma)
+    options = {"gamma": gamma, **_options(config)}
+    credit = token_reward_advantages(token_level_rewards, response_mask, index, **options)
     return credit.advantages, credit.returns
+
+
+def _options(config: Any) -> dict[str, Any]:
+    found = config.get(NAME) if isinstance(config, Mapping) else getattr(config, NAME, None)
+    return dict(found or {})
 
 
 def gtpo_policy_loss(

@@ -182,8 +182,8 @@ class GTPOTrainer(GRPOTrainer):
             rows, self.num_generations if mode == "train" else self.num_generations_eval, self.credit
         )
         first = self.accelerator.process_index * len(local)
-        output["advantages"] = _by_token(
-            advantages[first : first + len(local)], self._rollout.turn_ids, like=output["completion_ids"]
+        output["advantages"] = advantages_by_token(
+            advantages[first : first + len(local)], self._rollout.turn_ids, output["completion_ids"]
         )
         self._log_turns(mode, rows, advantages)
         return output
@@ -350,7 +350,7 @@ def _check_turns(num_turns: Sequence[int], completions: Sequence[Any]) -> None:
             )
 
 
-def _by_token(advantages: list[list[float]], turn_ids: list[list[int]], *, like: Tensor) -> Tensor:
+def advantages_by_token(advantages: list[list[float]], turn_ids: list[list[int]], like: Tensor) -> Tensor:
     """[B, T] float32: the advantage of each token's turn, 0 for tool output and padding."""
     values = torch.zeros(like.shape, dtype=torch.float32)
     for row, (by_turn, turns) in enumerate(zip(advantages, turn_ids, strict=True)):

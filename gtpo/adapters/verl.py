@@ -6,8 +6,8 @@ verl loads this module in each of its processes by the entry point `verl.plugins
 """
 
 import functools
+import importlib.util
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -185,7 +185,8 @@ def register() -> None:
     register_policy_loss(NAME)(gtpo_policy_loss)
 
 
-if "verl" in sys.modules:  # verl itself is importing this, as a plugin or an external module
+# At import, whoever comes first: verl loads its plugins by importing them, once, and does not call anything.
+if importlib.util.find_spec("verl") is not None:
     try:
         register()
     except Exception:
