@@ -83,6 +83,7 @@ def make_sandbox(config: Config, tools: ToolSet) -> Sandbox | None:
         min_tier=asked.min_tier,
         unsafe_no_isolation=asked.unsafe_no_isolation,
         profile=asked.profile,
+        snapshots=asked.snapshots,
         max_concurrent=asked.max_concurrent,
     )
 

@@ -92,6 +92,7 @@ class SandboxConfig:
     min_tier: Annotated[Literal["landlock", "namespaces"], "least isolation that is accepted"] = "landlock"
     unsafe_no_isolation: Annotated[bool, "accept none: model-written code can do what you can"] = False
     profile: Annotated[Literal["plain", "math", "data"], "libraries: none, numpy + sympy, + pandas + scipy"] = "plain"
+    snapshots: Annotated[bool, "clone before each cell; else a failed one's session is rebuilt from its cells"] = True
     cpu_time_s: Annotated[float, "of a cell"] = 2.0
     wall_time_s: Annotated[float, "of a cell"] = 30.0
     memory_bytes: Annotated[int, "address space of a session"] = 512 * 1024 * 1024

@@ -16,10 +16,11 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gtpo.sandbox.attempts import ATTEMPTS, Attempt
 from gtpo.sandbox.contract import CellResult, CellStatus, SandboxLimits
+from gtpo.sandbox.protocol import Session
 
 LIMITS = SandboxLimits(
     cpu_time_s=0.2, wall_time_s=0.6, memory_bytes=256 * 2**20, file_bytes=2**20, output_bytes=4096, max_processes=16
@@ -27,14 +28,6 @@ LIMITS = SandboxLimits(
 """With these the attempts end in a fraction of a second each."""
 
 _SECRET_NAME, _SECRET = "GTPO_ABUSE_SECRET", "hunter" + "2"
-
-
-class Session(Protocol):
-    """What an attempt needs of a sandbox."""
-
-    async def run(self, code: str) -> CellResult: ...
-
-    async def close(self) -> None: ...
 
 
 OpenSession = Callable[[], Awaitable[Session]]

@@ -7,6 +7,7 @@ first clones itself; the clone waits for the request after this one, which it ge
 from __future__ import annotations
 
 import base64
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -33,6 +34,9 @@ _getpid = os.getpid
 def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int) -> NoReturn:
     """Become the interpreter: confine this process, tell the keeper, then answer its cells until it is killed."""
     try:
+        # Where /proc is read-only it is as likely to be taken as others.
+        with contextlib.suppress(OSError):
+            confinement.offer_to_oom_killer(plan)
         _keep_descriptors(control_fd, output_fd)
         try:
             layers, missing = confinement.confine(plan)

@@ -7,19 +7,12 @@ import collections
 import contextlib
 import importlib
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Protocol
 
 from gtpo.sandbox import abuse
 from gtpo.sandbox.attempts import ATTEMPTS
 from gtpo.sandbox.contract import SandboxReport
 from gtpo.sandbox.pool import SandboxPool
-
-
-class Sandbox(Protocol):
-    """What the abuse suite can run against."""
-
-    async def open(self) -> abuse.Session: ...
-
+from gtpo.sandbox.protocol import Sandbox
 
 Adapter = Callable[[], contextlib.AbstractAsyncContextManager[Sandbox]]
 

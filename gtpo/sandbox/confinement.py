@@ -19,15 +19,12 @@ from pathlib import Path
 
 from gtpo.sandbox import removal, syscall_filter
 from gtpo.sandbox.contract import SandboxLimits
+from gtpo.sandbox.layout import BOX, DEVICES, LIBRARIES, LINKS_TO_BOX, NOBODY
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-NOBODY = 65534
 # Started as root, session i has the user id FIRST_SESSION_UID + i: beyond what systems give to users and containers.
 FIRST_SESSION_UID, NUM_SESSION_UIDS = 0x7000_0000, 2**16
-BOX = "/box"
-LIBRARIES = "/opt/libraries"
-DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
     0x00020000,
     0x04000000,
@@ -47,23 +44,31 @@ _BACKSTOP_CELLS = 100
 class Plan:
     """What the sessions of a pool get.
 
-    scratch: an empty directory.  proc_fd: the host's /proc.  libraries: name -> path of what cells can import besides
-    the standard library.  uid: who a session is, None to stay who we are; own_users: in a user namespace of its own.
+    jail: "bubblewrap", "namespaces" or "none", what the pool is in.  scratch: an empty directory.
+    proc_fd: the host's /proc.  libraries: name -> path of what cells can import besides the standard library.
+    uid: who a session is, None to stay who we are; own_users: in a user namespace of its own.
+    cgroup: whether the pool's memory is bounded by one.
     processes: whether cells may start some.  library_address_bytes, library_memory_bytes: what an interpreter has
     before any code has run.
     """
 
     limits: SandboxLimits
-    namespaces: bool
+    jail: str
     scratch: str
     proc_fd: int
     readable: tuple[str, ...]
     libraries: dict[str, str] = field(default_factory=dict)
     uid: int | None = None
     own_users: bool = False
+    cgroup: bool = False
     processes: bool = False
     library_address_bytes: int = 0
     library_memory_bytes: int = 0
+
+    @property
+    def namespaces(self) -> bool:
+        """Whether the pool has namespaces and a root of its own."""
+        return self.jail != "none"
 
     @property
     def library_root(self) -> str:
@@ -121,7 +126,7 @@ def readable_paths() -> tuple[str, ...]:
     return tuple(path for path in sorted(wanted) if os.path.exists(path))
 
 
-def session_uid(paths: Iterable[str], *, own_root: bool) -> int | None:
+def session_uid(paths: Iterable[str], proc_fd: int, *, own_root: bool) -> int | None:
     """The first user id of sessions when we are root and others can read `paths` (or the root will be ours)."""
     if os.geteuid() != 0:
         return None
@@ -129,7 +134,8 @@ def session_uid(paths: Iterable[str], *, own_root: bool) -> int | None:
     directories = {directory for path in real for directory in (path, *path.parents) if directory.is_dir()}
     if not own_root and any(directory.stat().st_mode & 0o005 != 0o005 for directory in directories):
         return None
-    ranges = (map(int, line.split()) for line in Path("/proc/self/uid_map").read_text().splitlines())
+    with open(os.open("self/uid_map", os.O_RDONLY, dir_fd=proc_fd)) as uid_map:
+        ranges = [map(int, line.split()) for line in uid_map]
     all_exist = any(first <= FIRST_SESSION_UID < first + count - NUM_SESSION_UIDS for first, _, count in ranges)
     return FIRST_SESSION_UID if all_exist else NOBODY
 
@@ -196,8 +202,10 @@ def enter_root(plan: Plan) -> None:
         os.mkdir(target) if os.path.isdir(path) else Path(target).touch()
         _mount(path, target, None, _MS_BIND | _MS_REC)
     os.mkdir(plan.scratch + BOX)
-    for link in ("/tmp", "/dev/shm"):
-        os.symlink(BOX, plan.scratch + link)
+    for link in LINKS_TO_BOX:
+        # An interpreter can lie in /tmp.
+        if not os.path.exists(plan.scratch + link):
+            os.symlink(BOX, plan.scratch + link)
     # mount_setattr(2), because a remount of bind mounts in a user namespace would have to repeat their locked flags.
     attributes = struct.pack("=QQQQ", 1 | _MS_NOSUID, 0, 0, 0)
     at_fdcwd, at_recursive = -100, 0x8000
@@ -243,6 +251,17 @@ def remove_box(plan: Plan, box: str) -> None:
         removal.remove_tree(box)
 
 
+def offer_to_oom_killer(plan: Plan) -> None:
+    """Have the kernel take this process first when the machine is out of memory, and not the trainer."""
+    # The files of an undumpable process belong to root; it becomes that again when it locks itself in.
+    set_process(undumpable=False)
+    fd = os.open("self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC, dir_fd=plan.proc_fd)
+    try:
+        os.write(fd, b"1000")
+    finally:
+        os.close(fd)
+
+
 def keep_capabilities(*capabilities: int) -> None:
     """Give up every capability but these."""
     mask = sum(1 << capability for capability in capabilities)
@@ -259,7 +278,7 @@ def confine_keeper() -> None:
 
 def confine(plan: Plan) -> tuple[list[str], dict[str, str]]:
     """Lock this process in, as far as the kernel can; the layers that are on, and the others with their reason."""
-    layers = ["namespaces"] if plan.namespaces else []
+    layers = {"bubblewrap": ["namespaces", "bubblewrap"], "namespaces": ["namespaces"], "none": []}[plan.jail]
     missing: dict[str, str] = {}
     os.setsid()
     try:
@@ -289,8 +308,7 @@ def confine(plan: Plan) -> tuple[list[str], dict[str, str]]:
         layers.append("seccomp")
     except (OSError, ValueError) as failure:
         missing["seccomp"] = str(failure)
-    if plan.processes:
-        layers.append("snapshots")
+    layers += [name for name, there in (("cgroup", plan.cgroup), ("snapshots", plan.processes)) if there]
     return layers, missing
 
 

@@ -12,7 +12,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gtpo.sandbox import frames, profiles, removal
+from gtpo.sandbox import bubblewrap, frames, profiles, removal
+from gtpo.sandbox.cgroup import MemoryCgroup
 from gtpo.sandbox.contract import SandboxLimits, SandboxUnavailable
 
 # Stand-ins for the two packages, so that the fork server imports its own modules and not the trainer's.
@@ -40,6 +41,7 @@ class ForkServer:
     process: subprocess.Popen[bytes]
     control: socket.socket
     scratch: str
+    cgroup: MemoryCgroup | None
     missing: dict[str, str]
 
     async def spawn(self, end: socket.socket) -> None:
@@ -61,43 +63,75 @@ class ForkServer:
             self.process.kill()
             await asyncio.to_thread(self.process.wait)
         # The launcher removes it, unless it was killed.
-        removal.remove_tree(self.scratch)
+        if self.scratch:
+            removal.remove_tree(self.scratch)
+        if self.cgroup is not None:
+            await asyncio.to_thread(self.cgroup.remove)
 
 
-async def launch(limits: SandboxLimits, profile: str, *, namespaces: bool) -> ForkServer:
-    """Start a fork server; SandboxUnavailable with the step that failed."""
-    loop = asyncio.get_running_loop()
+JAILS = ("bubblewrap", "namespaces", "none")
+"""What a pool can be in, the best first: the second is built by the fork server itself."""
+
+
+async def launch(
+    limits: SandboxLimits, profile: str, *, jail: str, total_memory_bytes: int | None = None
+) -> ForkServer:
+    """Start a fork server in one of `JAILS`; SandboxUnavailable with the step that failed.
+
+    `total_memory_bytes` bounds it and all of its sessions together.
+    """
     try:
         libraries = profiles.libraries(profile)
     except ImportError as failure:
         raise SandboxUnavailable(str(failure)) from failure
+    package = os.path.dirname(os.path.abspath(__file__))
+    interpreter, parent, prefix = sys.executable, os.path.dirname(package), list[str]()
+    if jail == "bubblewrap":
+        # Linux only, as this.
+        from gtpo.sandbox.confinement import readable_paths
+
+        prefix = bubblewrap.command(package, readable_paths(), libraries)
+        interpreter, parent, package = bubblewrap.interpreter(), bubblewrap.PACKAGE, f"{bubblewrap.PACKAGE}/sandbox"
+    try:
+        cgroup = None if total_memory_bytes is None else MemoryCgroup(total_memory_bytes)
+    except OSError as failure:
+        raise SandboxUnavailable(f"total_memory_bytes needs a memory cgroup that we may make: {failure}") from failure
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
-    scratch = tempfile.mkdtemp(prefix="gtpo-sandbox-")
-    package = os.path.dirname(os.path.abspath(__file__))
+    # bubblewrap needs none, and nobody would delete it if we are killed.
+    scratch = "" if jail == "bubblewrap" else tempfile.mkdtemp(prefix="gtpo-sandbox-")
+    proc_fd = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     config = {
         "control_fd": theirs.fileno(),
+        "proc_fd": proc_fd,
         "scratch": scratch,
-        "namespaces": namespaces,
+        "jail": jail,
+        "own_users": os.geteuid() != 0,
+        "cgroup": cgroup is not None,
         "limits": asdict(limits),
         "libraries": libraries,
         "modules": profiles.modules(profile),
+        "warm_up": profiles.warm_up(profile),
     }
+    command = [*prefix, interpreter, *_FLAGS, "-c", _BOOTSTRAP, parent, package, json.dumps(config)]
     with tempfile.TemporaryFile() as log:
-        with theirs:
+        try:
             process = subprocess.Popen(
-                [sys.executable, *_FLAGS, "-c", _BOOTSTRAP, os.path.dirname(package), package, json.dumps(config)],
+                command,
                 env=_ENVIRONMENT | {name: os.environ[name] for name in _PASSED_ON if name in os.environ},
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), proc_fd],
                 start_new_session=True,
             )
-        server = ForkServer(process, ours, scratch, {})
+        finally:
+            theirs.close()
+            os.close(proc_fd)
+        server = ForkServer(process, ours, scratch, cgroup, {})
         try:
-            hello = await loop.sock_recv(ours, frames.MAX_FRAME_BYTES)
+            hello = await asyncio.get_running_loop().sock_recv(ours, frames.MAX_FRAME_BYTES)
         except ConnectionError:
             hello = b""
         except BaseException:
@@ -105,6 +139,9 @@ async def launch(limits: SandboxLimits, profile: str, *, namespaces: bool) -> Fo
             raise
         answer: dict[str, Any] = json.loads(hello) if hello else {"failed": "the fork server died at its start"}
         if "failed" not in answer:
+            if cgroup is not None:
+                # There are no sessions yet.
+                cgroup.add_family(process.pid)
             server.missing = answer["missing"]
             return server
         await server.stop()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import select
 import selectors
 import signal
 import socket
@@ -74,6 +75,8 @@ class Keeper:
         assert not plan.processes or os.getpid() == 1
         self._processes = ProcessTree(plan.proc_fd) if plan.processes else None
         self._snapshot: int | None = None
+        # Snapshots that are not needed any more, by their descriptors.
+        self._dying: dict[int, int] = {}
         self._received = b""
         self._output = Output(plan.limits.output_bytes)
         self._selector = selectors.DefaultSelector()
@@ -100,6 +103,7 @@ class Keeper:
         self._control.setblocking(False)
         alive = True
         while alive:
+            self._reap_while_idle()
             try:
                 request = frames.read_frame(self._host.recv)
             except (EOFError, OSError):
@@ -168,8 +172,8 @@ class Keeper:
         self._wall_start, self._cpu_start = time.monotonic(), self._cpu_time_s()
         self._orphans_start = _reaped_cpu_s()
         self._next_watch = self._wall_start + _WATCH_S
-        # CPU seconds of the processes that the cell started, as of the last look.
-        self._children_cpu_s = 0.0
+        # CPU seconds of the cell, and of the processes that it started, as of the last look.
+        self._seen_cpu_s = self._children_cpu_s = 0.0
         self._waited_start: float | None = None
 
     def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +190,8 @@ class Keeper:
         while True:
             now = time.monotonic()
             wall_left = self._limits.wall_time_s - (now - self._wall_start)
-            cpu_left = self._limits.cpu_time_s - self._cell_cpu_s()
+            self._seen_cpu_s = self._cell_cpu_s()
+            cpu_left = self._limits.cpu_time_s - self._seen_cpu_s
             # A single thread spends no more CPU time than wall time passes.
             pause = min(cpu_left, wall_left)
             if self._processes is not None:
@@ -287,9 +292,10 @@ class Keeper:
             os.kill(self._pid, signal.SIGSTOP)
             return "kept", 0
         os.kill(-1, signal.SIGSTOP)
-        # It dies by itself meanwhile, and is reaped before the next cell: waiting for that would cost a millisecond.
+        # Waiting for its death here would cost a millisecond of every cell.
         snapshot, self._snapshot = self._snapshot, None
         if snapshot is not None:
+            self._dying[os.pidfd_open(snapshot)] = snapshot
             _kill(snapshot)
         while True:
             state, peak_bytes, leftovers = "lost", 0, 0
@@ -326,7 +332,7 @@ class Keeper:
             while len(self._processes.descendants()) > (self._snapshot is not None):
                 os.waitpid(-1, 0)
         # Of the interpreter and the children that it waited for; of all of them as of the last look.
-        cpu_time_s = max(usage.ru_utime + usage.ru_stime - self._cpu_start, self._children_cpu_s)
+        cpu_time_s = max(usage.ru_utime + usage.ru_stime - self._cpu_start, self._seen_cpu_s)
         self._selector.unregister(self._pidfd)
         os.close(self._pidfd)
         return wait_status, cpu_time_s, usage.ru_maxrss * 1024
@@ -347,6 +353,18 @@ class Keeper:
         except OSError:
             return "lost"
         return "rolled_back"
+
+    def _reap_while_idle(self) -> None:
+        """Until the trainer says something: take the exit status of old snapshots."""
+        host = self._host.fileno()
+        while self._dying:
+            ready, _, _ = select.select([host, *self._dying], [], [])
+            for pidfd in self._dying.keys() & set(ready):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(self._dying.pop(pidfd), os.WNOHANG)
+                os.close(pidfd)
+            if host in ready:
+                return
 
     def _reap_orphans(self) -> None:
         """Take the exit status of dead children other than the interpreter and its snapshot."""

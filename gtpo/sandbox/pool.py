@@ -35,9 +35,12 @@ class SandboxPool:
     min_tier: "namespaces" or "landlock", the least isolation to accept; below it `start()` raises SandboxUnavailable.
     unsafe_no_isolation: accept none at all, for code that you would run by hand; says so loudly.
     profile: the libraries that cells can import ("plain", "math", "data").
+    snapshots: clone the interpreter before each cell.  Without, a session whose cell failed is built up anew by running
+        its earlier cells again, as it is where there can be no snapshots.
     max_concurrent: cells that run at once (default: the CPUs); waiting for a turn counts for neither time limit.
     max_sessions: sessions that are open at once; `open()` waits for one to be closed.
     num_prewarmed: processes that wait for `open()`.
+    total_memory_bytes: of all sessions together, by a cgroup; SandboxUnavailable where none can be made.
     Everything must happen inside one event loop; `gtpo.sandbox.blocking` is for code that has none.
     """
 
@@ -48,30 +51,34 @@ class SandboxPool:
         min_tier: str = "namespaces",
         unsafe_no_isolation: bool = False,
         profile: str = "plain",
+        snapshots: bool = True,
         max_concurrent: int | None = None,
         max_sessions: int = 1024,
+        total_memory_bytes: int | None = None,
         num_prewarmed: int = 0,
     ) -> None:
         for name, value, least in (
             ("max_concurrent", max_concurrent, 1),
             ("max_sessions", max_sessions, 1),
             ("num_prewarmed", num_prewarmed, 0),
+            ("total_memory_bytes", total_memory_bytes, 2**26),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.limits = limits or SandboxLimits()
         self.profile = check_profile(profile)
+        self.snapshots = snapshots
         self._min_tier = SandboxTier.NONE if unsafe_no_isolation else SandboxTier.parse(min_tier)
         if self._min_tier < SandboxTier.LANDLOCK and not unsafe_no_isolation:
             raise ValueError(f"min_tier {min_tier!r} is no isolation: it takes unsafe_no_isolation=True")
         self._num_slots = max_concurrent or os.cpu_count() or 1
         self._slots = asyncio.Semaphore(self._num_slots)
-        # The self test's session comes on top.
         self._places = asyncio.Semaphore(max_sessions)
         self._num_prewarmed = num_prewarmed
+        self._total_memory_bytes = total_memory_bytes
         self._starting = asyncio.Lock()
         self._server: fork_server.ForkServer | None = None
-        self._namespaces = True
+        self._jail = fork_server.JAILS[0]
         self._report: SandboxReport | None = None
         self._sessions: set[SandboxSession] = set()
         self._idle: list[SandboxSession] = []
@@ -122,11 +129,17 @@ class SandboxPool:
         if not sys.platform.startswith("linux"):
             raise SandboxUnavailable(f"running model-written code needs Linux, this is {sys.platform}")
         try:
-            try:
-                self._report = await self._launch_and_probe(namespaces=True, missing={})
-            except SandboxUnavailable as failure:
-                await self.close()
-                self._report = await self._launch_and_probe(namespaces=False, missing={"namespaces": str(failure)})
+            missing: dict[str, str] = {}
+            for self._jail in fork_server.JAILS:
+                try:
+                    self._report = await self._launch_and_probe(missing)
+                    break
+                except SandboxUnavailable as failure:
+                    if self._jail == fork_server.JAILS[-1]:
+                        raise
+                    await self.close()
+                    missing[self._jail] = str(failure)
+            assert self._report is not None
             if self._report.tier < self._min_tier:
                 raise SandboxUnavailable(selftest.refusal(self._report, self._min_tier))
         except BaseException:
@@ -136,10 +149,14 @@ class SandboxPool:
             _log.warning(selftest.BANNER, self._report.tier.name.lower())
         self._warm_up()
 
-    async def _launch_and_probe(self, *, namespaces: bool, missing: dict[str, str]) -> SandboxReport:
-        self._namespaces = namespaces
-        self._server = await fork_server.launch(self.limits, self.profile, namespaces=namespaces)
+    async def _launch_and_probe(self, missing: dict[str, str]) -> SandboxReport:
+        self._server = await self._launch()
         return await selftest.probe(self, missing | self._server.missing)
+
+    async def _launch(self) -> fork_server.ForkServer:
+        return await fork_server.launch(
+            self.limits, self.profile, jail=self._jail, total_memory_bytes=self._total_memory_bytes
+        )
 
     async def close(self) -> None:
         """Close every session and end the fork server; nothing is left running. Closing twice is harmless."""
@@ -253,5 +270,5 @@ class SandboxPool:
                 while self._warm:
                     await end_stream(*self._warm.popleft())
                 self._num_restarts += 1
-                self._server = await fork_server.launch(self.limits, self.profile, namespaces=self._namespaces)
+                self._server = await self._launch()
         raise AssertionError("unreachable")

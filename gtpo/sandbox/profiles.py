@@ -30,6 +30,25 @@ def check_profile(name: str) -> str:
     return name
 
 
+# What is done once before the first session, so that no session has to: lazy imports, tables that are built when used.
+_WARM_UP = {
+    "numpy": "import numpy\nnumpy.linalg.det(numpy.eye(2))\nstr(numpy.arange(3.0))",
+    "sympy": (
+        "import sympy\nx, y = sympy.symbols('x y')\nsympy.solve(x**2 - 5*x + 6, x)\n"
+        "sympy.solve([x + y - 3, x - y], [x, y])\n"
+        "str(sympy.expand((x + 1)**3))\nsympy.factor(x**2 - 1)\nsympy.simplify(sympy.sin(x)**2 + sympy.cos(x)**2)\n"
+        "sympy.integrate(x**2, x)\nsympy.diff(sympy.exp(x), x)\nsympy.factorint(60)\nsympy.sqrt(8)\nsympy.N(sympy.pi)"
+    ),
+    "pandas": "import pandas\nstr(pandas.DataFrame({'a': [1, 2]}).groupby('a').sum())",
+    "scipy": "import scipy.optimize, scipy.stats, scipy.integrate, scipy.linalg",
+}
+
+
+def warm_up(profile: str) -> str:
+    """Code that the fork server runs after its imports; it leaves no variables."""
+    return "\n".join(_WARM_UP[name] for name in PROFILES[profile] if name in _WARM_UP)
+
+
 def modules(profile: str) -> list[str]:
     """What is imported before the first session.
 

@@ -78,7 +78,6 @@ _REMEDY = (
 _NEVER_COVERED = (
     "bugs of the kernel",
     "CPU side channels",
-    "the sum of memory over all sessions",
     "reading the clock",
     "a cell that forges its own ok or error",
 )
@@ -111,9 +110,9 @@ async def probe(pool: SandboxPool, missing: dict[str, str]) -> SandboxReport:
     layers = session.layers
     missing = missing | session.missing
     tier = reached_tier(checks, layers)
-    not_covered = _NEVER_COVERED + tuple(
-        item for needed, items in _UNCOVERED_BELOW.items() if tier < needed for item in items
-    )
+    unbounded = () if "cgroup" in layers else ("the sum of memory over all sessions",)
+    below = (item for needed, items in _UNCOVERED_BELOW.items() if tier < needed for item in items)
+    not_covered = (*_NEVER_COVERED, *unbounded, *below)
     return SandboxReport(tier, layers, missing, checks, not_covered)
 
 

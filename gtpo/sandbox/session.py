@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # A session is built up anew by running its cells again; not if they took longer than this, or are larger.
 _MAX_REPLAY_CPU_S = 60.0
 _MAX_REPLAY_BYTES = 4 * 2**20
+# A keeper that takes this much longer than its own limits is given up.
+_KEEPER_TIMEOUT_S = 60.0
 
 
 class SandboxSession:
@@ -108,7 +110,8 @@ class SandboxSession:
         if self._closed:
             raise RuntimeError("the sandbox session is closed")
         self._num_requests += 1
-        request |= {"cell": self._num_requests, "snapshot": rollback or discard, "discard": discard}
+        snapshot = discard or (rollback and self._pool.snapshots)
+        request |= {"cell": self._num_requests, "snapshot": snapshot, "discard": discard}
         try:
             frame = frames.encode(request)
         except ValueError as failure:
@@ -219,10 +222,13 @@ class SandboxSession:
         assert self._stream is not None
         reader, writer = self._stream
         try:
-            writer.write(request)
-            await writer.drain()
-            length = frames.body_length(await reader.readexactly(frames.HEADER.size))
-            return frames.decode(await reader.readexactly(length))
+            async with asyncio.timeout(2 * self._pool.limits.wall_time_s + _KEEPER_TIMEOUT_S):
+                writer.write(request)
+                await writer.drain()
+                length = frames.body_length(await reader.readexactly(frames.HEADER.size))
+                return frames.decode(await reader.readexactly(length))
+        except TimeoutError:
+            raise EOFError("the keeper does not answer") from None
         except asyncio.CancelledError:
             # The answer to this cell may still come: the stream cannot be used again.
             await self._drop()
@@ -244,9 +250,11 @@ class SandboxSession:
 async def end_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Close a keeper's stream and wait for the keeper's end: it closes its side after its interpreter is dead."""
     try:
-        writer.write_eof()
-        while await reader.read(65536):
-            pass
+        async with asyncio.timeout(_KEEPER_TIMEOUT_S):
+            writer.write_eof()
+            while await reader.read(65536):
+                pass
+    # TimeoutError is one: a keeper that hangs ends with the fork server.
     except OSError:
         pass
     finally:

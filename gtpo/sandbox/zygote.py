@@ -28,29 +28,36 @@ itertools json keyword math numbers operator random re statistics string struct 
 
 
 def main(config_json: str) -> None:
-    """Run as the launcher: fork the zygote, wait for it, remove the scratch directory."""
+    """Run as the launcher: fork the zygote, wait for it, remove the scratch directory. Under bubblewrap: be it."""
     config: dict[str, Any] = json.loads(config_json)
     control = socket.socket(fileno=config["control_fd"])
-    namespaces = config["namespaces"]
+    jail, proc_fd = config["jail"], config["proc_fd"]
+    os.set_inheritable(proc_fd, False)
     try:
-        proc_fd = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        own_users = namespaces and confinement.enter_namespaces(proc_fd)
+        if jail == "namespaces":
+            own_users = confinement.enter_namespaces(proc_fd)
+        else:
+            own_users = jail == "bubblewrap" and config["own_users"]
         readable, libraries = confinement.readable_paths(), config["libraries"]
         plan = confinement.Plan(
             limits=SandboxLimits(**config["limits"]),
-            namespaces=namespaces,
+            jail=jail,
             scratch=config["scratch"],
             proc_fd=proc_fd,
             readable=readable,
             libraries=libraries,
-            uid=confinement.session_uid([*readable, *libraries.values()], own_root=namespaces),
+            uid=confinement.session_uid([*readable, *libraries.values()], proc_fd, own_root=jail != "none"),
             own_users=own_users,
+            cgroup=config["cgroup"],
         )
         # Same-user processes could otherwise read the memory of these through /proc.
         confinement.set_process(undumpable=True)
+        if jail == "bubblewrap":
+            # It is the launcher, and this the first process of the jail.
+            _run_zygote(control, plan, config["modules"], config["warm_up"])
         zygote = os.fork()
         if zygote == 0:
-            _run_zygote(control, plan, config["modules"])
+            _run_zygote(control, plan, config["modules"], config["warm_up"])
     except OSError as failure:
         _report(control, failed=confinement.describe_failure(failure))
         return
@@ -63,13 +70,14 @@ def _report(control: socket.socket, **message: object) -> None:
     control.send(json.dumps(message).encode())
 
 
-def _run_zygote(control: socket.socket, plan: confinement.Plan, modules: list[str]) -> NoReturn:
+def _run_zygote(control: socket.socket, plan: confinement.Plan, modules: list[str], warm_up: str) -> NoReturn:
     try:
         confinement.set_process(dies_with_parent=True)
         own_namespace = -1
         if plan.namespaces:
-            own_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY)
-            confinement.enter_root(plan)
+            own_namespace = os.open("self/ns/pid", os.O_RDONLY, dir_fd=plan.proc_fd)
+            if plan.jail == "namespaces":
+                confinement.enter_root(plan)
         else:
             os.chmod(plan.scratch, 0o711)
             confinement.link_libraries(plan)
@@ -77,6 +85,7 @@ def _run_zygote(control: socket.socket, plan: confinement.Plan, modules: list[st
             sys.path.append(plan.library_root)
         for name in (*_PRELOADED.split(), *modules):
             importlib.import_module(name)
+        exec(warm_up, {})
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         gc.collect()
         gc.freeze()

@@ -11,7 +11,7 @@ import pytest
 from gtpo.sandbox import CellResult, SandboxLimits, SandboxPool, SandboxUnavailable, fork_server
 
 T = TypeVar("T")
-LIMITS = SandboxLimits(cpu_time_s=0.3, wall_time_s=5.0, memory_bytes=256 * 2**20, file_bytes=2**20)
+LIMITS = SandboxLimits(cpu_time_s=0.3, wall_time_s=5.0, memory_bytes=256 * 2**20, file_bytes=2**20, max_processes=8)
 
 
 class Cage:
@@ -39,16 +39,25 @@ class Cage:
         return self.runner.run(run_all())
 
 
-def without_namespaces(patch: pytest.MonkeyPatch) -> None:
-    """Make the fork server fail as it does where namespaces are forbidden."""
+TIERS = {"bubblewrap": "namespaces", "namespaces": "namespaces", "none": "landlock"}
+
+
+def only_jail(patch: pytest.MonkeyPatch, jail: str) -> None:
+    """Make all but one way to build the outer jail fail, as they do where namespaces are forbidden."""
     launch = fork_server.launch
 
-    async def launch_or_refuse(limits: SandboxLimits, profile: str, *, namespaces: bool) -> Any:
-        if namespaces:
+    async def launch_or_refuse(limits: SandboxLimits, profile: str, *, jail: str, **options: Any) -> Any:
+        if jail != wanted:
             raise SandboxUnavailable("unshare(0x6c000000): Operation not permitted")
-        return await launch(limits, profile, namespaces=False)
+        return await launch(limits, profile, jail=jail, **options)
 
+    wanted = jail
     patch.setattr(fork_server, "launch", launch_or_refuse)
+
+
+def without_namespaces(patch: pytest.MonkeyPatch) -> None:
+    """Make the fork server fail as it does where namespaces are forbidden."""
+    only_jail(patch, "none")
 
 
 @pytest.fixture(scope="session", params=["namespaces", "landlock"])

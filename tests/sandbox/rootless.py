@@ -1,14 +1,13 @@
-"""Run as `python -m tests.sandbox.rootless TIER [KIND ...]` by a test, as another user: the check of the sandbox."""
+"""Run as `python -m tests.sandbox.rootless JAIL [KIND ...]` by a test, as another user: the check of the sandbox."""
 
 import sys
 
 import pytest
 
 from gtpo.sandbox.check import run_check
-from tests.sandbox.conftest import without_namespaces
+from tests.sandbox.conftest import only_jail
 
 if __name__ == "__main__":
-    tier, *kinds = sys.argv[1:]
-    if tier == "landlock":
-        without_namespaces(pytest.MonkeyPatch())
-    sys.exit(not run_check(min_tier=tier, only=kinds))
+    jail, *kinds = sys.argv[1:]
+    only_jail(pytest.MonkeyPatch(), jail)
+    sys.exit(not run_check(min_tier="landlock", only=kinds))

@@ -93,6 +93,18 @@ def test_without_rollback_a_failure_costs_the_variables(cage):
     assert cage.do(run()) == (SessionState.LOST, "False 7\n", SessionState.ROLLED_BACK)
 
 
+def test_without_snapshots_a_failed_cell_is_rolled_back_by_running_the_others_again():
+    async def run():
+        async with SandboxPool(LIMITS, min_tier="landlock", snapshots=False) as pool:
+            session = await pool.open("base = 7")
+            first = await session.run("import random\nx = random.random()\nprint(x)")
+            crash = await session.run("x = 0\nimport os\nos._exit(1)")
+            again = await session.run("print(x)")
+            return first.stdout == again.stdout, crash.state, (await pool.run("print(1)")).stdout
+
+    assert asyncio.run(run()) == (True, SessionState.ROLLED_BACK, "1\n")
+
+
 def test_a_snapshot_is_an_exact_copy(cage):
     """Also of what a fork would change: the random numbers go on as if the failed cell had not been."""
     draw = "import random\nprint(random.random())"
@@ -101,19 +113,17 @@ def test_a_snapshot_is_an_exact_copy(cage):
     assert [cell.stdout for cell in straight] == [broken[i].stdout for i in (0, 2, 3)]
 
 
-def test_many_turns_of_one_session_leave_nothing_behind(cage):
+def test_many_turns_of_one_session_leave_nothing_behind():
     async def run():
-        session = await cage.pool.open("n = 0")
-        launcher = cage.pool._server.process.pid
-        before = len(process_states(launcher))
-        for _ in range(60):
-            await session.run("n += 1")
-        result = await session.run("print(n)")
-        assert eventually(lambda: len(process_states(launcher)) <= before + 1)
-        await session.close()
-        return result.stdout
+        async with SandboxPool(LIMITS, min_tier="landlock") as pool:
+            session = await pool.open("n = 0")
+            for _ in range(60):
+                await session.run("n += 1")
+            # Launcher, zygote, keeper, interpreter.
+            assert eventually(lambda: len(process_states(pool._server.process.pid)) == 4)
+            return (await session.run("print(n)")).stdout
 
-    assert cage.do(run()) == "60\n"
+    assert asyncio.run(run()) == "60\n"
 
 
 def test_a_session_that_cannot_be_repeated_is_lost_not_falsified(cage):
@@ -152,6 +162,21 @@ def test_sessions_in_reserve_are_handed_out_and_replaced():
             return [(await session.run("print(2)")).stdout for session in opened]
 
     assert asyncio.run(run()) == ["2\n"] * 4
+
+
+def test_a_keeper_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.setattr("gtpo.sandbox.session._KEEPER_TIMEOUT_S", 0.2)
+
+    async def run():
+        async with SandboxPool(SandboxLimits(wall_time_s=0.2), min_tier="landlock") as pool:
+            session = await pool.open("x = 1")
+            keeper = max(sorted(process_states(pool._server.process.pid))[:3])
+            os.kill(keeper, signal.SIGSTOP)
+            result = await session.run("print(x)")
+            os.kill(keeper, signal.SIGKILL)
+            return result.stdout, result.num_tries, pool.metrics()["sandbox/faults"]
+
+    assert asyncio.run(run()) == ("1\n", 2, 1.0)
 
 
 def test_open_waits_while_all_places_are_taken():
@@ -233,3 +258,33 @@ def test_no_isolation_is_asked_for_by_name_and_said_loudly(caplog, monkeypatch):
 
     assert asyncio.run(run()) == 1.0
     assert "NO ISOLATION: the sandbox reached tier rlimits only" in caplog.text
+
+
+def test_the_memory_of_all_sessions_together_is_bounded_by_a_cgroup():
+    """The kernel then takes an interpreter, whose session goes on from before its cell; the others do not notice."""
+    hold = "import time\nx = bytearray(b'x') * (90 << 20)\ntime.sleep(0.3)"
+    limits = SandboxLimits(memory_bytes=200 * 2**20)
+
+    async def run():
+        async with SandboxPool(limits, min_tier="landlock", max_concurrent=8, total_memory_bytes=200 * 2**20) as pool:
+            assert "cgroup" in pool.report.layers
+            path = pool._server.cgroup.path
+            good = await pool.open("kept = 1")
+            greedy = [await pool.open("kept = 2") for _ in range(4)]
+            results = await asyncio.gather(*(session.run(hold) for session in greedy))
+            after = [(await session.run("print(kept)")).stdout for session in (good, *greedy)]
+        return results, after, path.exists()
+
+    try:
+        results, after, exists = asyncio.run(run())
+    except SandboxUnavailable as refused:
+        assert "total_memory_bytes needs a memory cgroup" in str(refused)
+        return
+    assert {result.status for result in results} == {CellStatus.OK, CellStatus.CRASH}
+    assert after == ["1\n", *["2\n"] * 4] and not exists
+
+
+def test_a_bound_on_all_memory_is_not_dropped_silently(monkeypatch):
+    monkeypatch.setattr("gtpo.sandbox.cgroup._places", lambda: [])
+    with pytest.raises(SandboxUnavailable, match=r"total_memory_bytes needs a memory cgroup.*no memory controller"):
+        asyncio.run(SandboxPool(total_memory_bytes=2**30).start())
