@@ -13,7 +13,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -
 export HF_HUB_OFFLINE = 1
 
 .PHONY: help demo demo-repeat demo-smollm2 test lint bench cuda-compile clean
-.PHONY: test-adapters bench-adapters bench-linear bench-logits bench-credit bench-skip bench-sandbox gpu-check gpu-static
+.PHONY: test-adapters bench-adapters bench-linear bench-logits bench-credit bench-skip bench-sandbox bias gpu-check gpu-static
 .DELETE_ON_ERROR:
 
 help:
@@ -73,6 +73,10 @@ bench-sandbox: $(VENV)/.bench-sandbox
 #: make bench-skip     what skip_clipped and filter_eps save and cost, on hidden states of SmolLM2
 bench-skip: $(VENV)/.dev $(VENV)/.smollm2
 	$(BIN)/python -m benchmarks.skip
+
+#: make bias         what each method's credit makes of a known policy gradient: docs/credit.md (3 minutes)
+bias: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.bias
 
 #: make bench-adapters advantages through each adapter beside the trainers' own, and a step of TRL with our loss
 bench-adapters: $(VENV)/.dev
