@@ -1,17 +1,22 @@
 """Turn advantages for the layouts that trainers hold their batches in: padded, packed, token rewards, plain lists.
 
 One call each, and no trainer is needed.  All entries stand at the place of their token (nothing is shifted), and every
-call takes whole groups: before micro-batches, before rows are shuffled, and from all ranks.  `options` are the keywords
-of `gtpo_kernels.turn_advantages`: gamma, scope, population, ddof, eps, backend and so on; left out, they are GTPO's.
+call takes whole groups: before micro-batches, before rows are shuffled, and from all ranks.
+
+`options` are the keywords of `gtpo_kernels.turn_advantages`: gamma, scope, population, ddof, eps, backend; left out,
+they are GTPO's.  Or `method` names a preset that `gtpo methods` lists, and the others are fields of it: method="rloo".
 """
 
+import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gtpo.credit import method_advantages
+from gtpo.methods import METHODS, Method
 from gtpo_kernels import TurnAdvantages, turn_advantages
 from gtpo_kernels.checks import check_tensor
 
@@ -61,7 +66,7 @@ def padded_turn_advantages(
     first_turns = cu_turns[:-1, None]
     _check_turn_numbers(turn_ids, cu_turns.diff()[:, None])
     flat_ids = torch.where(turn_ids >= 0, turn_ids + first_turns, -1).flatten()
-    return _by_token(turn_advantages(rewards, cu_turns, groups, flat_ids, **options), flat_ids, turn_ids.shape)
+    return _by_token(_advantages(rewards, cu_turns, groups, flat_ids, options), flat_ids, turn_ids.shape)
 
 
 def packed_turn_advantages(
@@ -96,7 +101,7 @@ def packed_turn_advantages(
         _check_mask(loss_mask, turn_ids)
     _check_turn_numbers(turn_ids, cu_turns.diff().repeat_interleave(lengths))
     flat_ids = torch.where(turn_ids >= 0, turn_ids + cu_turns[:-1].repeat_interleave(lengths), -1)
-    return _by_token(turn_advantages(rewards, cu_turns, groups, flat_ids, **options), flat_ids, turn_ids.shape)
+    return _by_token(_advantages(rewards, cu_turns, groups, flat_ids, options), flat_ids, turn_ids.shape)
 
 
 def token_reward_advantages(
@@ -148,7 +153,7 @@ def token_reward_advantages(
         )
     values = token_level_rewards.flatten()[places[has_turns]]
     rewards = token_level_rewards.new_zeros(int(cu_turns[-1])).index_add_(0, turns[has_turns], values)
-    return _by_token(turn_advantages(rewards, cu_turns, groups, flat_ids, **options), flat_ids, shape)
+    return _by_token(_advantages(rewards, cu_turns, groups, flat_ids, options), flat_ids, shape)
 
 
 def list_turn_advantages(
@@ -174,7 +179,7 @@ def list_turn_advantages(
             raise ValueError("num_tokens must have one entry for every turn of turn_rewards, got other lengths")
         turn_ids = turn_ids.repeat_interleave(torch.tensor([n for row in num_tokens for n in row], dtype=torch.long))
     groups = number_groups(group_ids, len(counts), group_size=group_size)
-    values = turn_advantages(rewards, cu_turns, groups, turn_ids, **options).turn_advantages
+    values = _advantages(rewards, cu_turns, groups, turn_ids, options).turn_advantages
     return [row.tolist() for row in values.split(counts)]
 
 
@@ -223,6 +228,23 @@ def turn_ids_of_runs(loss_mask: Tensor) -> Tensor:
     """
     mask = _as_bool("loss_mask", loss_mask, loss_mask.shape, loss_mask.device)
     return (_run_starts(mask).cumsum(1, dtype=torch.int32) - 1).masked_fill(~mask, -1)
+
+
+def _advantages(
+    turn_rewards: Tensor, cu_turns: Tensor, group_ids: Tensor, turn_ids: Tensor, options: Mapping[str, Any]
+) -> TurnAdvantages:
+    """`turn_advantages` with these keywords, or the credit of a preset with these fields."""
+    if "method" not in options:
+        return turn_advantages(turn_rewards, cu_turns, group_ids, turn_ids, **options)
+    fields = dict(options)
+    name = fields.pop("method")
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    unknown = sorted(fields.keys() - Method.__dataclass_fields__.keys())
+    if unknown:
+        raise ValueError(f"a method has no field {', '.join(unknown)}")
+    method = dataclasses.replace(METHODS[name], **fields)
+    return method_advantages(method, turn_rewards, cu_turns, group_ids, turn_ids)
 
 
 def _run_starts(mask: Tensor) -> Tensor:

@@ -101,6 +101,19 @@ def test_options_reach_the_op() -> None:
         assert row == pytest.approx([value] * len(row), rel=1e-5)
 
 
+def test_a_preset_can_be_named_and_changed() -> None:
+    """RLOO: the reward of a trajectory less the mean of the others' in its group, on all of its turns."""
+    rewards, groups = [[0.0, 1.0], [0.5], [0.0, 0.0]], ["a"] * 3
+    assert list_turn_advantages(rewards, groups, method="rloo") == [[0.75, 0.75], [0.0], [-0.75, -0.75]]
+    grpo = list_turn_advantages(rewards, groups, **GRPO, eps=1e-4)
+    for row, values in zip(list_turn_advantages(rewards, groups, method="grpo", eps=1e-4), grpo, strict=True):
+        assert row == pytest.approx(values, rel=1e-6)
+    with pytest.raises(ValueError, match=r"method must be one of gtpo, .*, got 'ppo'"):
+        list_turn_advantages(rewards, groups, method="ppo")
+    with pytest.raises(ValueError, match="a method has no field lam"):
+        list_turn_advantages(rewards, groups, method="rloo", lam=0.9)
+
+
 def test_turns_that_touch_need_explicit_ids() -> None:
     """Two turns with no token between are one run: the explicit ids keep them apart."""
     rewards, mask = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]), torch.ones(2, 4, dtype=torch.bool)
