@@ -77,6 +77,8 @@ def make_sandbox(config: Config, tools: ToolSet) -> Sandbox | None:
     except ValueError as error:
         raise ValueError(f"sandbox.{error}") from None
     if asked.adapter:
+        if tools.code_mode:
+            raise ValueError("tools.python.code_mode needs the sandbox of gtpo, so sandbox.adapter must be empty")
         return _adapted_sandbox(asked.adapter, limits, asked.max_concurrent)
     return SandboxPool(
         limits,

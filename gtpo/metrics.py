@@ -76,13 +76,17 @@ def rollout_metrics(
 
 def tool_metrics(trajectories: Sequence[Trajectory], names: Sequence[str]) -> dict[str, float]:
     """For each tool of `names`: calls, failures and time-outs among them, attempts after the first, seconds of work and
-    of waiting a call (0 without a call). Lost trajectories count here, since a tool may be why they are lost."""
+    of waiting a call (0 without a call). Calls by code in the sandbox count like the model's own.
+
+    Lost trajectories count here, since a tool may be why they are lost.
+    """
     results: dict[str, list[ToolResult]] = {name: [] for name in names}
     for trajectory in trajectories:
         for turn in trajectory.turns:
             for call, result in zip(turn.calls, turn.results, strict=True):
-                if call.name in results and not result.is_invalid_call:
-                    results[call.name].append(result)
+                for name, made in ((call.name, result), *result.calls):
+                    if name in results and not made.is_invalid_call:
+                        results[name].append(made)
     metrics: dict[str, float] = {}
     for name, found in results.items():
         statuses = Counter(result.status for result in found)

@@ -69,7 +69,8 @@ class ToolResult:
     """What a call gave back. `text` is what the model reads; `seconds` is wall time of the work, over all its attempts.
 
     queue_seconds: what the call waited beside that, for a slot, a process or its next attempt. num_retries: attempts
-    after the first; only faults of the infrastructure are tried again.
+    after the first; only faults of the infrastructure are tried again. calls: the tools that the code of the call
+    called in turn, with their results.
     """
 
     status: ToolStatus
@@ -77,6 +78,7 @@ class ToolResult:
     seconds: float = 0.0
     queue_seconds: float = 0.0
     num_retries: int = 0
+    calls: tuple[tuple[str, "ToolResult"], ...] = ()
 
     @property
     def is_invalid_call(self) -> bool:

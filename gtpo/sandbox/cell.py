@@ -2,10 +2,12 @@
 
 A request is a cell to run, or a file to write or read, with `op` "run", "put" or "get". With `snapshot` the interpreter
 first clones itself; the clone waits for the request after this one, which it gets only if this one fails.
+A cell that calls one of the tools which its request names sends the call, and reads the answer before it goes on.
 """
 
 from __future__ import annotations
 
+import _thread
 import base64
 import contextlib
 import ctypes
@@ -29,6 +31,13 @@ _MAX_ERROR_CHARS = 2000
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE_PARENT, _SIGCHLD = 0x8000, 17
 _getpid = os.getpid
+_calling = _thread.allocate_lock()
+
+
+class ToolError(Exception):
+    """Raised in a cell by a tool that it called; the message is what the model would have read."""
+
+    __module__ = "__main__"
 
 
 def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int) -> NoReturn:
@@ -81,6 +90,9 @@ def _serve(clone: Callable[[], int] | None) -> NoReturn:
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     while True:
         request = frames.read_frame(functools.partial(os.read, _CONTROL_FD))
+        if "op" not in request:
+            # The answer to a tool call of a cell that did not wait for it.
+            continue
         number = request["cell"]
         if clone is not None:
             _reap_children()
@@ -95,6 +107,10 @@ def _serve(clone: Callable[[], int] | None) -> NoReturn:
         if request["op"] == "run":
             name = f"<cell {request['number']}>" if request["number"] else "<setup>"
             main.__dict__["__cell__"] = request["number"]
+            for tool, parameters in request["tools"].items():
+                main.__dict__[tool] = _tool(number, tool, parameters)
+            if request["tools"]:
+                main.__dict__["ToolError"] = ToolError
             _fresh_output()
             try:
                 _fresh_input(request["stdin"])
@@ -110,6 +126,25 @@ def _serve(clone: Callable[[], int] | None) -> NoReturn:
             os._exit(0)
         status, error, line = ("ok", "", None) if failure is None else ("error", *failure)
         _send({"cell": number, "status": status, "error": error, "line": line, "value": value})
+
+
+def _tool(cell: int, name: str, parameters: list[str]) -> Callable[..., str]:
+    """A function that asks the trainer to call the tool `name`, while `cell` runs, and returns what it says."""
+
+    def tool(*values: Any, **arguments: Any) -> str:
+        if len(values) > len(parameters):
+            raise TypeError(f"{name}() takes {len(parameters)} arguments ({', '.join(parameters)}), got {len(values)}")
+        call = {"name": name, "arguments": dict(zip(parameters, values, strict=False)) | arguments}
+        with _calling:
+            _send({"cell": cell, "call": call})
+            answer = frames.read_frame(functools.partial(os.read, _CONTROL_FD))
+        if not answer["ok"]:
+            raise ToolError(answer["text"])
+        text: str = answer["text"]
+        return text
+
+    tool.__name__ = tool.__qualname__ = name
+    return tool
 
 
 def _reap_children() -> None:

@@ -12,6 +12,7 @@ so that "every process but me" is its session.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import select
@@ -108,6 +109,9 @@ class Keeper:
                 request = frames.read_frame(self._host.recv)
             except (EOFError, OSError):
                 break
+            if "op" not in request:
+                # The answer to a tool call of a cell that ended meanwhile.
+                continue
             answer = self._run_cell(request)
             alive = answer["state"] != "lost"
             self._host.sendall(frames.encode(answer | hello))
@@ -175,29 +179,27 @@ class Keeper:
         # CPU seconds of the cell, and of the processes that it started, as of the last look.
         self._seen_cpu_s = self._children_cpu_s = 0.0
         self._waited_start: float | None = None
+        # Since when the trainer works on a tool call of the cell.
+        self._call_start: float | None = None
 
     def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a cell and wait for its answer; InterpreterGone or TimeoutError when there is none."""
         os.kill(self._pid, signal.SIGCONT)
-        frame = frames.encode(request)
-        try:
-            if self._control.send(frame) < len(frame):
-                raise InterpreterGone("the interpreter does not read its cells")
-        except BlockingIOError:
-            raise InterpreterGone("the interpreter does not read its cells") from None
-        except ConnectionError:
-            raise InterpreterGone from None
+        self._send(request)
         while True:
             now = time.monotonic()
             wall_left = self._limits.wall_time_s - (now - self._wall_start)
             self._seen_cpu_s = self._cell_cpu_s()
             cpu_left = self._limits.cpu_time_s - self._seen_cpu_s
+            if self._call_start is not None:
+                # The time of a tool is not the cell's.
+                wall_left = math.inf
             # A single thread spends no more CPU time than wall time passes.
             pause = min(cpu_left, wall_left)
             if self._processes is not None:
                 pause = min(pause, self._next_watch - now)
             ready = {key.fileobj for key, _ in self._selector.select(max(pause, 0.0))}
-            if self._host in ready:
+            if self._host in ready and not self._pass_answer(request):
                 # The trainer closed the session, or died, in the middle of a cell.
                 self._end_interpreter()
                 raise SystemExit
@@ -214,6 +216,44 @@ class Keeper:
             if self._processes is not None and time.monotonic() >= self._next_watch:
                 self._watch(self._processes)
                 self._next_watch = time.monotonic() + _WATCH_S
+
+    def _pass_call(self, request: dict[str, Any], call: object) -> None:
+        """Tell the trainer which tool the cell calls. ValueError for anything but a call that it may make."""
+        name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise ValueError("not a call")
+        if name not in request.get("tools", ()) or self._call_start is not None:
+            raise ValueError("no tool can be called so")
+        try:
+            frame = frames.encode({"call": {"name": name, "arguments": arguments}})
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        self._host.sendall(frame)
+        self._call_start = time.monotonic()
+
+    def _pass_answer(self, request: dict[str, Any]) -> bool:
+        """Pass the trainer's answer to a tool call on to the cell; False where there is none, since it left."""
+        if self._call_start is None:
+            return False
+        try:
+            answer = frames.read_frame(self._host.recv)
+        except (EOFError, OSError):
+            return False
+        self._wall_start += time.monotonic() - self._call_start
+        self._call_start = None
+        self._send(answer)
+        return True
+
+    def _send(self, message: dict[str, Any]) -> None:
+        """Give the interpreter a message; InterpreterGone where it does not read."""
+        frame = frames.encode(message)
+        try:
+            if self._control.send(frame) < len(frame):
+                raise InterpreterGone("the interpreter does not read its cells")
+        except BlockingIOError:
+            raise InterpreterGone("the interpreter does not read its cells") from None
+        except ConnectionError:
+            raise InterpreterGone from None
 
     def _watch(self, processes: ProcessTree) -> None:
         """Look at the memory and the CPU time of all processes of the session."""
@@ -251,6 +291,9 @@ class Keeper:
                     raise ValueError("not an answer to this cell")
                 if "snapshot" in message:
                     self._hold_snapshot(request, message["snapshot"])
+                    continue
+                if "call" in message:
+                    self._pass_call(request, message["call"])
                     continue
                 if self._received or message.get("status") not in ("ok", "error"):
                     raise ValueError("not one answer")
@@ -341,9 +384,13 @@ class Keeper:
         """Go on with the snapshot, with its files if not `empty_box`; "lost" where there is none."""
         if self._snapshot is None:
             return "lost"
-        with contextlib.suppress(BlockingIOError):
-            while self._control.recv(65536):
-                pass
+        # What the cell has written, and what it has not read: the answer to a tool call.
+        self._remote.setblocking(False)
+        for end in (self._control, self._remote):
+            with contextlib.suppress(BlockingIOError):
+                while end.recv(65536):
+                    pass
+        self._remote.setblocking(True)
         self._received = b""
         snapshot, self._snapshot = self._snapshot, None
         try:

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from gtpo.sandbox import frames
+from gtpo.sandbox.code_tools import CodeTools, ToolCalls
 from gtpo.sandbox.contract import CellResult, CellStatus, SandboxUnavailable, SessionState
 
 if TYPE_CHECKING:
@@ -40,21 +41,26 @@ class SandboxSession:
     def _forget(self) -> None:
         self._num_cells = 0
         self._num_requests = 0
+        self._calls = ToolCalls(None)
         self._forget_history()
 
     def _forget_history(self) -> None:
         # What brought the session to its state, with a hash of what each request gave; None: cannot be repeated.
-        self._history: list[tuple[dict[str, Any], int]] | None = []
+        self._history: list[tuple[dict[str, Any], int, ToolCalls]] | None = []
         self._history_cpu_s = 0.0
         self._history_bytes = 0
 
-    async def run(self, code: str, *, stdin: str = "", rollback: bool = True) -> CellResult:
+    async def run(
+        self, code: str, *, stdin: str = "", rollback: bool = True, tools: CodeTools | None = None
+    ) -> CellResult:
         """Run `code` as the next cell, with `stdin` on its standard input. Never raises for what the code does.
+
+        `tools` are functions to the code; their time is not the cell's.
 
         After a TIMEOUT or CRASH the variables are as before the cell (its files stay); without `rollback`, which
         saves the snapshot, they are lost.  A cell under which the sandbox failed is tried once more.
         """
-        return await self._run(code, stdin, rollback=rollback, discard=False)
+        return await self._run(code, stdin, rollback=rollback, discard=False, tools=tools)
 
     async def put(self, name: str, data: bytes) -> None:
         """Write the file `name` of the session's directory; OSError when the session cannot."""
@@ -88,16 +94,21 @@ class SandboxSession:
             self._pool._release(self)
         await self._drop()
 
-    async def _run(self, code: str, stdin: str, *, rollback: bool, discard: bool) -> CellResult:
+    async def _run(
+        self, code: str, stdin: str, *, rollback: bool, discard: bool, tools: CodeTools | None = None
+    ) -> CellResult:
         async with self._turn, self._pool._slot():
             self._num_cells += 1
-            request = {"op": "run", "number": self._num_cells, "code": code, "stdin": stdin}
+            parameters = {} if tools is None else {name: list(names) for name, names in tools.parameters.items()}
+            request = {"op": "run", "number": self._num_cells, "code": code, "stdin": stdin, "tools": parameters}
+            self._calls = ToolCalls(tools)
             result, _ = await self._request(request, rollback=rollback, discard=discard)
             self._pool._count(result)
         return result
 
     async def _move(self, request: dict[str, Any]) -> str:
         async with self._turn, self._pool._slot():
+            self._calls = ToolCalls(None)
             result, value = await self._request(request, rollback=True, discard=False)
         if result.status is not CellStatus.OK or (value is None and request["op"] == "get"):
             raise OSError(f"{request['name']}: {result.error or 'the session gave no data'}")
@@ -122,7 +133,7 @@ class SandboxSession:
                 if self._stream is None and not await self._rebuild():
                     faults.append("; ".join([*faults, "the session's variables could not be restored"]))
                     break
-                answer = await self._exchange(frame)
+                answer = await self._exchange(frame, self._calls)
                 if answer["status"] != CellStatus.INFRA_ERROR.value:
                     return await self._conclude(request, answer, rollback=rollback, num_tries=len(faults) + 1)
                 faults.append(answer["error"])
@@ -170,7 +181,8 @@ class SandboxSession:
     def _remember(self, request: dict[str, Any], answer: dict[str, Any]) -> None:
         if self._history is None or request["op"] == "get":
             return
-        self._history.append((request | {"snapshot": False}, _outcome(answer)))
+        self._history.append((request | {"snapshot": False}, _outcome(answer), self._calls))
+        self._history_bytes += self._calls.num_bytes
         self._history_cpu_s += answer["cpu_time_s"]
         self._history_bytes += sum(len(request.get(key, "")) for key in ("code", "stdin", "data"))
         if self._history_cpu_s > _MAX_REPLAY_CPU_S or self._history_bytes > _MAX_REPLAY_BYTES:
@@ -183,8 +195,8 @@ class SandboxSession:
         """
         await self._start()
         replayed = self._history is not None
-        for request, outcome in self._history or ():
-            answer = await self._exchange(frames.encode(request))
+        for request, outcome, calls in self._history or ():
+            answer = await self._exchange(frames.encode(request), calls)
             if answer["state"] != SessionState.KEPT.value or _outcome(answer) != outcome:
                 replayed = False
                 break
@@ -196,13 +208,13 @@ class SandboxSession:
 
     async def _start(self) -> None:
         """Start the process and run the setup code as cell 0."""
-        request = {"op": "run", "number": 0, "code": self._setup_code, "stdin": ""}
+        request = {"op": "run", "number": 0, "code": self._setup_code, "stdin": "", "tools": {}}
         request |= {"cell": 0, "snapshot": False, "discard": False}
         # One in reserve may have died unnoticed: then all are new.
         for in_reserve in (True, False):
             self._stream = await self._pool._spawn(in_reserve=in_reserve)
             try:
-                answer = await self._exchange(frames.encode(request))
+                answer = await self._exchange(frames.encode(request), ToolCalls(None))
                 break
             except (EOFError, ConnectionError) as failure:
                 await self._drop()
@@ -218,18 +230,24 @@ class SandboxSession:
             await self._drop()
             raise SandboxUnavailable(f"the session has the layers {self.layers}, the self test had {report.layers}")
 
-    async def _exchange(self, request: bytes) -> dict[str, Any]:
+    async def _exchange(self, request: bytes, calls: ToolCalls) -> dict[str, Any]:
         assert self._stream is not None
         reader, writer = self._stream
+        calls.rewind()
         try:
-            async with asyncio.timeout(2 * self._pool.limits.wall_time_s + _KEEPER_TIMEOUT_S):
-                writer.write(request)
-                await writer.drain()
-                length = frames.body_length(await reader.readexactly(frames.HEADER.size))
-                return frames.decode(await reader.readexactly(length))
+            while True:
+                # the keeper's time, without that of a tool
+                async with asyncio.timeout(2 * self._pool.limits.wall_time_s + _KEEPER_TIMEOUT_S):
+                    writer.write(request)
+                    await writer.drain()
+                    length = frames.body_length(await reader.readexactly(frames.HEADER.size))
+                    answer = frames.decode(await reader.readexactly(length))
+                if "call" not in answer:
+                    return answer
+                request = frames.encode(await calls.answer(answer["call"]))
         except TimeoutError:
             raise EOFError("the keeper does not answer") from None
-        except asyncio.CancelledError:
+        except BaseException:
             # The answer to this cell may still come: the stream cannot be used again.
             await self._drop()
             raise

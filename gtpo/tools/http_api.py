@@ -46,7 +46,10 @@ class Endpoint:
 
 
 class HttpTool:
-    """One endpoint as a tool. `client` is the `httpx2.AsyncClient` that all endpoints of a source share."""
+    """One endpoint as a tool; all endpoints of a source share `server`.
+
+    Raises ValueError where path and parameters do not fit, and where a parameter's schema is none.
+    """
 
     def __init__(self, name: str, endpoint: Endpoint, server: "_Server") -> None:
         self.name = name
@@ -54,7 +57,7 @@ class HttpTool:
         self._check = SchemaCheck(name, endpoint.schema())
         self._endpoint = endpoint
         self._server = server
-        in_path = set(_PLACEHOLDER.findall(endpoint.path))
+        self._in_path = in_path = set(_PLACEHOLDER.findall(endpoint.path))
         if not endpoint.path.startswith("/") or any(mark in endpoint.path for mark in "?#\\"):
             raise ValueError(f'path must begin with "/" and have no query, got {endpoint.path!r}')
         for unknown in sorted(in_path - set(endpoint.parameters)):
@@ -67,10 +70,11 @@ class HttpTool:
         started = time.perf_counter()
         try:
             parsed = self._check.parse(arguments)
-            path = _PLACEHOLDER.sub(lambda found: _segment(found[1], parsed.pop(found[1])), self._endpoint.path)
+            path = _PLACEHOLDER.sub(lambda found: _segment(found[1], parsed[found[1]]), self._endpoint.path)
         except ValueError as fault:
             return ToolResult(ToolStatus.ERROR, str(fault))
-        status, text = await self._server.request(self._endpoint.method, path, parsed)
+        rest = {key: value for key, value in parsed.items() if key not in self._in_path}
+        status, text = await self._server.request(self._endpoint.method, path, rest)
         return ToolResult(status, text, seconds=time.perf_counter() - started)
 
 

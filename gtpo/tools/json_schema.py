@@ -37,7 +37,8 @@ class SchemaCheck:
     def parse(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """`arguments`, unchanged. Raises ValueError with all faults, in words that a model can act on."""
         try:
-            plain = json.loads(json.dumps(dict(arguments)))
+            # what no JSON text can carry would fail only when it is sent: NaN, half a surrogate pair
+            plain = json.loads(json.dumps(dict(arguments), allow_nan=False, ensure_ascii=False).encode())
             # sorted: the order of the validator's faults is that of a set
             faults = sorted({text for fault in self._validator.iter_errors(plain) for text in self._describe(fault)})
         except (TypeError, ValueError, RecursionError) as error:

@@ -22,16 +22,20 @@ if TYPE_CHECKING:
     from gtpo.sandbox import Session
 
 
-def _python_source(name: str) -> ToolSource:
+def _python_source(name: str, *, code_mode: bool = False, max_code_calls: int = 20) -> ToolSource:
+    """The tool of kind "python". code_mode: the code can call the other tools of the run as functions, up to
+    `max_code_calls` times a cell."""
+    if max_code_calls < 1:
+        raise ValueError(f"max_code_calls must be at least 1, got {max_code_calls}")
     if name != "python":
         raise ValueError(f'a tool of kind "python" must be called "python", got {name!r}')
 
     def make(session: "Session | None") -> Sequence[Tool]:
         if session is None:
             raise ValueError('the tool "python" needs a session in a sandbox, got none')
-        return [PythonTool(session)]
+        return [PythonTool(session, max_code_calls=max_code_calls)]
 
-    return ToolSource([python_schema()], make, needs_session=True)
+    return ToolSource([python_schema()], make, needs_session=True, code_mode=code_mode)
 
 
 def _calculator_source(name: str) -> ToolSource:
@@ -86,7 +90,12 @@ class ToolSet:
     @property
     def schemas(self) -> list[dict[str, Any]]:
         """The JSON schemas of all tools, in their order."""
-        return [dict(schema) for source, _, _ in self._sources for schema in source.schemas]
+        others = [schema for source, _, _ in self._sources if not source.code_mode for schema in source.schemas]
+        return [
+            dict(schema)
+            for source, _, _ in self._sources
+            for schema in ([python_schema(others)] if source.code_mode else source.schemas)
+        ]
 
     @property
     def names(self) -> list[str]:
@@ -98,6 +107,11 @@ class ToolSet:
         """Whether one of the tools runs code in the sandbox."""
         return any(source.needs_session for source, _, _ in self._sources)
 
+    @property
+    def code_mode(self) -> bool:
+        """Whether code in the sandbox calls the other tools."""
+        return any(source.code_mode for source, _, _ in self._sources)
+
     def toolbox(self, session: "Session | None") -> Toolbox:
         """The tools of one trajectory, whose calls are counted from zero."""
         tools: list[Tool] = []
@@ -106,6 +120,12 @@ class ToolSet:
             gate = CallGate(limits, slots)
             tools += source.make(session)
             gates |= dict.fromkeys(source.names, gate)
+        if self.code_mode:
+            # through the same gates: a call counts the same, wherever it comes from
+            lent = Toolbox([tool for tool in tools if not isinstance(tool, PythonTool)], gates)
+            for tool in tools:
+                if isinstance(tool, PythonTool):
+                    tool.lend(lent)
         return Toolbox(tools, gates)
 
     async def close(self) -> None:

@@ -20,12 +20,14 @@ class ToolSource:
     """One or more tools, built once for a run.
 
     schemas: what the model reads of them. make: those of one trajectory, with its session in the sandbox.
-    needs_session: the tools run code; `make` of any other takes None. close: gives back what the source holds.
+    needs_session: the tools run code; `make` of any other takes None. code_mode: that code may call all other tools.
+    close: gives back what the source holds.
     """
 
     schemas: Sequence[Mapping[str, Any]]
     make: Callable[["Session | None"], Sequence[Tool]]
     needs_session: bool = False
+    code_mode: bool = False
     close: Callable[[], Awaitable[None]] = _nothing
 
     @property

@@ -82,6 +82,11 @@ class Toolbox:
         """The JSON schemas of all tools, in their order."""
         return [tool.schema for tool in self._tools.values()]
 
+    @property
+    def by_name(self) -> dict[str, Mapping[str, Any]]:
+        """The JSON schema of each tool, by its name."""
+        return {name: tool.schema for name, tool in self._tools.items()}
+
     async def execute(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         """One result a call. The calls of a turn run one after another, since they share the session's variables."""
         return [await self._execute_one(call) for call in calls]

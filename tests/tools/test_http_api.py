@@ -93,7 +93,7 @@ def test_arguments_go_into_path_query_and_body(url: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("WEB_TOKEN", "secret")
     endpoints = {
         "forecast": endpoint("/forecast/{city}", city=CITY, days=DAYS),
-        "book": endpoint("/book/{city}", method="POST", city=CITY, days=DAYS),
+        "book": endpoint("/book/{city}/in/{city}", method="POST", city=CITY, days=DAYS),
     }
     hostile = "../x?y=1#z/%2e"
     results = run_calls(
@@ -109,7 +109,10 @@ def test_arguments_go_into_path_query_and_body(url: str, monkeypatch: pytest.Mon
     )
     assert [result.status for result in results] == [ToolStatus.OK] * 3
     assert json.loads(results[0].text) == {"path": "/api/forecast/Bad%20Aibling?days=3", "body": ""}
-    assert [request[1] for request in Api.requests[1:]] == ["/api/forecast/..%2Fx%3Fy%3D1%23z%2F%252e", "/api/book/Ulm"]
+    assert [request[1] for request in Api.requests[1:]] == [
+        "/api/forecast/..%2Fx%3Fy%3D1%23z%2F%252e",
+        "/api/book/Ulm/in/Ulm",
+    ]
     assert json.loads(Api.requests[2][2]) == {"days": 2}
     for *_, headers in Api.requests:
         assert (headers["X-Client"], headers["Authorization"]) == ("gtpo", "secret")
@@ -124,13 +127,15 @@ def test_arguments_go_into_path_query_and_body(url: str, monkeypatch: pytest.Mon
         ({"city": "Ulm", "days": 9}, "web_forecast: argument 'days': 9 is greater than the maximum of 7"),
         ({"city": "Ulm", "host": "evil"}, "web_forecast: unexpected argument 'host', known are city, days"),
         ({"city": ".."}, "argument 'city' must be neither empty nor dots, got '..'"),
+        ({"city": "\ud800"}, "web_forecast: arguments must be a JSON object: 'utf-8' codec can't encode"),
+        ({"city": "Ulm", "days": float("nan")}, "web_forecast: arguments must be a JSON object: Out of range float"),
         ({"city": ""}, "argument 'city' must be neither empty nor dots, got ''"),
     ],
 )
 def test_bad_arguments_send_nothing(url: str, arguments: dict[str, Any], message: str) -> None:
     endpoints = {"forecast": endpoint("/forecast/{city}", city=CITY, days=DAYS)}
     (result,) = run_calls(url, endpoints, [ToolCall("web_forecast", arguments)])
-    assert (result.status, result.text) == (ToolStatus.ERROR, message)
+    assert result.status is ToolStatus.ERROR and result.text.startswith(message)
     assert not Api.requests
 
 

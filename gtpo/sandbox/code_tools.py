@@ -1,0 +1,49 @@
+"""Tools that code in a session can call as functions: the calls leave through the keeper, the trainer does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gtpo.sandbox import frames
+
+
+@dataclass(frozen=True)
+class CodeTools:
+    """parameters: for each tool the names of its parameters, in the order in which code may pass them.
+
+    call: does the work; whether it went well, and the text that the code gets or is raised there as a ToolError.
+    """
+
+    parameters: Mapping[str, Sequence[str]]
+    call: Callable[[str, Mapping[str, Any]], Awaitable[tuple[bool, str]]]
+
+
+class ToolCalls:
+    """The calls of one cell. Where the cell is run again after a fault of the sandbox, what was answered before is
+    answered so again, and the tool is not called twice."""
+
+    def __init__(self, tools: CodeTools | None) -> None:
+        self._tools = tools
+        self._answered: list[tuple[Any, dict[str, Any]]] = []
+        self._position = 0
+        self.num_bytes = 0
+
+    def rewind(self) -> None:
+        """The cell starts."""
+        self._position = 0
+
+    async def answer(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """What the cell is told."""
+        if self._tools is None:
+            raise RuntimeError("a cell without tools called one")
+        if self._position == len(self._answered) or self._answered[self._position][0] != call:
+            del self._answered[self._position :]
+            ok, text = await self._tools.call(call["name"], call["arguments"])
+            # a character may take four bytes, and JSON escapes take six
+            answer = {"ok": ok, "text": text[: frames.MAX_FRAME_BYTES // 8]}
+            self._answered.append((call, answer))
+            self.num_bytes += len(text)
+        self._position += 1
+        return self._answered[self._position - 1][1]
