@@ -324,12 +324,18 @@ def check_turns(turn_rewards: Tensor, cu_turns: Tensor, gamma: float) -> None:
         raise ValueError("cu_turns must be [B+1], got shape (0,)")
     if turn_rewards.requires_grad:
         raise ValueError("turn_rewards must not require grad: credit passes no gradient")
+    check_gamma(gamma)
+
+
+def check_gamma(gamma: float) -> None:
+    """Refuse a discount outside [0, 1]."""
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
 
 
 def check_rule(rule: CreditRule) -> None:
     """Refuse fields that have other values than they may, or that contradict one another."""
+    check_gamma(rule.gamma)
     for name, choices in CHOICES.items():
         check_choice(name, getattr(rule, name), choices)
     if rule.ddof not in (0, 1):

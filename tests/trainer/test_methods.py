@@ -225,6 +225,8 @@ def test_a_credit_that_contradicts_itself_is_refused() -> None:
         check_credit(Method(centre="none", scale="none"))
     with pytest.raises(ValueError, match=r"credit\.extra_terms\.0\.ddof must be 0 or 1, got 3"):
         check_credit(Method(extra_terms=(Term(ddof=3),)))
+    with pytest.raises(ValueError, match=r"credit\.extra_terms\.1\.gamma must lie in \[0, 1\], got 2"):
+        check_credit(Method(extra_terms=(Term(), Term(gamma=2.0))))
 
 
 def test_what_a_credit_needs_and_lacks_is_named() -> None:
