@@ -221,7 +221,7 @@ def _list_methods(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         except ValueError as error:
             print(f"          {error}")
         print()
-    print('method = "NAME" selects one, the keys of [credit] override its fields; what is ours in each: gtpo/methods.py')
+    print('method = "NAME" selects one, the keys of [credit] override its fields; notes on each: gtpo/methods.py')
     print("\nOther methods called GTPO:")
     for name, covered in NAMESAKES.items():
         print(f"  {name}: {covered}")
