@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gtpo.config import METHODS, Config, describe_keys, load_config
-from gtpo.methods import NAMESAKES, PRESETS, describe_credit, describe_loss, refuse_untrainable
+from gtpo.methods import NAMESAKES, PRESETS, describe_credit, describe_loss
 from gtpo.sandbox import SandboxUnavailable
 
 if TYPE_CHECKING:
@@ -216,10 +216,6 @@ def _list_methods(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(f"  reward  {preset.method.reward}")
         print(f"  credit  {describe_credit(preset.method)}")
         print(f"  loss    {describe_loss(preset.method)}")
-        try:
-            refuse_untrainable(preset.method)
-        except ValueError as error:
-            print(f"          {error}")
         print()
     print('method = "NAME" selects one, the keys of [credit] override its fields; notes on each: gtpo/methods.py')
     print("\nOther methods called GTPO:")

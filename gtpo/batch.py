@@ -13,8 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """One trajectory as training sees it: its ids, and for each id its advantage, whether it counts in the loss, and
-    the log-prob that the sampler reported (advantage and log-prob are 0 where not sampled).
+    """One trajectory as training sees it: its ids, and for each id its advantage, whether it counts in the loss, the
+    log-prob that the sampler reported (advantage and log-prob are 0 where not sampled), and its turn (-1 where not
+    sampled; None takes all of the loss for one turn).
 
     All lists have the length of `token_ids`; entries belong to the token at the same place.
     """
@@ -23,9 +24,11 @@ class PackedSequence:
     advantages: list[float]
     loss_mask: list[bool]
     rollout_logprobs: list[float]
+    turn_ids: list[int] | None = None
 
     def __post_init__(self) -> None:
-        lengths = {name: len(getattr(self, name)) for name in self.__dataclass_fields__}
+        lists = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        lengths = {name: len(values) for name, values in lists.items() if values is not None}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"all lists of a sequence must have one length, got {lengths}")
         if len(self.token_ids) < 2:
@@ -35,7 +38,8 @@ class PackedSequence:
 @dataclass(frozen=True)
 class Batch:
     """Packed rows, each [N] unless said: `input_ids`, `position_ids` (from 0 in each sequence), `targets`,
-    `advantages`, `loss_mask`, `rollout_logprobs`, `old_logprobs`; `cu_seqlens` [B+1] int32."""
+    `advantages`, `loss_mask`, `rollout_logprobs`, `turn_ids` (no two sequences share one), `old_logprobs`,
+    `ref_logprobs`; `cu_seqlens` [B+1] int32."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -43,9 +47,11 @@ class Batch:
     advantages: Tensor
     loss_mask: Tensor
     rollout_logprobs: Tensor
+    turn_ids: Tensor
     cu_seqlens: Tensor
     lengths: list[int]
     old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
 
     @property
     def num_loss_tokens(self) -> int:
@@ -77,9 +83,23 @@ def pack(sequences: Sequence[PackedSequence], *, device: torch.device | str = "c
         advantages=rows("advantages", torch.float32),
         loss_mask=rows("loss_mask", torch.bool),
         rollout_logprobs=rows("rollout_logprobs", torch.float32),
+        turn_ids=torch.tensor(_turn_ids(sequences), dtype=torch.long, device=device),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32),
         lengths=lengths,
     )
+
+
+def _turn_ids(sequences: Sequence[PackedSequence]) -> list[int]:
+    """Turns of all rows, numbered on from sequence to sequence."""
+    packed: list[int] = []
+    first = 0
+    for sequence in sequences:
+        turns = sequence.turn_ids
+        if turns is None:
+            turns = [0 if is_counted else -1 for is_counted in sequence.loss_mask]
+        packed += [first + turn if turn >= 0 else -1 for turn in turns[1:]]
+        first += max(turns) + 1
+    return packed
 
 
 def split_by_tokens(sequences: Sequence[PackedSequence], *, max_tokens: int) -> list[list[PackedSequence]]:

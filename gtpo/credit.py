@@ -188,4 +188,5 @@ def to_sequence(
         advantages=[0.0 if turn < 0 else credit.advantages[turn] for turn in turns],
         loss_mask=[turn >= 0 and not is_masked for turn in turns],
         rollout_logprobs=logprobs,
+        turn_ids=turns,
     )

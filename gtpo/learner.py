@@ -1,7 +1,7 @@
 """The learner: packed sequences with advantages in, optimizer steps on the policy out."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,16 @@ from gtpo.config import Config
 from gtpo.metrics import update_metrics
 from gtpo.policy import Policy
 from gtpo.schedule import learning_rate, split_evenly
-from gtpo_kernels import LossMetrics, linear_gtpo_loss, linear_token_logprobs
+from gtpo_kernels import (
+    LossMean,
+    LossMetrics,
+    LossRule,
+    linear_gtpo_loss,
+    linear_token_logprobs,
+    loss_mean,
+    rollout_weights,
+    sequence_ids,
+)
 
 # check(loss, gradient norm, micro-batches): raises where an optimizer step must not be taken.
 Check = Callable[[float, float, Sequence[Batch]], None]
@@ -23,6 +32,25 @@ class Learner:
     def __init__(self, policy: Policy, config: Config) -> None:
         self.policy = policy
         self.config = config
+        method = config.credit
+        self.rule = LossRule(
+            method.surrogate,
+            dual_clip=method.dual_clip,
+            kl=method.kl,
+            kl_coef=method.kl_coef,
+            entropy_coef=method.entropy_coef,
+        )
+        # of the policy that a KL term holds on to
+        self.reference: Mapping[str, Tensor] = {}
+
+    @property
+    def has_reference(self) -> bool:
+        return self.rule.kl != "none"
+
+    def keep_reference(self) -> None:
+        """From now on a KL term holds on to the policy as it is at this moment."""
+        if self.has_reference:
+            self.reference = self.policy.reference_weights()
 
     def update(
         self, sequences: Sequence[PackedSequence], optimizer: torch.optim.Optimizer, *, step: int, check: Check
@@ -34,6 +62,8 @@ class Learner:
         if len(batches) > 1:
             # the policy moves between the parts: log-probs of the policy that sampled are taken before the first step
             batches = [[self.with_old_logprobs(batch) for batch in part] for part in batches]
+        if self.has_reference:
+            batches = [[self.with_ref_logprobs(batch) for batch in part] for part in batches]
         rate = learning_rate(
             step, total=config.steps, base=config.learning_rate, warmup=config.warmup_steps, schedule=config.schedule
         )
@@ -42,7 +72,7 @@ class Learner:
         collected: list[LossMetrics] = []
         losses, norms, gaps = [], [], []
         for part in batches:
-            num_loss_tokens = sum(batch.num_loss_tokens for batch in part)
+            num_loss_tokens = sum(float(self.mean_of(batch).num_loss_tokens) for batch in part)
             if num_loss_tokens == 0:
                 continue
             loss = 0.0
@@ -60,9 +90,10 @@ class Learner:
         means = {"loss": _mean(losses), "grad_norm": _mean(norms)}
         return {"learning_rate": rate, **means, **update_metrics(collected, gaps)}
 
-    def accumulate_gradient(self, batch: Batch, *, num_loss_tokens: int) -> tuple[float, LossMetrics, Tensor]:
+    def accumulate_gradient(self, batch: Batch, *, num_loss_tokens: float) -> tuple[float, LossMetrics, Tensor]:
         """Adds the gradient of one micro-batch to the parameters; their sum is the gradient of the whole batch.
 
+        num_loss_tokens: the denominator of the mean over the whole batch, see `mean_of`.
         The third value is, for each token of the loss, how far the sampler's log-prob is from the trainer's, in nats.
         """
         hidden = self.policy.hidden_states(batch)
@@ -72,21 +103,49 @@ class Learner:
         else:
             old_logprobs = batch.old_logprobs[sampled]
         gap = (old_logprobs - batch.rollout_logprobs[sampled]).abs()
+        advantages = batch.advantages
+        if self.config.credit.rollout_correction != "none":
+            advantages = advantages * self._rollout_weights(batch, old_logprobs)
         loss, metrics = linear_gtpo_loss(
             hidden,
             self.policy.head.weight,
             batch.targets,
-            batch.advantages,
+            advantages,
             bias=self.policy.head.bias,
             loss_mask=batch.loss_mask,
             old_logprobs=batch.old_logprobs,
             temperature=self.config.rollout.temperature,
             clip_low=self.config.credit.clip_low,
             clip_high=self.config.credit.clip_high,
+            rule=self.rule,
+            ref_logprobs=batch.ref_logprobs,
+            token_weights=self.mean_of(batch).token_weights,
+            ratio_ids=_shared_ids(batch, self.config.credit.ratio_level),
             num_loss_tokens=float(num_loss_tokens),
         )
         loss.backward()
         return float(loss.detach()), metrics, gap
+
+    def mean_of(self, batch: Batch) -> LossMean:
+        """What a micro-batch brings to the method's mean over tokens; the denominators add up."""
+        method, constant = self.config.credit, None
+        if method.aggregation == "constant":
+            constant = method.aggregation_constant or float(self.config.rollout.max_trajectory_tokens)
+        return loss_mean(method.aggregation, batch.loss_mask, batch.cu_seqlens, constant=constant)
+
+    def _rollout_weights(self, batch: Batch, old_logprobs: Tensor) -> Tensor:
+        """old_logprobs: of the tokens in the loss."""
+        method = self.config.credit
+        assert method.rollout_correction != "none"
+        return rollout_weights(
+            torch.zeros_like(batch.rollout_logprobs).masked_scatter(batch.loss_mask, old_logprobs),
+            batch.rollout_logprobs,
+            batch.loss_mask,
+            correction=method.rollout_correction,
+            low=method.rollout_correction_low,
+            high=method.rollout_correction_high,
+            ratio_ids=_shared_ids(batch, method.rollout_correction_level),
+        )
 
     def micro_batches(self, sequences: Sequence[PackedSequence]) -> list[Batch]:
         groups = split_by_tokens(sequences, max_tokens=self.config.train.micro_batch_tokens)
@@ -98,6 +157,12 @@ class Learner:
         return dataclasses.replace(batch, old_logprobs=logprobs)
 
     @torch.no_grad()
+    def with_ref_logprobs(self, batch: Batch) -> Batch:
+        with self.policy.as_reference(self.reference):
+            logprobs = self._logprobs(self.policy.hidden_states(batch), batch.targets)
+        return dataclasses.replace(batch, ref_logprobs=logprobs)
+
+    @torch.no_grad()
     def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logprobs: Tensor = linear_token_logprobs(
             hidden,
@@ -107,6 +172,13 @@ class Learner:
             temperature=self.config.rollout.temperature,
         ).logprobs
         return logprobs
+
+
+def _shared_ids(batch: Batch, level: str) -> Tensor | None:
+    """Which tokens share a ratio: those of a turn or of a sequence; None where each has its own."""
+    if level == "token":
+        return None
+    return batch.turn_ids if level == "turn" else sequence_ids(batch.cu_seqlens, len(batch.targets))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -336,34 +336,30 @@ NAMESAKES = {
     ),
 }
 
-# Which values the loss of this version computes; training with another is refused.
-TRAINABLE: dict[str, tuple[Any, ...]] = {
-    "ratio_level": ("token",),
-    "surrogate": ("ppo",),
-    "dual_clip": (None,),
-    "aggregation": ("token-mean",),
-    "kl": ("none",),
-    "entropy_coef": (0.0,),
-    "rollout_correction": ("none",),
-}
 
+def check_loss(method: Method) -> None:
+    """Raises ValueError for fields of the loss of which one would be ignored.
 
-def refuse_untrainable(method: Method) -> None:
-    """Raises ValueError for a loss that this version does not compute; its credit can be computed all the same.
-
-    >>> refuse_untrainable(METHODS["gspo"])
+    >>> check_loss(Method(kl_coef=0.1))
     Traceback (most recent call last):
         ...
-    ValueError: this version does not train with credit.ratio_level = 'sequence' (only 'token'), credit.aggregation = \
-'seq-mean-token-mean' (only 'token-mean')
+    ValueError: credit.kl_coef needs credit.kl = "k1", "k2" or "k3", got 0.1 with credit.kl = "none"
     """
-    wanted = [
-        f"credit.{name} = {getattr(method, name)!r} (only {', '.join(map(repr, values))})"
-        for name, values in TRAINABLE.items()
-        if getattr(method, name) not in values
-    ]
-    if wanted:
-        raise ValueError(f"this version does not train with {', '.join(wanted)}")
+    if method.kl_coef and method.kl == "none":
+        raise ValueError(
+            f'credit.kl_coef needs credit.kl = "k1", "k2" or "k3", got {method.kl_coef} with credit.kl = "none"'
+        )
+    if method.dual_clip is not None and method.surrogate != "ppo":
+        raise ValueError(f'credit.dual_clip needs credit.surrogate = "ppo", got "{method.surrogate}"')
+    if method.aggregation_constant is not None and method.aggregation != "constant":
+        raise ValueError(
+            f'credit.aggregation_constant needs credit.aggregation = "constant", got "{method.aggregation}"'
+        )
+    if method.rollout_correction_low > method.rollout_correction_high:
+        raise ValueError(
+            "credit.rollout_correction_low must be at most credit.rollout_correction_high, "
+            f"got {method.rollout_correction_low} and {method.rollout_correction_high}"
+        )
 
 
 def describe_credit(method: Method) -> str:

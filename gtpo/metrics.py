@@ -21,6 +21,7 @@ _TRL_NAMES = {
     "entropy": "entropy",
     "clip_low_fraction": "clip_ratio/low_mean",
     "clip_high_fraction": "clip_ratio/high_mean",
+    "ref_kl": "kl",
 }
 
 

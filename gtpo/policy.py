@@ -4,9 +4,10 @@ With `sampler`, the only module that knows transformers. What it does not do: co
 work of `gtpo_kernels.linear_gtpo_loss`.
 """
 
+import contextlib
 import importlib.util
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,32 @@ class Policy:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @contextlib.contextmanager
+    def as_reference(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within it the trainable weights are these ones; under LoRA, whose base is still there, there are no adapters.
+
+        Nothing may be trained within it.
+        """
+        if self._adapted is not None:
+            with self._adapted.disable_adapter():
+                yield
+            return
+        trainable = self.trainable()
+        kept = {name: parameter.data for name, parameter in trainable.items()}
+        try:
+            for name, parameter in trainable.items():
+                parameter.data = weights[name]
+            yield
+        finally:
+            for name, parameter in trainable.items():
+                parameter.data = kept[name]
+
+    def reference_weights(self) -> dict[str, Tensor]:
+        """A copy of the weights as they are now, for `as_reference`; empty under LoRA, which needs none."""
+        if self._adapted is not None:
+            return {}
+        return {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]; row i predicts `batch.targets[i]`.

@@ -29,7 +29,7 @@ from gtpo.config import Config
 from gtpo.credit import Credit, assign_credit, check_credit, to_sequence
 from gtpo.evaluation import Evaluation, evaluate_groups
 from gtpo.learner import Learner
-from gtpo.methods import refuse_untrainable
+from gtpo.methods import check_loss
 from gtpo.metrics import rollout_metrics, tool_metrics, turn_rows
 from gtpo.policy import load_policy
 from gtpo.report.progress import Progress
@@ -59,8 +59,7 @@ class Trainer:
 
     def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
         refuse_unusable_model(config)
-        if config.train.steps:
-            refuse_untrainable(config.credit)
+        check_loss(config.credit)
         check_credit(config.credit)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
@@ -155,6 +154,7 @@ class Trainer:
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> Evaluation:
         self._warm_up()
+        self.learner.keep_reference()
         before = self.evaluate(step=0)
         self.best_success = before.success
         self._checkpoint(0, optimizer, before, best=True)
@@ -374,6 +374,7 @@ class Trainer:
             "best_success": self.best_success,
             "trainable": {name: parameter.detach() for name, parameter in self.policy.trainable().items()},
             "optimizer": optimizer.state_dict(),
+            "reference": dict(self.learner.reference),
             "torch_rng": torch.get_rng_state(),
             "seconds": self.seconds,
             "total_seconds": self.total_seconds,
@@ -387,6 +388,7 @@ class Trainer:
             for name, value in state["trainable"].items():
                 trainable[name].copy_(value)
         optimizer.load_state_dict(state["optimizer"])
+        self.learner.reference = {name: value.to(self.policy.device) for name, value in state["reference"].items()}
         torch.set_rng_state(state["torch_rng"])
         self.best_success = state["best_success"]
         self._started -= state["total_seconds"]

@@ -5,7 +5,8 @@ An op is `gtpo_kernels/<family>/op.py`; beside it, `reference.py` is its definit
 
 from gtpo_kernels.backend import BackendUnavailable
 from gtpo_kernels.clipped_loss.op import clipped_loss
-from gtpo_kernels.clipped_loss.reference import ClippedLoss, LossMetrics
+from gtpo_kernels.clipped_loss.reference import ClippedLoss, LossMetrics, LossRule
+from gtpo_kernels.clipped_loss.weights import LossMean, loss_mean, rollout_weights, sequence_ids
 from gtpo_kernels.gtpo_loss.op import gtpo_loss, gtpo_loss_, linear_gtpo_loss
 from gtpo_kernels.token_logprobs.op import linear_token_logprobs, token_logprobs
 from gtpo_kernels.token_logprobs.reference import TokenLogprobs
@@ -17,7 +18,9 @@ __all__ = [
     "ClippedLoss",
     "CreditRule",
     "CreditTerm",
+    "LossMean",
     "LossMetrics",
+    "LossRule",
     "TokenLogprobs",
     "TurnAdvantages",
     "TurnCredit",
@@ -27,6 +30,9 @@ __all__ = [
     "gtpo_loss_",
     "linear_gtpo_loss",
     "linear_token_logprobs",
+    "loss_mean",
+    "rollout_weights",
+    "sequence_ids",
     "token_logprobs",
     "turn_advantages",
     "turn_returns",

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from gtpo_kernels.checks import accumulator_dtype
-from gtpo_kernels.clipped_loss.reference import MAX_LOG_RATIO, clipped_loss_reference, loss_denominator
+from gtpo_kernels.clipped_loss.reference import (
+    MAX_LOG_RATIO,
+    NUM_CLIPPED_METRICS,
+    LossTerms,
+    clipped_loss_reference,
+    loss_denominator,
+)
 
 
 def clipped_loss(
@@ -20,11 +26,12 @@ def clipped_loss(
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [], metrics [11], d_logprobs [N], or [0] where not needed)."""
+    terms = LossTerms(clip_low, clip_high)
     loss, metrics = clipped_loss_reference(
-        logprobs, advantages, loss_mask, old_logprobs, entropy, num_loss_tokens, clip_low, clip_high, all_metrics
+        logprobs, advantages, loss_mask, old_logprobs, entropy, num_loss_tokens, terms, all_metrics
     )
     accumulator = accumulator_dtype(logprobs.dtype)
-    packed = torch.stack([loss.new_zeros(()) if value is None else value for value in metrics])
+    packed = torch.stack([loss.new_zeros(()) if value is None else value for value in metrics[:NUM_CLIPPED_METRICS]])
     if not need_gradient:
         return loss, packed, loss.new_empty(0)
     d_logprobs = loss.new_zeros(logprobs.shape)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gtpo_kernels.checks import accumulator_dtype
-from gtpo_kernels.clipped_loss.reference import LossMetrics, loss_denominator
+from gtpo_kernels.clipped_loss.reference import NUM_CLIPPED_METRICS, LossMetrics, loss_denominator
 from gtpo_kernels.triton_math import (
     INF,
     LAUNCH,
@@ -141,7 +141,7 @@ def clipped_loss(
     num_blocks = triton.cdiv(num_tokens, TOKENS)
     denominator = loss_denominator(num_loss_tokens, loss_mask, dtype)
     sums = logprobs.new_empty((num_blocks, WIDTH), dtype=torch.float64)
-    loss, metrics = logprobs.new_empty((), dtype=dtype), logprobs.new_empty(len(LossMetrics._fields), dtype=dtype)
+    loss, metrics = logprobs.new_empty((), dtype=dtype), logprobs.new_empty(NUM_CLIPPED_METRICS, dtype=dtype)
     d_logprobs = logprobs.new_empty(num_tokens if need_gradient else 0, dtype=dtype)
     with device_of(logprobs):
         block_kernel[(num_blocks,)](

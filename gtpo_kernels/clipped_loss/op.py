@@ -1,15 +1,27 @@
 """`clipped_loss`: the public function, and its registration with torch.library."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from gtpo_kernels.backend import run_kernel, select_backend
 from gtpo_kernels.checks import accumulator_dtype, check_choice, check_tensor, check_values
-from gtpo_kernels.clipped_loss.reference import ClippedLoss, LossMetrics, clipped_loss_reference
+from gtpo_kernels.clipped_loss.reference import (
+    NUM_CLIPPED_METRICS,
+    ClippedLoss,
+    LossMetrics,
+    LossRule,
+    LossTerms,
+    Penalty,
+    Surrogate,
+    clipped_loss_reference,
+    weighted,
+)
+from gtpo_kernels.clipped_loss.ruled import ruled_loss, ruled_slopes
 
 FAMILY = "clipped_loss"
+PPO = LossRule()
 MetricsChoice = Literal["active", "all"]
 
 
@@ -22,47 +34,70 @@ def clipped_loss(
     entropy: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
+    rule: LossRule = PPO,
+    ref_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ratio_ids: Tensor | None = None,
     num_loss_tokens: float | Tensor | None = None,
     metrics: MetricsChoice = "active",
     backend: str | None = None,
 ) -> ClippedLoss:
-    """Clipped policy loss of per-token log-probabilities, with one ratio a token and asymmetric clipping.
+    """Clipped policy loss of per-token log-probabilities, by default with one ratio a token and asymmetric clipping.
 
     With rho_i = exp(clamp(logprobs_i - old_logprobs_i, -20, 20)):
         loss = -1 / num_loss_tokens * sum_{i in loss_mask} min(rho_i A_i, clip(rho_i, 1 - clip_low, 1 + clip_high) A_i).
     The gradient is 0 where the clamp acts.
 
-    logprobs, advantages: [N] float.  Gradient flows to logprobs only.
+    logprobs, advantages: [N] float.  Gradient flows to logprobs, and to entropy where the rule has a bonus for it.
     loss_mask: [N] bool, None for all.  What the other tokens hold (NaN, -inf) is never read.
     old_logprobs: [N] float, log-probabilities before this optimizer step; None means logprobs.detach(), ratio 1.
-    entropy: [N] float, for the metric of that name only.
+    entropy: [N] float, for the metric of that name, and the bonus of the rule.
+    rule: another loss of a token, with further terms: see `LossRule`.
+    ref_logprobs: [N] float, of the reference policy; required with, and only with, a rule's kl.
+    token_weights: [N] float, 0 or more: times the loss of a token, see `aggregation_weights`.  None for 1.
+    ratio_ids: [N] int, 0 or more in the loss mask: tokens of one id share one ratio, the geometric mean of theirs
+        (turn ids: one ratio a turn; GSPO: one a sequence).  None for a ratio a token.
     num_loss_tokens: the loss tokens of the whole optimizer step, of all micro-batches and ranks; None counts the mask.
-    metrics: "active" counts tokens with an advantage other than 0, "all" every token of the loss mask.
+    metrics: "active" counts tokens that may have a gradient (advantage other than 0, or any with a KL or entropy
+        term), "all" every token of the loss mask.
     Returns (loss, metrics), see `LossMetrics`.  A token of infinite log-probability, new or old, has loss and
     gradient 0.
     One backward pass only: it scales the gradient in place.
     Raises ValueError for other shapes, dtypes, devices or values; BackendUnavailable where a backend cannot run.
-    Source: arXiv 1707.06347 (clipping), arXiv 2503.14476 (asymmetric, token-mean), arXiv 2511.14846 (turn advantages).
+    Source: arXiv 1707.06347 (clipping), arXiv 2503.14476 (asymmetric, token-mean), arXiv 2511.14846 (turn advantages),
+    arXiv 2507.18071 (shared ratios).
 
     >>> loss, metrics = clipped_loss(
     ...     torch.tensor([-1.0, -1.0]), torch.tensor([1.0, -1.0]), old_logprobs=torch.tensor([-1.5, -1.0]))
     >>> round(loss.item(), 4), metrics.clip_high_fraction.item()   # -(1.28 - 1) / 2
     (-0.14, 0.5)
+    >>> shared = clipped_loss(   # one ratio, exp((0.5 + 0) / 2), for both
+    ...     torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 1.0]), old_logprobs=torch.tensor([-1.5, -1.0]),
+    ...     clip_high=1.0, ratio_ids=torch.tensor([0, 0]))
+    >>> round(shared.loss.item(), 4)
+    -1.284
     """
     check_tensor("logprobs", logprobs, layout="[N]", shape=(None,), kind="float")
-    mask, denominator = check_loss_arguments(
-        logprobs, advantages, loss_mask, old_logprobs, clip_low, clip_high, num_loss_tokens, metrics
-    )
+    mask, denominator = check_loss_arguments(logprobs, advantages, loss_mask, old_logprobs, num_loss_tokens, metrics)
+    terms = check_loss_terms(logprobs, clip_low, clip_high, rule, ref_logprobs, token_weights, ratio_ids)
     if entropy is not None:
         check_tensor("entropy", entropy, layout="[N]", shape=logprobs.shape, kind="float", device=logprobs.device)
+        entropy = entropy if terms.entropy_coef else entropy.detach()
+    elif terms.entropy_coef:
+        raise ValueError("entropy must be given with an entropy_coef, got None")
     name = select_backend(FAMILY, backend, logprobs.device)
-    rows = (logprobs, advantages, mask, old_logprobs, entropy, denominator)
     if name == "reference":
         check_num_loss_tokens(denominator)
-        return clipped_loss_reference(*rows, clip_low, clip_high, metrics == "all")
-    need = torch.is_grad_enabled() and logprobs.requires_grad
-    loss, packed, _ = _clipped_loss(*rows, clip_low, clip_high, metrics == "all", need, True, name)
-    return ClippedLoss(loss, unpack_metrics(packed, has_entropy=entropy is not None))
+        check_term_values(terms, mask)
+        advantages, terms = weighted(advantages, terms)
+        return clipped_loss_reference(
+            logprobs, advantages, mask, old_logprobs, entropy, denominator, terms, metrics == "all"
+        )
+    need = torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad))
+    loss, packed, *_ = _clipped_loss(
+        logprobs, entropy, advantages, mask, old_logprobs, denominator, *terms, metrics == "all", need, True, name
+    )
+    return ClippedLoss(loss, unpack_metrics(packed, terms, has_entropy=entropy is not None))
 
 
 def check_loss_arguments(
@@ -70,8 +105,6 @@ def check_loss_arguments(
     advantages: Tensor,
     loss_mask: Tensor | None,
     old_logprobs: Tensor | None,
-    clip_low: float,
-    clip_high: float,
     num_loss_tokens: float | Tensor | None,
     metrics: MetricsChoice,
 ) -> tuple[Tensor, Tensor | None]:
@@ -83,9 +116,6 @@ def check_loss_arguments(
     check_tensor("loss_mask", loss_mask, layout="[N]", shape=rows, kind="bool", device=device)
     if old_logprobs is not None:
         check_tensor("old_logprobs", old_logprobs, layout="[N]", shape=rows, kind="float", device=device)
-    for name, clip, most in (("clip_low", clip_low, 1.0), ("clip_high", clip_high, float("inf"))):
-        if not 0.0 <= clip <= most:
-            raise ValueError(f"{name} must lie in [0, {most:g}], got {clip}")
     check_choice("metrics", metrics, ("active", "all"))
     if num_loss_tokens is None:
         return loss_mask, None
@@ -98,6 +128,52 @@ def check_loss_arguments(
     return loss_mask, num_loss_tokens.detach().to(device).reshape(())
 
 
+def check_loss_terms(
+    like: Tensor,
+    clip_low: float,
+    clip_high: float,
+    rule: LossRule,
+    ref_logprobs: Tensor | None,
+    token_weights: Tensor | None,
+    ratio_ids: Tensor | None,
+) -> LossTerms:
+    """The terms of the loss, once they fit each other and `like` [N, ...]."""
+    rows, device = like.shape[:1], like.device
+    for name, clip, most in (("clip_low", clip_low, 1.0), ("clip_high", clip_high, float("inf"))):
+        if not 0.0 <= clip <= most:
+            raise ValueError(f"{name} must lie in [0, {most:g}], got {clip}")
+    check_choice("surrogate", rule.surrogate, get_args(Surrogate))
+    check_choice("kl", rule.kl, get_args(Penalty))
+    if rule.dual_clip is not None:
+        if rule.surrogate != "ppo":
+            raise ValueError(f"dual_clip is a bound of the surrogate 'ppo', got it with {rule.surrogate!r}")
+        if not 1.0 < rule.dual_clip < float("inf"):
+            raise ValueError(f"dual_clip must be more than 1 and finite, or None, got {rule.dual_clip}")
+    for name in ("kl_coef", "entropy_coef"):
+        if not 0.0 <= getattr(rule, name) < float("inf"):
+            raise ValueError(f"{name} must be 0 or more and finite, got {getattr(rule, name)}")
+    if (rule.kl != "none") != (ref_logprobs is not None):
+        got = "None" if ref_logprobs is None else "a tensor"
+        raise ValueError(f"ref_logprobs must be given with a kl term, and only then, got {got} with kl={rule.kl!r}")
+    for name, values in (("ref_logprobs", ref_logprobs), ("token_weights", token_weights)):
+        if values is not None:
+            check_tensor(name, values, layout="[N]", shape=rows, kind="float", device=device)
+    if ratio_ids is not None:
+        check_tensor("ratio_ids", ratio_ids, layout="[N]", shape=rows, kind="int", device=device)
+    return LossTerms(clip_low, clip_high, *rule, ref_logprobs, token_weights, ratio_ids)
+
+
+def check_term_values(terms: LossTerms, loss_mask: Tensor) -> None:
+    """Refuse weights and ids that a token of the loss mask cannot have."""
+    if terms.token_weights is not None:
+        weights = terms.token_weights
+        holds = (~loss_mask | ((weights >= 0) & weights.isfinite())).all()
+        check_values(holds, "token_weights must be 0 or more and finite in the loss mask, got values that are not")
+    if terms.ratio_ids is not None:
+        holds = (~loss_mask | (terms.ratio_ids >= 0)).all()
+        check_values(holds, "ratio_ids must be 0 or more in the loss mask, got a negative one")
+
+
 def check_num_loss_tokens(num_loss_tokens: Tensor | None) -> None:
     """Refuse a negative or non-finite denominator that came as a tensor."""
     if num_loss_tokens is not None:
@@ -105,58 +181,70 @@ def check_num_loss_tokens(num_loss_tokens: Tensor | None) -> None:
         check_values(holds, "num_loss_tokens must be 0 or more and finite, got a tensor that is not")
 
 
-def unpack_metrics(packed: Tensor, *, has_entropy: bool) -> LossMetrics:
+def unpack_metrics(packed: Tensor, terms: LossTerms, *, has_entropy: bool) -> LossMetrics:
     """Name the entries of the metrics vector that came out of an op."""
     metrics = LossMetrics(*packed.detach().unbind())
-    return metrics if has_entropy else metrics._replace(entropy=None)
+    return metrics._replace(
+        entropy=metrics.entropy if has_entropy else None,
+        clip_dual_fraction=None if terms.dual_clip is None else metrics.clip_dual_fraction,
+        ref_kl=None if terms.kl == "none" else metrics.ref_kl,
+    )
 
 
 @torch.library.custom_op("gtpo_kernels::clipped_loss", mutates_args=())
 def _clipped_loss(
     logprobs: Tensor,
+    entropy: Tensor | None,
     advantages: Tensor,
     loss_mask: Tensor,
     old_logprobs: Tensor | None,
-    entropy: Tensor | None,
     num_loss_tokens: Tensor | None,
     clip_low: float,
     clip_high: float,
+    surrogate: str,
+    dual_clip: float | None,
+    kl: str,
+    kl_coef: float,
+    entropy_coef: float,
+    ref_logprobs: Tensor | None,
+    token_weights: Tensor | None,
+    ratio_ids: Tensor | None,
     all_metrics: bool,
     need_gradient: bool,
     consume: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_num_loss_tokens(num_loss_tokens)
-    outputs: tuple[Tensor, Tensor, Tensor] = run_kernel(
-        FAMILY,
-        backend,
-        "clipped_loss",
-        logprobs.device,
-        logprobs,
-        advantages,
-        loss_mask,
-        old_logprobs,
-        entropy,
-        num_loss_tokens,
-        clip_low,
-        clip_high,
-        all_metrics,
-        need_gradient,
-    )
-    return outputs
+    rule = LossRule(surrogate, dual_clip, kl, kl_coef, entropy_coef)  # type: ignore[arg-type]  # a schema has no literals
+    terms = LossTerms(clip_low, clip_high, *rule, ref_logprobs, token_weights, ratio_ids)
+    check_term_values(terms, loss_mask)
+    advantages, terms = weighted(advantages, terms)
+    rows = (logprobs, advantages, loss_mask, old_logprobs)
+    d_logprobs = d_entropy = logprobs.new_empty(0, dtype=accumulator_dtype(logprobs.dtype))
+    if terms.is_clipped_surrogate:
+        rest = (entropy, num_loss_tokens, clip_low, clip_high, all_metrics, need_gradient)
+        loss, packed, d_logprobs = run_kernel(FAMILY, backend, "clipped_loss", logprobs.device, *rows, *rest)
+    else:
+        loss, packed = ruled_loss(*rows, entropy, num_loss_tokens, terms, all_metrics)
+        if need_gradient:
+            d_logprobs, of_entropy = ruled_slopes(*rows, num_loss_tokens, terms)
+            d_entropy = d_entropy if of_entropy is None else of_entropy
+    return loss, packed, d_logprobs, d_entropy if d_entropy is not d_logprobs else d_entropy.clone()
 
 
 @_clipped_loss.register_fake
 def _(logprobs: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_gradient = rest[-3]
-    loss, metrics = empty_loss(logprobs)
-    return loss, metrics, loss.new_empty(logprobs.shape if need_gradient else (0,))
+    need_gradient, terms = rest[-3], LossTerms(*rest[5:15])
+    loss, metrics = empty_loss(logprobs, terms)
+    shape = logprobs.shape if need_gradient else (0,)
+    return loss, metrics, loss.new_empty(shape), loss.new_empty(shape if terms.entropy_coef else (0,))
 
 
-def empty_loss(like: Tensor) -> tuple[Tensor, Tensor]:
+def empty_loss(like: Tensor, terms: LossTerms) -> tuple[Tensor, Tensor]:
     """Fake outputs: the loss [] and its metrics, in the accumulator dtype."""
     dtype = accumulator_dtype(like.dtype)
-    return like.new_empty((), dtype=dtype), like.new_empty(len(LossMetrics._fields), dtype=dtype)
+    num_metrics = NUM_CLIPPED_METRICS if terms.is_clipped_surrogate else len(LossMetrics._fields)
+    return like.new_empty((), dtype=dtype), like.new_empty(num_metrics, dtype=dtype)
 
 
 def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

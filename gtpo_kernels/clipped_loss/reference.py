@@ -1,6 +1,6 @@
 """The definition of `clipped_loss`: plain PyTorch, differentiable, exact in float64 for float64 inputs."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +8,77 @@ from torch import Tensor
 from gtpo_kernels.checks import accumulator_dtype
 
 MAX_LOG_RATIO = 20.0
+# Metrics of the clipped surrogate alone; any other rule has those of `LossMetrics` that follow as well.
+NUM_CLIPPED_METRICS = 11
+
+Surrogate = Literal["ppo", "cispo", "reinforce"]
+Penalty = Literal["none", "k1", "k2", "k3"]
+
+
+class LossRule(NamedTuple):
+    """What a token gains, and what it is charged for, beside the two clips; the defaults are PPO's clipped surrogate.
+
+    With A the advantage, rho the ratio, clip(rho) = rho held within [1 - clip_low, 1 + clip_high], sg() a constant,
+    x = clamp(ref_logprob - logprob, -20, 20) and H the entropy, a token's loss is
+
+        -gain + kl_coef * kl - entropy_coef * H.
+
+    surrogate: gain is "ppo": min(rho A, clip(rho) A); "cispo": sg(clip(rho)) A logprob; "reinforce": A logprob.
+    dual_clip: c > 1, for "ppo": where A < 0 the gain is at least c A.  None for no such bound.
+    kl: estimate of KL(policy || reference): "k1": -x; "k2": x^2 / 2; "k3": exp(x) - 1 - x; "none" for no such term.
+        On-policy the gradient of "k1" as a loss has the expectation 0: it pulls nowhere, and only adds noise.
+    kl_coef, entropy_coef: 0 or more.
+    Source: arXiv 1707.06347 (ppo), arXiv 2506.13585 (cispo), arXiv 2402.14740 (reinforce), arXiv 1912.09729 (dual
+    clip), http://joschu.net/blog/kl-approx.html (k1 to k3), arXiv 2402.03300 (k3 as a loss).
+    """
+
+    surrogate: Surrogate = "ppo"
+    dual_clip: float | None = None
+    kl: Penalty = "none"
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+
+
+class LossTerms(NamedTuple):
+    """The two clips, the fields of a `LossRule`, and what they need of every token, as ops take them.
+
+    ref_logprobs, token_weights: [N] float.  ratio_ids: [N] int.  See `gtpo_kernels.clipped_loss`.
+    """
+
+    clip_low: float
+    clip_high: float
+    surrogate: str = "ppo"
+    dual_clip: float | None = None
+    kl: str = "none"
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    ref_logprobs: Tensor | None = None
+    token_weights: Tensor | None = None
+    ratio_ids: Tensor | None = None
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether a token of advantage 0 has a loss."""
+        return self.kl != "none" or self.entropy_coef != 0.0
+
+    @property
+    def is_clipped_surrogate(self) -> bool:
+        """Whether all there is is the clipped surrogate of one ratio a token, which every backend fuses."""
+        plain = self.surrogate == "ppo" and self.dual_clip is None and self.ratio_ids is None
+        return plain and not self.is_penalised
+
+    def of_rows(self, rows: Tensor) -> "LossTerms":
+        """The terms of some tokens.  Not for ratios of more than one token, whose other tokens it would lose."""
+        assert self.ratio_ids is None
+        ref, weights = (None if x is None else x[rows] for x in (self.ref_logprobs, self.token_weights))
+        return self._replace(ref_logprobs=ref, token_weights=weights)
+
+
+def weighted(advantages: Tensor, terms: LossTerms) -> tuple[Tensor, LossTerms]:
+    """Advantages with the token weights in them, where the gain is all that they weigh: it is linear in both."""
+    if terms.token_weights is None or terms.is_penalised:
+        return advantages, terms
+    return advantages * terms.token_weights, terms._replace(token_weights=None)
 
 
 class LossMetrics(NamedTuple):
@@ -24,7 +95,9 @@ class LossMetrics(NamedTuple):
     logprob_mean: mean log-probability.
     num_active_tokens: tokens that were computed; num_active_tokens + dropped_tokens is the size of the loss mask.
     dropped_tokens: tokens of the loss mask left out because their advantage is 0 (they stay in the denominator).
-    nonfinite_tokens: computed tokens whose log-probability, new or old, is infinite: loss and gradient 0.
+    nonfinite_tokens: computed tokens of an infinite log-probability, new, old or reference: loss and gradient 0.
+    clip_dual_fraction: ratio > dual_clip with a negative advantage (gradient cut to 0); None without dual clip.
+    ref_kl: mean of the rule's estimate of KL(policy || reference) in nats; None without such a term.
     """
 
     clip_low_fraction: Tensor
@@ -38,6 +111,8 @@ class LossMetrics(NamedTuple):
     num_active_tokens: Tensor
     dropped_tokens: Tensor
     nonfinite_tokens: Tensor
+    clip_dual_fraction: Tensor | None = None
+    ref_kl: Tensor | None = None
 
 
 class ClippedLoss(NamedTuple):
@@ -54,38 +129,58 @@ def clipped_loss_reference(
     old_logprobs: Tensor | None,
     entropy: Tensor | None,
     num_loss_tokens: Tensor | None,
-    clip_low: float,
-    clip_high: float,
+    terms: LossTerms,
     all_metrics: bool,
 ) -> ClippedLoss:
     """`clipped_loss` as its definition; see `gtpo_kernels.clipped_loss`."""
     accumulator = accumulator_dtype(logprobs.dtype)
-    active = loss_mask & (advantages != 0)
-    counted = counted_tokens(advantages, loss_mask, all_metrics)
-    # What lies outside is replaced before any arithmetic, because 0 * NaN is NaN, in the gradient too.
-    logprobs = logprobs.to(accumulator).masked_fill(~counted, 0.0)
-    advantages = advantages.detach().to(accumulator).masked_fill(~active, 0.0)
-    old = (
-        logprobs.detach() if old_logprobs is None else old_logprobs.detach().to(accumulator).masked_fill(~counted, 0.0)
-    )
+    active = active_tokens(advantages, loss_mask, terms)
+    counted = counted_tokens(advantages, loss_mask, terms, all_metrics)
+
+    def given(values: Tensor, where: Tensor) -> Tensor:
+        # What lies outside is replaced before any arithmetic, because 0 * NaN is NaN, in the gradient too.
+        return values.to(accumulator).masked_fill(~where, 0.0)
+
+    logprobs = given(logprobs, counted)
+    advantages = given(advantages.detach(), active)
+    old = logprobs.detach() if old_logprobs is None else given(old_logprobs.detach(), counted)
+    ref = None if terms.ref_logprobs is None else given(terms.ref_logprobs.detach(), counted)
     nonfinite = logprobs.detach().isinf() | old.isinf()
-
-    log_ratio = (logprobs - old).masked_fill(nonfinite, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages)
-    denominator = loss_denominator(num_loss_tokens, loss_mask, accumulator)
-    loss = -surrogate.masked_fill(nonfinite | ~active, 0.0).sum() / denominator
-
+    if ref is not None:
+        nonfinite = nonfinite | ref.isinf()
     live = counted & ~nonfinite
+
+    difference = (logprobs - old).masked_fill(nonfinite, 0.0)
+    log_ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if terms.ratio_ids is None:
+        ratio = log_ratio.exp()
+    else:
+        ratio = segment_means(difference, terms.ratio_ids, live).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    token_loss = -_gain(logprobs.masked_fill(nonfinite, 0.0), ratio, advantages, terms)
+    ref_kl = None
+    if terms.kl != "none":
+        assert ref is not None
+        log_ref = (ref - logprobs).masked_fill(nonfinite, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ref_kl = {"k1": -log_ref, "k2": 0.5 * log_ref * log_ref, "k3": torch.expm1(log_ref) - log_ref}[terms.kl]
+        token_loss = token_loss + terms.kl_coef * ref_kl
+    if terms.entropy_coef != 0.0:
+        assert entropy is not None
+        token_loss = token_loss - terms.entropy_coef * given(entropy, live)
+    if terms.token_weights is not None:
+        token_loss = token_loss * given(terms.token_weights, active)
+    denominator = loss_denominator(num_loss_tokens, loss_mask, accumulator)
+    loss = token_loss.masked_fill(nonfinite | ~active, 0.0).sum() / denominator
+
     num_live = live.sum().clamp(min=1)
 
     def mean(values: Tensor) -> Tensor:
-        return values.detach().to(accumulator).masked_fill(~live, 0.0).sum() / num_live
+        return given(values.detach(), live).sum() / num_live
 
+    clips = terms.surrogate != "reinforce"
     ratio_where_live = ratio.detach().masked_fill(~live, 0.0)
     metrics = LossMetrics(
-        clip_low_fraction=mean((ratio < 1.0 - clip_low) & (advantages < 0)),
-        clip_high_fraction=mean((ratio > 1.0 + clip_high) & (advantages > 0)),
+        clip_low_fraction=mean((ratio < 1.0 - terms.clip_low) & (advantages < 0) & clips),
+        clip_high_fraction=mean((ratio > 1.0 + terms.clip_high) & (advantages > 0) & clips),
         approx_kl_k1=mean(-log_ratio),
         approx_kl_k3=mean(torch.expm1(log_ratio) - log_ratio),
         entropy=None if entropy is None else mean(entropy),
@@ -96,13 +191,49 @@ def clipped_loss_reference(
         num_active_tokens=counted.sum().to(accumulator),
         dropped_tokens=(loss_mask & ~counted).sum().to(accumulator),
         nonfinite_tokens=(nonfinite & counted).sum().to(accumulator),
+        clip_dual_fraction=None if terms.dual_clip is None else mean((ratio > terms.dual_clip) & (advantages < 0)),
+        ref_kl=None if ref_kl is None else mean(ref_kl),
     )
     return ClippedLoss(loss, metrics)
 
 
-def counted_tokens(advantages: Tensor, loss_mask: Tensor, all_metrics: bool) -> Tensor:
-    """[N] bool: the loss mask, without the tokens of zero advantage unless the metrics ask for them."""
-    return loss_mask if all_metrics else loss_mask & (advantages != 0)
+def _gain(logprobs: Tensor, ratio: Tensor, advantages: Tensor, terms: LossTerms) -> Tensor:
+    """What the surrogate makes of every token; see `LossRule`."""
+    bounded = ratio.clamp(1.0 - terms.clip_low, 1.0 + terms.clip_high)
+    if terms.surrogate == "reinforce":
+        return advantages * logprobs
+    if terms.surrogate == "cispo":
+        return bounded.detach() * advantages * logprobs
+    gain = torch.minimum(ratio * advantages, bounded * advantages)
+    if terms.dual_clip is None:
+        return gain
+    return torch.where(advantages < 0, torch.maximum(gain, terms.dual_clip * advantages), gain)
+
+
+def active_tokens(advantages: Tensor, loss_mask: Tensor, terms: LossTerms) -> Tensor:
+    """[N] bool: the tokens that may have a gradient, of their own or through a ratio that they share."""
+    if terms.is_penalised:
+        return loss_mask
+    own = loss_mask & (advantages != 0)
+    if terms.ratio_ids is None:
+        return own
+    return loss_mask & torch.isin(terms.ratio_ids, terms.ratio_ids[own])
+
+
+def counted_tokens(advantages: Tensor, loss_mask: Tensor, terms: LossTerms, all_metrics: bool) -> Tensor:
+    """[N] bool: the active tokens, or the whole loss mask where the metrics ask for it."""
+    return loss_mask if all_metrics else active_tokens(advantages, loss_mask, terms)
+
+
+def segment_means(values: Tensor, ids: Tensor, members: Tensor) -> Tensor:
+    """[N]: for each of `members` [N] bool the mean of `values` over the members of its id, 0 for the others."""
+    rows = members.nonzero().squeeze(1)
+    if not len(rows):
+        return values.masked_fill(~members, 0.0)
+    _, segment, sizes = ids[rows].unique(return_inverse=True, return_counts=True)
+    # a segment reduction adds in a fixed order; scattered adds would not on a GPU
+    sums = torch.segment_reduce(values[rows[segment.argsort(stable=True)]], "sum", lengths=sizes)
+    return torch.zeros_like(values).index_put((rows,), (sums / sizes)[segment])
 
 
 def loss_denominator(num_loss_tokens: Tensor | None, loss_mask: Tensor, dtype: torch.dtype) -> Tensor:

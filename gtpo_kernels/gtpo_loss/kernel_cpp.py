@@ -25,8 +25,8 @@ def sweep(logits: Tensor, d_logits: Tensor | None, logit_rows: Tensor | None, ro
         advantages=buffer(i.advantages[rows], torch.float64),
         old_logprobs=None if i.old_logprobs is None else buffer(i.old_logprobs[rows], torch.float64),
         denominator=state.denominator.item(),
-        clip_low=i.clip_low,
-        clip_high=i.clip_high,
+        clip_low=i.terms.clip_low,
+        clip_high=i.terms.clip_high,
         num_threads=torch.get_num_threads(),
     )
     logprobs, entropy, _, _ = torch.from_numpy(swept).unbind(1)

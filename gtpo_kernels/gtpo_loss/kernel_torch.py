@@ -6,6 +6,7 @@ projection is needed: logits -> softmax -> slope -> d_logits -> d_hidden and d_w
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ from gtpo_kernels.token_logprobs.kernel_torch import Head, LogitScale, row_block
 
 # Columns of a block that `filter_eps` keeps or leaves out of the gradient products as a whole.
 FILTER_COLUMNS = 256
+
+
+class Slopes(Protocol):
+    """What is known of a pass once its slopes are."""
+
+    scale: LogitScale
+
+    def slope(self, rows: Tensor) -> Tensor:
+        """d loss / d logprob of `rows`."""
 
 
 class LossPass:
@@ -55,8 +65,8 @@ class LossPass:
             inputs.advantages[rows].to(self.dtype),
             None if inputs.old_logprobs is None else inputs.old_logprobs[rows].to(self.dtype),
             self.denominator,
-            inputs.clip_low,
-            inputs.clip_high,
+            inputs.terms.clip_low,
+            inputs.terms.clip_high,
         )
 
     def finish(self, clipped_loss: Callable[..., tuple[Tensor, ...]] = clipped_loss) -> tuple[Tensor, Tensor]:
@@ -69,8 +79,8 @@ class LossPass:
             i.old_logprobs,
             self.entropy,
             i.num_loss_tokens,
-            i.clip_low,
-            i.clip_high,
+            i.terms.clip_low,
+            i.terms.clip_high,
             i.all_metrics,
             False,
         )
@@ -165,7 +175,7 @@ def chunked_linear_loss(
 
 
 def accumulate_filtered(
-    head: Head, rows: Tensor, hidden: Tensor, d_logits: Tensor, state: LossPass, gradient_filter: GradientFilter
+    head: Head, rows: Tensor, hidden: Tensor, d_logits: Tensor, state: Slopes, gradient_filter: GradientFilter
 ) -> None:
     """`head.accumulate`, less the rows and the vocabulary blocks that the filter leaves out."""
     if gradient_filter.skip_clipped:

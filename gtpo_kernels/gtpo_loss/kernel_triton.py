@@ -156,8 +156,8 @@ def sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, state: L
             i.old_logprobs,
             *scale,
             state.denominator,
-            i.clip_low,
-            i.clip_high,
+            i.terms.clip_low,
+            i.terms.clip_high,
             state.logprobs,
             state.entropy,
             logits.stride(0) // plan.unit,
@@ -177,7 +177,7 @@ def split_sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, st
     """`sweep` of a few long rows, each split over programs."""
     i = state.inputs
     statistics = empty_statistics(state.logprobs)._replace(logprobs=state.logprobs, entropy=state.entropy)
-    counted = counted_tokens(i.advantages, i.loss_mask, i.all_metrics)
+    counted = counted_tokens(i.advantages, i.loss_mask, i.terms, i.all_metrics)
     sweep_statistics(logits, rows, counted, i.targets, scale, statistics)
     if d_logits is None:
         return
@@ -187,8 +187,8 @@ def split_sweep(logits: Tensor, d_logits: Tensor | None, rows: Tensor | None, st
         i.advantages.to(state.dtype).masked_fill(silent, 0.0),
         None if i.old_logprobs is None else i.old_logprobs.to(state.dtype),
         state.denominator,
-        i.clip_low,
-        i.clip_high,
+        i.terms.clip_low,
+        i.terms.clip_high,
     )
     # a slope of 0 writes zeros, whatever the row holds
     slope.masked_fill_(silent, 0.0)

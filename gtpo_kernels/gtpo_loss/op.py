@@ -15,15 +15,18 @@ from gtpo_kernels.checks import (
     split_temperature,
 )
 from gtpo_kernels.clipped_loss.op import (
+    PPO,
     MetricsChoice,
     check_loss_arguments,
+    check_loss_terms,
     check_num_loss_tokens,
+    check_term_values,
     empty_loss,
     keep_gradients,
     scale_gradients,
     unpack_metrics,
 )
-from gtpo_kernels.clipped_loss.reference import ClippedLoss, counted_tokens
+from gtpo_kernels.clipped_loss.reference import ClippedLoss, LossRule, LossTerms, counted_tokens, weighted
 from gtpo_kernels.gtpo_loss.reference import (
     GradientFilter,
     LossInputs,
@@ -31,6 +34,7 @@ from gtpo_kernels.gtpo_loss.reference import (
     gtpo_loss_reference_,
     linear_gtpo_loss_reference,
 )
+from gtpo_kernels.gtpo_loss.ruled import ruled_gtpo_loss, ruled_gtpo_loss_, ruled_linear_gtpo_loss
 from gtpo_kernels.token_logprobs.op import check_head, empty_head_gradients
 from gtpo_kernels.turn_advantages.op import TurnCredit
 
@@ -49,6 +53,10 @@ def gtpo_loss(
     softcap: float | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
+    rule: LossRule = PPO,
+    ref_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ratio_ids: Tensor | None = None,
     num_loss_tokens: float | Tensor | None = None,
     metrics: MetricsChoice = "active",
     backend: str | None = None,
@@ -59,8 +67,9 @@ def gtpo_loss(
     advantages: [N] float, or a `TurnCredit` from which they are computed; its tokens are then the default loss mask.
     temperature: a positive number or [N]; divides the logits.
     softcap: a positive number, bounds the logits before that as for `token_logprobs`; None for no cap.
-    loss_mask, old_logprobs, clip_low, clip_high, num_loss_tokens, metrics: as for `clipped_loss`.
-    Returns (loss, metrics), see `LossMetrics`.  Rows outside the loss mask, and those of advantage 0, are never read.
+    loss_mask, old_logprobs, num_loss_tokens, metrics, and all from clip_low to ratio_ids: as for `clipped_loss`.
+    Returns (loss, metrics), see `LossMetrics`.  Rows outside the loss mask have no effect, whatever they hold, nor
+    have those of advantage 0 where there is no KL or entropy term.
     With gradients on, the forward pass allocates d_logits beside the logits.  One backward pass only: it scales
     them in place.
     Raises ValueError for other shapes, dtypes, devices or values; BackendUnavailable where a backend cannot run.
@@ -75,6 +84,7 @@ def gtpo_loss(
     check_tensor("logits", logits, layout="[N, V]", shape=(None, None), kind="float")
     check_vocab("logits", logits, dim=1)
     name = select_backend(FAMILY, backend, logits.device)
+    terms = check_loss_terms(logits, clip_low, clip_high, rule, ref_logprobs, token_weights, ratio_ids)
     inputs = _loss_inputs(
         logits,
         targets,
@@ -84,17 +94,15 @@ def gtpo_loss(
         temperature,
         softcap,
         num_loss_tokens,
-        clip_low,
-        clip_high,
+        terms,
         metrics,
         backend,
     )
     if name == "reference":
-        _check_row_values(inputs, logits.shape[1])
-        return gtpo_loss_reference(logits, inputs)
+        return gtpo_loss_reference(logits, _checked_values(inputs, logits.shape[1]))
     need = torch.is_grad_enabled() and logits.requires_grad
-    loss, packed, _ = _gtpo_loss(logits, *inputs, need, True, name)
-    return ClippedLoss(loss, unpack_metrics(packed, has_entropy=True))
+    loss, packed, _ = _gtpo_loss(logits, *inputs.flat(), need, True, name)
+    return ClippedLoss(loss, unpack_metrics(packed, terms, has_entropy=True))
 
 
 def gtpo_loss_(
@@ -108,6 +116,10 @@ def gtpo_loss_(
     softcap: float | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
+    rule: LossRule = PPO,
+    ref_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ratio_ids: Tensor | None = None,
     num_loss_tokens: float | Tensor | None = None,
     metrics: MetricsChoice = "active",
     backend: str | None = None,
@@ -138,6 +150,7 @@ def gtpo_loss_(
     if not logits.is_contiguous():
         raise ValueError(f"logits must be contiguous, got strides {logits.stride()} for shape {tuple(logits.shape)}")
     name = select_backend(FAMILY, backend, logits.device)
+    terms = check_loss_terms(logits, clip_low, clip_high, rule, ref_logprobs, token_weights, ratio_ids)
     inputs = _loss_inputs(
         logits,
         targets,
@@ -147,17 +160,19 @@ def gtpo_loss_(
         temperature,
         softcap,
         num_loss_tokens,
-        clip_low,
-        clip_high,
+        terms,
         metrics,
         backend,
     )
-    _check_row_values(inputs, logits.shape[1])
+    inputs = _checked_values(inputs, logits.shape[1])
     if name == "reference":
         return gtpo_loss_reference_(logits, inputs)
     with torch.no_grad():
-        loss, packed = run_kernel(FAMILY, name, "gtpo_loss_", logits.device, logits, inputs)
-    return ClippedLoss(loss, unpack_metrics(packed, has_entropy=True))
+        if terms.is_clipped_surrogate:
+            loss, packed = run_kernel(FAMILY, name, "gtpo_loss_", logits.device, logits, inputs)
+        else:
+            loss, packed = ruled_gtpo_loss_(name, logits, inputs)
+    return ClippedLoss(loss, unpack_metrics(packed, terms, has_entropy=True))
 
 
 def linear_gtpo_loss(
@@ -173,6 +188,10 @@ def linear_gtpo_loss(
     softcap: float | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
+    rule: LossRule = PPO,
+    ref_logprobs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    ratio_ids: Tensor | None = None,
     num_loss_tokens: float | Tensor | None = None,
     metrics: MetricsChoice = "active",
     chunk_rows: int | None = None,
@@ -190,6 +209,7 @@ def linear_gtpo_loss(
     Everything else: as for `gtpo_loss`.
     Each chunk of logits is projected once and turned into its own gradient (6NVD floating-point operations with
     backward): the forward pass does the work, backward only scales.  Inputs that need no gradient get none allocated.
+    With ratio_ids all log-probabilities come first, and the chunks are projected a second time (8NVD).
 
     >>> hidden, weight = torch.eye(2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
     >>> loss, metrics = linear_gtpo_loss(hidden, weight, torch.tensor([0, 1]), torch.tensor([1.0, -1.0]))
@@ -198,9 +218,12 @@ def linear_gtpo_loss(
     [[-0.375, -0.125], [0.125, 0.375]]
     """
     check_head(hidden, weight, bias, chunk_rows)
+    if (skip_clipped or filter_eps) and (rule.kl != "none" or rule.entropy_coef):
+        raise ValueError("skip_clipped and filter_eps are for losses without a kl or entropy term, got one with it")
     if not 0.0 <= filter_eps < 1.0:
         raise ValueError(f"filter_eps must lie in [0, 1), got {filter_eps}")
     name = select_backend(FAMILY, backend, hidden.device)
+    terms = check_loss_terms(hidden, clip_low, clip_high, rule, ref_logprobs, token_weights, ratio_ids)
     inputs = _loss_inputs(
         hidden,
         targets,
@@ -210,19 +233,17 @@ def linear_gtpo_loss(
         temperature,
         softcap,
         num_loss_tokens,
-        clip_low,
-        clip_high,
+        terms,
         metrics,
         backend,
     )
     if name == "reference":
-        _check_row_values(inputs, weight.shape[0])
-        return linear_gtpo_loss_reference(hidden, weight, bias, inputs)
+        return linear_gtpo_loss_reference(hidden, weight, bias, _checked_values(inputs, weight.shape[0]))
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     loss, packed, *_ = _linear_gtpo_loss(
-        hidden, weight, bias, *inputs, chunk_rows, skip_clipped, filter_eps, *needs, True, name
+        hidden, weight, bias, *inputs.flat(), chunk_rows, skip_clipped, filter_eps, *needs, True, name
     )
-    return ClippedLoss(loss, unpack_metrics(packed, has_entropy=True))
+    return ClippedLoss(loss, unpack_metrics(packed, terms, has_entropy=True))
 
 
 def _loss_inputs(
@@ -234,8 +255,7 @@ def _loss_inputs(
     temperature: float | Tensor,
     softcap: float | None,
     num_loss_tokens: float | Tensor | None,
-    clip_low: float,
-    clip_high: float,
+    terms: LossTerms,
     metrics: MetricsChoice,
     backend: str | None,
 ) -> LossInputs:
@@ -245,9 +265,7 @@ def _loss_inputs(
     if isinstance(advantages, TurnCredit):
         loss_mask = advantages.turn_ids >= 0 if loss_mask is None else loss_mask
         advantages = advantages.advantages(backend=backend)
-    mask, denominator = check_loss_arguments(
-        like, advantages, loss_mask, old_logprobs, clip_low, clip_high, num_loss_tokens, metrics
-    )
+    mask, denominator = check_loss_arguments(like, advantages, loss_mask, old_logprobs, num_loss_tokens, metrics)
     return LossInputs(
         targets,
         advantages,
@@ -257,19 +275,22 @@ def _loss_inputs(
         per_row,
         check_softcap(softcap),
         denominator,
-        clip_low,
-        clip_high,
+        terms,
         metrics == "all",
     )
 
 
-def _check_row_values(inputs: LossInputs, vocab: int) -> None:
-    """Refuse values that the rows to be computed cannot have; what the other rows hold is never looked at."""
+def _checked_values(inputs: LossInputs, vocab: int) -> LossInputs:
+    """The inputs, weighted, less values that no row to be computed can have; other rows are never looked at."""
     check_num_loss_tokens(inputs.num_loss_tokens)
-    skipped = ~counted_tokens(inputs.advantages, inputs.loss_mask, inputs.all_metrics)
+    check_term_values(inputs.terms, inputs.loss_mask)
+    advantages, terms = weighted(inputs.advantages, inputs.terms)
+    inputs = inputs._replace(advantages=advantages, terms=terms)
+    skipped = ~counted_tokens(advantages, inputs.loss_mask, terms, inputs.all_metrics)
     check_targets(inputs.targets.masked_fill(skipped, 0), vocab)
     if inputs.row_temperature is not None:
         check_row_temperature(inputs.row_temperature.masked_fill(skipped, 1.0))
+    return inputs
 
 
 @torch.library.custom_op("gtpo_kernels::gtpo_loss", mutates_args=())
@@ -285,6 +306,14 @@ def _gtpo_loss(
     num_loss_tokens: Tensor | None,
     clip_low: float,
     clip_high: float,
+    surrogate: str,
+    dual_clip: float | None,
+    kl: str,
+    kl_coef: float,
+    entropy_coef: float,
+    ref_logprobs: Tensor | None,
+    token_weights: Tensor | None,
+    ratio_ids: Tensor | None,
     all_metrics: bool,
     need_logits: bool,
     consume: bool,
@@ -299,11 +328,23 @@ def _gtpo_loss(
         row_temperature,
         softcap,
         num_loss_tokens,
-        clip_low,
-        clip_high,
+        LossTerms(
+            clip_low,
+            clip_high,
+            surrogate,
+            dual_clip,
+            kl,
+            kl_coef,
+            entropy_coef,
+            ref_logprobs,
+            token_weights,
+            ratio_ids,
+        ),
         all_metrics,
     )
-    _check_row_values(inputs, logits.shape[1])
+    inputs = _checked_values(inputs, logits.shape[1])
+    if not inputs.terms.is_clipped_surrogate:
+        return ruled_gtpo_loss(backend, logits, inputs, need_logits)
     outputs: tuple[Tensor, Tensor, Tensor] = run_kernel(
         FAMILY, backend, "gtpo_loss", logits.device, logits, inputs, need_logits
     )
@@ -312,8 +353,8 @@ def _gtpo_loss(
 
 @_gtpo_loss.register_fake
 def _(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_logits = rest[-3]
-    return *empty_loss(logits), logits.new_empty(logits.shape if need_logits else (0,))
+    need_logits, terms = rest[-3], LossTerms(*rest[8:18])
+    return *empty_loss(logits, terms), logits.new_empty(logits.shape if need_logits else (0,))
 
 
 _gtpo_loss.register_autograd(scale_gradients, setup_context=keep_gradients)
@@ -334,6 +375,14 @@ def _linear_gtpo_loss(
     num_loss_tokens: Tensor | None,
     clip_low: float,
     clip_high: float,
+    surrogate: str,
+    dual_clip: float | None,
+    kl: str,
+    kl_coef: float,
+    entropy_coef: float,
+    ref_logprobs: Tensor | None,
+    token_weights: Tensor | None,
+    ratio_ids: Tensor | None,
     all_metrics: bool,
     chunk_rows: int | None,
     skip_clipped: bool,
@@ -353,11 +402,24 @@ def _linear_gtpo_loss(
         row_temperature,
         softcap,
         num_loss_tokens,
-        clip_low,
-        clip_high,
+        LossTerms(
+            clip_low,
+            clip_high,
+            surrogate,
+            dual_clip,
+            kl,
+            kl_coef,
+            entropy_coef,
+            ref_logprobs,
+            token_weights,
+            ratio_ids,
+        ),
         all_metrics,
     )
-    _check_row_values(inputs, weight.shape[0])
+    inputs = _checked_values(inputs, weight.shape[0])
+    if not inputs.terms.is_clipped_surrogate:
+        needs, gradient_filter = (need_hidden, need_weight, need_bias), GradientFilter(skip_clipped, filter_eps)
+        return ruled_linear_gtpo_loss(backend, hidden, weight, bias, inputs, chunk_rows, needs, gradient_filter)
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run_kernel(
         FAMILY,
         backend,
@@ -376,7 +438,8 @@ def _linear_gtpo_loss(
 
 @_linear_gtpo_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return *empty_loss(hidden), *empty_head_gradients(hidden, weight, rest[-5:-2])
+    terms = LossTerms(*rest[9:19])
+    return *empty_loss(hidden, terms), *empty_head_gradients(hidden, weight, rest[-5:-2])
 
 
 _linear_gtpo_loss.register_autograd(scale_gradients, setup_context=keep_gradients)

@@ -1,11 +1,11 @@
 """The definition of `gtpo_loss` and `linear_gtpo_loss`: the per-token op, then the clipped loss."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gtpo_kernels.clipped_loss.reference import ClippedLoss, clipped_loss_reference, counted_tokens
+from gtpo_kernels.clipped_loss.reference import ClippedLoss, LossTerms, clipped_loss_reference, counted_tokens
 from gtpo_kernels.token_logprobs.reference import project, token_logprobs_reference
 
 
@@ -24,9 +24,12 @@ class LossInputs(NamedTuple):
     row_temperature: Tensor | None
     softcap: float
     num_loss_tokens: Tensor | None
-    clip_low: float
-    clip_high: float
+    terms: LossTerms
     all_metrics: bool
+
+    def flat(self) -> tuple[Any, ...]:
+        """The fields, and in place of `terms` its own: what the registered ops take."""
+        return *self[:-2], *self.terms, self.all_metrics
 
 
 class GradientFilter(NamedTuple):
@@ -39,7 +42,7 @@ class GradientFilter(NamedTuple):
 def gtpo_loss_reference(logits: Tensor, inputs: LossInputs) -> ClippedLoss:
     """`gtpo_loss` as its definition; see `gtpo_kernels.gtpo_loss`."""
     i = inputs
-    skipped = ~counted_tokens(i.advantages, i.loss_mask, i.all_metrics)
+    skipped = ~counted_tokens(i.advantages, i.loss_mask, i.terms, i.all_metrics)
     token = token_logprobs_reference(
         logits.masked_fill(skipped[:, None], 0.0),
         i.targets.masked_fill(skipped, 0),
@@ -53,8 +56,7 @@ def gtpo_loss_reference(logits: Tensor, inputs: LossInputs) -> ClippedLoss:
         i.old_logprobs,
         token.entropy,
         i.num_loss_tokens,
-        i.clip_low,
-        i.clip_high,
+        i.terms,
         i.all_metrics,
     )
 
@@ -62,7 +64,7 @@ def gtpo_loss_reference(logits: Tensor, inputs: LossInputs) -> ClippedLoss:
 def linear_gtpo_loss_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: LossInputs) -> ClippedLoss:
     """`linear_gtpo_loss` as its definition; see `gtpo_kernels.linear_gtpo_loss`."""
     # the weight gradient of a row is d_logits x hidden, so what a skipped row holds must not reach it
-    skipped = ~counted_tokens(inputs.advantages, inputs.loss_mask, inputs.all_metrics)
+    skipped = ~counted_tokens(inputs.advantages, inputs.loss_mask, inputs.terms, inputs.all_metrics)
     return gtpo_loss_reference(project(hidden.masked_fill(skipped[:, None], 0.0), weight, bias), inputs)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from gtpo_kernels import _cpu
 from gtpo_kernels.token_logprobs.kernel_torch import (
     Head,
+    RowSweeps,
     chunked_gradients,
     chunked_statistics,
     empty_statistics,
@@ -134,6 +135,21 @@ def turn_into_d_logits(
     )
 
 
+def row_sweeps(targets: Tensor, temperature: float, row_temperature: Tensor | None, softcap: float) -> RowSweeps:
+    """The sweeps of this backend."""
+    scale = (targets, temperature, row_temperature, softcap)
+
+    def write_statistics(logits: Tensor, rows: Tensor, statistics: RowStatistics, keep_logits: bool) -> None:
+        store_statistics(logits, None, rows, *scale, statistics)
+
+    def gradient_(
+        logits: Tensor, rows: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, statistics: RowStatistics
+    ) -> None:
+        turn_into_d_logits(logits, logits, None, rows, *scale, grad_logprobs, grad_entropy)
+
+    return RowSweeps(write_statistics, gradient_, by_column=True)
+
+
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -145,11 +161,8 @@ def linear_token_logprobs(
     chunk_rows: int | None,
 ) -> RowStatistics:
     """Statistics of every row of hidden @ weight.T + bias."""
-
-    def sweep(logits: Tensor, rows: Tensor, statistics: RowStatistics) -> None:
-        store_statistics(logits, None, rows, targets, temperature, row_temperature, softcap, statistics)
-
-    return chunked_statistics(Head(hidden, weight, bias, chunk_rows, by_column=True), sweep)
+    sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
+    return chunked_statistics(Head(hidden, weight, bias, chunk_rows, sweeps.by_column), sweeps)
 
 
 def linear_token_logprobs_backward(
@@ -167,11 +180,6 @@ def linear_token_logprobs_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]), [0] where not needed; the logits are projected anew."""
-
-    def sweep_(logits: Tensor, rows: Tensor) -> None:
-        turn_into_d_logits(
-            logits, logits, None, rows, targets, temperature, row_temperature, softcap, grad_logprobs, grad_entropy
-        )
-
-    rows = rows_with_gradient(grad_logprobs, grad_entropy)
-    return chunked_gradients(Head(hidden, weight, bias, chunk_rows, by_column=True), rows, needs, sweep_)
+    sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
+    head = Head(hidden, weight, bias, chunk_rows, sweeps.by_column)
+    return chunked_gradients(head, needs, sweeps, grad_logprobs, grad_entropy, statistics)

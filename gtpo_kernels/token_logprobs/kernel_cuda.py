@@ -9,10 +9,10 @@ from gtpo_kernels.cuda_launch import address, dtype_of, launch, packed
 from gtpo_kernels.token_logprobs.kernel_torch import (
     Head,
     LogitScale,
+    RowSweeps,
     chunked_gradients,
     chunked_statistics,
     empty_statistics,
-    rows_with_gradient,
 )
 from gtpo_kernels.token_logprobs.reference import RowStatistics
 
@@ -72,6 +72,21 @@ def token_logprobs_backward(
     return d_logits
 
 
+def row_sweeps(targets: Tensor, temperature: float, row_temperature: Tensor | None, softcap: float) -> RowSweeps:
+    """The sweeps of this backend."""
+    scale = LogitScale(temperature, row_temperature, softcap)
+
+    def write_statistics(logits: Tensor, rows: Tensor, statistics: RowStatistics, keep_logits: bool) -> None:
+        sweep(Operands(logits, rows, targets, scale), statistics)
+
+    def gradient_(
+        logits: Tensor, rows: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, statistics: RowStatistics
+    ) -> None:
+        sweep_gradient(Operands(logits, rows, targets, scale), statistics, grad_logprobs, grad_entropy, logits)
+
+    return RowSweeps(write_statistics, gradient_)
+
+
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -83,12 +98,8 @@ def linear_token_logprobs(
     chunk_rows: int | None,
 ) -> RowStatistics:
     """Statistics of every row of hidden @ weight.T + bias."""
-    scale = LogitScale(temperature, row_temperature, softcap)
-
-    def sweep_(logits: Tensor, chunk: Tensor, statistics: RowStatistics) -> None:
-        sweep(Operands(logits, chunk, targets, scale), statistics)
-
-    return chunked_statistics(Head(hidden, weight, bias, chunk_rows), sweep_)
+    sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
+    return chunked_statistics(Head(hidden, weight, bias, chunk_rows), sweeps)
 
 
 def linear_token_logprobs_backward(
@@ -106,13 +117,9 @@ def linear_token_logprobs_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]), [0] where not needed; the logits are projected anew."""
-    scale = LogitScale(temperature, row_temperature, softcap)
-
-    def sweep_(logits: Tensor, chunk: Tensor) -> None:
-        sweep_gradient(Operands(logits, chunk, targets, scale), statistics, grad_logprobs, grad_entropy, logits)
-
-    rows = rows_with_gradient(grad_logprobs, grad_entropy)
-    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), rows, needs, sweep_)
+    sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
+    upstream = (grad_logprobs, grad_entropy)
+    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), needs, sweeps, *upstream, statistics)
 
 
 def sweep(operands: Operands, statistics: RowStatistics) -> None:

@@ -39,6 +39,19 @@ class RowSoftmax(NamedTuple):
     inverse_sum: Tensor
 
 
+class RowSweeps(NamedTuple):
+    """What a backend does with a chunk of logits [n, V], those of `rows` [n] of the batch; everything else is [N].
+
+    statistics(logits, rows, statistics, keep_logits): writes the statistics of `rows`; may spend the logits.
+    gradient_(logits, rows, grad_logprobs, grad_entropy, statistics): turns the logits into d_logits in place.
+    by_column: the logits are the columns of a buffer [V, n].
+    """
+
+    statistics: Callable[[Tensor, Tensor, RowStatistics, bool], None]
+    gradient_: Callable[[Tensor, Tensor, Tensor, Tensor | None, RowStatistics], None]
+    by_column: bool = False
+
+
 class LogitScale(NamedTuple):
     """x = cap(logits) / temperature.  temperature: for all rows, or 1.0 where row_temperature [N] is given.
 
@@ -297,6 +310,28 @@ class Head:
             self._has_d_weight = True
 
 
+def row_sweeps(targets: Tensor, temperature: float, row_temperature: Tensor | None, softcap: float) -> RowSweeps:
+    """The sweeps of this backend."""
+    targets = targets.long()
+    scale = LogitScale(temperature, row_temperature, softcap)
+
+    def write_statistics(logits: Tensor, chunk: Tensor, statistics: RowStatistics, keep_logits: bool) -> None:
+        for block in row_blocks(logits):
+            rows = chunk[block]
+            x = logits[block].clone() if keep_logits else logits[block]
+            scale.apply_(x, rows)
+            store_statistics(statistics, rows, row_softmax_(x, targets[rows]))
+
+    def gradient_(
+        logits: Tensor, chunk: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, statistics: RowStatistics
+    ) -> None:
+        for block in row_blocks(logits):
+            rows = chunk[block]
+            turn_into_d_logits_(logits[block], rows, targets[rows], scale, grad_logprobs, grad_entropy, statistics)
+
+    return RowSweeps(write_statistics, gradient_)
+
+
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -308,16 +343,8 @@ def linear_token_logprobs(
     chunk_rows: int | None,
 ) -> RowStatistics:
     """Statistics of every row of hidden @ weight.T + bias."""
-    targets = targets.long()
-    scale = LogitScale(temperature, row_temperature, softcap)
-
-    def sweep_(logits: Tensor, chunk: Tensor, statistics: RowStatistics) -> None:
-        for block in row_blocks(logits):
-            x, rows = logits[block], chunk[block]
-            scale.apply_(x, rows)
-            store_statistics(statistics, rows, row_softmax_(x, targets[rows]))
-
-    return chunked_statistics(Head(hidden, weight, bias, chunk_rows), sweep_)
+    sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
+    return chunked_statistics(Head(hidden, weight, bias, chunk_rows), sweeps)
 
 
 def linear_token_logprobs_backward(
@@ -335,38 +362,30 @@ def linear_token_logprobs_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]), [0] where not needed; the logits are projected anew."""
-    targets = targets.long()
-    scale = LogitScale(temperature, row_temperature, softcap)
-
-    def sweep_(logits: Tensor, chunk: Tensor) -> None:
-        for block in row_blocks(logits):
-            rows = chunk[block]
-            turn_into_d_logits_(logits[block], rows, targets[rows], scale, grad_logprobs, grad_entropy, statistics)
-
-    rows = rows_with_gradient(grad_logprobs, grad_entropy)
-    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), rows, needs, sweep_)
+    sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
+    upstream = (grad_logprobs, grad_entropy)
+    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), needs, sweeps, *upstream, statistics)
 
 
-def chunked_statistics(head: Head, sweep_: Callable[[Tensor, Tensor, RowStatistics], None]) -> RowStatistics:
-    """The per-token forward of any backend: statistics of every row, a chunk of logits at a time.
-
-    sweep_(logits [n, V], rows [n], statistics [N]): may spend the logits, and writes the statistics of `rows`.
-    """
+def chunked_statistics(head: Head, sweeps: RowSweeps) -> RowStatistics:
+    """The per-token forward of any backend: statistics of every row, a chunk of logits at a time."""
     statistics = empty_statistics(head.hidden)
     for rows, _, logits in head.chunks(torch.arange(len(head.hidden), device=head.hidden.device)):
-        sweep_(logits, rows, statistics)
+        sweeps.statistics(logits, rows, statistics, False)
     return statistics
 
 
 def chunked_gradients(
-    head: Head, rows: Tensor, needs: tuple[bool, bool, bool], sweep_: Callable[[Tensor, Tensor], None]
+    head: Head,
+    needs: tuple[bool, bool, bool],
+    sweeps: RowSweeps,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: RowStatistics,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The per-token backward of any backend, over the rows that something flows back to.
-
-    sweep_(logits [n, V], rows [n]): turns the logits into d_logits in place.
-    """
+    """The per-token backward of any backend, over the rows that something flows back to."""
     head.allocate_gradients(*needs)
-    for chunk, hidden, logits in head.chunks(rows):
-        sweep_(logits, chunk)
+    for chunk, hidden, logits in head.chunks(rows_with_gradient(grad_logprobs, grad_entropy)):
+        sweeps.gradient_(logits, chunk, grad_logprobs, grad_entropy, statistics)
         head.accumulate(chunk, hidden, logits)
     return head.gradients()

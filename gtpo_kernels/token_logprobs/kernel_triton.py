@@ -14,10 +14,10 @@ from torch import Tensor
 
 from gtpo_kernels.token_logprobs.kernel_torch import (
     Head,
+    RowSweeps,
     chunked_gradients,
     chunked_statistics,
     empty_statistics,
-    rows_with_gradient,
 )
 from gtpo_kernels.token_logprobs.reference import RowStatistics
 from gtpo_kernels.triton_math import (
@@ -513,6 +513,23 @@ def token_logprobs_backward(
     return d_logits
 
 
+def row_sweeps(targets: Tensor, temperature: float, row_temperature: Tensor | None, softcap: float) -> RowSweeps:
+    """The sweeps of this backend."""
+    targets = targets.contiguous()
+    scale = row_scaling(temperature, row_temperature, softcap)
+
+    def write_statistics(logits: Tensor, rows: Tensor, statistics: RowStatistics, keep_logits: bool) -> None:
+        sweep_statistics(logits, rows, None, targets, scale, statistics)
+
+    def gradient_(
+        logits: Tensor, rows: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, statistics: RowStatistics
+    ) -> None:
+        upstream = grad_logprobs.contiguous(), contiguous(grad_entropy)
+        sweep_gradient(logits, logits, rows, targets, scale, *upstream, statistics)
+
+    return RowSweeps(write_statistics, gradient_)
+
+
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -524,13 +541,11 @@ def linear_token_logprobs(
     chunk_rows: int | None,
 ) -> RowStatistics:
     """Statistics of every row of hidden @ weight.T + bias."""
+    if hidden.dtype == torch.float64:
+        sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
+        return chunked_statistics(Head(hidden, weight, bias, chunk_rows), sweeps)
     targets = targets.contiguous()
     scale = row_scaling(temperature, row_temperature, softcap)
-    if hidden.dtype == torch.float64:
-        return chunked_statistics(
-            Head(hidden, weight, bias, chunk_rows),
-            lambda logits, rows, statistics: sweep_statistics(logits, rows, None, targets, scale, statistics),
-        )
     statistics = empty_statistics(hidden)
     num_rows, width = hidden.shape
     vocab = weight.shape[0]
@@ -583,19 +598,19 @@ def linear_token_logprobs_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]), [0] where not needed; the logits are projected anew."""
-    targets = targets.contiguous()
-    scale = row_scaling(temperature, row_temperature, softcap)
-    upstream = grad_logprobs.contiguous(), contiguous(grad_entropy)
-
+    sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
     # Not the statistics of the forward pass: its logits were added up in another order, and p would not sum to 1.
     statistics = empty_statistics(hidden)
 
-    def sweep_(logits: Tensor, rows: Tensor) -> None:
-        sweep_statistics(logits, rows, None, targets, scale, statistics)
-        sweep_gradient(logits, logits, rows, targets, scale, *upstream, statistics)
+    def gradient_(
+        logits: Tensor, rows: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, statistics: RowStatistics
+    ) -> None:
+        sweeps.statistics(logits, rows, statistics, True)
+        sweeps.gradient_(logits, rows, grad_logprobs, grad_entropy, statistics)
 
-    active = rows_with_gradient(grad_logprobs, grad_entropy)
-    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), active, needs, sweep_)
+    both = sweeps._replace(gradient_=gradient_)
+    upstream = (grad_logprobs, grad_entropy)
+    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), needs, both, *upstream, statistics)
 
 
 class TilePlan(NamedTuple):

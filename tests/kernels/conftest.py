@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gtpo_kernels import ClippedLoss, linear_token_logprobs
 from gtpo_kernels.backend import BACKENDS
+from gtpo_kernels.clipped_loss.reference import LossTerms
 from gtpo_kernels.token_logprobs.reference import project
 from tests.kernels.emulation import emulated_cuda
 
@@ -24,6 +25,8 @@ DEVICE = torch.device(os.environ.get("GTPO_TEST_DEVICE", "cpu"))
 RUNS_ON = {"cpp": "cpu"}
 INF, NAN = float("inf"), float("nan")
 HEAD = ["hidden", "weight", "bias"]
+# the default rule, as the registered ops take it
+CLIPPED = tuple(LossTerms(0.2, 0.28))
 ROWS = ["targets", "advantages", "loss_mask", "old_logprobs"]
 Case = dict[str, Any]
 

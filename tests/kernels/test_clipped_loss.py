@@ -12,6 +12,7 @@ from torch import Tensor
 from gtpo_kernels import clipped_loss
 from gtpo_kernels.testing import assert_matches_reference, recomputed
 from tests.kernels.conftest import (
+    CLIPPED,
     INF,
     NAN,
     Case,
@@ -122,8 +123,9 @@ def test_metrics_by_hand(backend: str) -> None:
         "dropped_tokens": 1.0,
         "nonfinite_tokens": 1.0,
     }
-    assert {name: value.item() for name, value in metrics._asdict().items()} == pytest.approx(expected, rel=1e-12)
-    assert not any(value.requires_grad for value in metrics)
+    found = {name: value.item() for name, value in metrics._asdict().items() if value is not None}
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert not any(value.requires_grad for value in metrics if value is not None)
 
 
 def test_what_lies_under_the_mask_is_never_read(backend: str) -> None:
@@ -163,7 +165,7 @@ def test_without_active_tokens_all_is_zero(num_tokens: int, backend: str) -> Non
         metrics = clipped_loss(**case, entropy=torch.zeros(num_tokens), backend=backend).metrics
         dropped = metrics.dropped_tokens
         assert dropped == (0 if masked else num_tokens)
-        assert not any(value.any() for value in metrics._replace(dropped_tokens=loss))
+        assert not any(value.any() for value in metrics._replace(dropped_tokens=loss) if value is not None)
 
 
 def test_a_nan_inside_the_mask_is_not_hidden(backend: str) -> None:
@@ -232,13 +234,14 @@ def test_a_second_backward_is_refused(kernel: str) -> None:
 
 
 def test_opcheck(kernel: str) -> None:
-    logprobs, advantages, *rest = loss_case(6).values()
+    logprobs, advantages, mask, old_logprobs, entropy = loss_case(6).values()
     op, leaf = torch.ops.gtpo_kernels.clipped_loss, logprobs.clone().requires_grad_()
     # opcheck's upstream gradient has the sign of the loss: both signs, or a kept gradient scaled by 1 would hide
     for signed in (advantages.abs(), -advantages.abs()):
-        assert_opcheck(op, leaf, signed, *rest, torch.tensor(9.0), 0.2, 0.28, False, True, False, kernel)
-    bare = (logprobs, advantages, rest[0], None, None, None)
-    assert_opcheck(op, *bare, 0.2, 0.28, True, False, False, kernel)
+        rows = (leaf, entropy, signed, mask, old_logprobs)
+        assert_opcheck(op, *rows, torch.tensor(9.0), *CLIPPED, False, True, False, kernel)
+    bare = (logprobs, None, advantages, mask, None, None)
+    assert_opcheck(op, *bare, *CLIPPED, True, False, False, kernel)
 
 
 def test_compiled_whole(kernel: str) -> None:

@@ -19,6 +19,7 @@ from gtpo_kernels import (
 )
 from gtpo_kernels.testing import assert_matches_reference, assert_within_budget, recomputed, run_trial
 from tests.kernels.conftest import (
+    CLIPPED,
     HEAD,
     INF,
     NAN,
@@ -198,7 +199,7 @@ def test_strided_inputs(kernel: str) -> None:
 
 def test_no_gradient_is_allocated_for_a_frozen_weight(kernel: str) -> None:
     case = loss_case(6, 9, 4)
-    rows = (*(case[name] for name in ROWS), 1.0, None, 0.0, None, 0.2, 0.28, False)
+    rows = (*(case[name] for name in ROWS), 1.0, None, 0.0, None, *CLIPPED, False)
     head = tuple(case[name] for name in HEAD)
     outputs = ops.linear_gtpo_loss(*head, *rows, None, False, 0.0, True, False, False, False, kernel)
     assert [x.numel() for x in outputs[2:]] == [24, 0, 0]
@@ -347,14 +348,14 @@ def test_opcheck(kernel: str) -> None:
     head = [case[name].clone().requires_grad_() for name in HEAD]
     logits = logits_loss_case(3, 5)["logits"].requires_grad_()
     frozen = (head[0], case["weight"], None, targets, advantages, rest[0], None)
-    plain = (1.0, None, 0.0, None, 0.2, 0.28, False, None, False, 0.0)
+    plain = (1.0, None, 0.0, None, *CLIPPED, False, None, False, 0.0)
     assert_opcheck(ops.linear_gtpo_loss, *frozen, *plain, True, False, False, False, kernel)
     # opcheck's upstream gradient has the sign of the loss: both signs, or a kept gradient scaled by 1 would hide
     for sign in (1, -1):
         rows = (targets, sign * advantages.abs(), *rest)
-        warm = (1.0, row_temperature(3), 30.0, torch.tensor(9.0), 0.2, 0.28, True)
+        warm = (1.0, row_temperature(3), 30.0, torch.tensor(9.0), *CLIPPED, True)
         assert_opcheck(ops.gtpo_loss, logits, *rows, *warm, True, False, kernel)
-        cool = (0.7, None, 0.0, None, 0.2, 0.28, False)
+        cool = (0.7, None, 0.0, None, *CLIPPED, False)
         assert_opcheck(ops.linear_gtpo_loss, *head, *rows, *cool, 2, True, 1e-6, True, True, True, False, kernel)
 
 

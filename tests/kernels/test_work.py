@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gtpo_kernels.clipped_loss.reference import LossTerms
 from gtpo_kernels.gtpo_loss import kernel_torch as loss_kernel
 from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
 from gtpo_kernels.token_logprobs import kernel_torch as token_kernel
@@ -48,7 +49,7 @@ def inputs(all_metrics: bool) -> LossInputs:
     row = torch.arange(N)
     advantages = torch.where(row < ACTIVE, 1.0, 0.0)
     advantages[50:] = 1.0
-    return LossInputs(row % V, advantages, row < 50, None, 1.0, None, 0.0, None, 0.2, 0.28, all_metrics)
+    return LossInputs(row % V, advantages, row < 50, None, 1.0, None, 0.0, None, LossTerms(0.2, 0.28), all_metrics)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from gtpo.__main__ import main
 from gtpo.config import config_from_dict, load_config
 from gtpo.credit import anchor_ids, assign_credit, check_credit, credit_rules, method_advantages
-from gtpo.methods import METHODS, PRESETS, TRAINABLE, Method, Term, describe_credit, describe_loss, refuse_untrainable
+from gtpo.methods import METHODS, PRESETS, Method, Term, check_loss, describe_credit, describe_loss
 from gtpo.rewards import turn_rewards
 from gtpo.types import ToolResult, ToolStatus
 from gtpo_kernels import turn_advantages
@@ -265,15 +265,18 @@ def test_the_trainer_gives_every_method_what_it_needs() -> None:
             assert assigned.advantages == pytest.approx(expected, abs=1e-5), name
 
 
-def test_training_is_refused_for_a_loss_that_is_not_there_yet() -> None:
-    trainable = [name for name, method in METHODS.items() if all(getattr(method, k) in v for k, v in TRAINABLE.items())]
-    assert {"gtpo", "gtpo_dense", "grpo", "dapo"} <= set(trainable)
-    for name, method in METHODS.items():
-        if name in trainable:
-            refuse_untrainable(method)
-        else:
-            with pytest.raises(ValueError, match=r"this version does not train with credit\."):
-                refuse_untrainable(method)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kl_coef": 0.1}, r"credit.kl_coef needs credit.kl = .*, got 0.1"),
+        ({"surrogate": "cispo", "dual_clip": 3.0}, r'credit.dual_clip needs credit.surrogate = "ppo", got "cispo"'),
+        ({"aggregation_constant": 100.0}, r'credit.aggregation_constant needs credit.aggregation = "constant"'),
+        ({"rollout_correction_low": 3.0}, r"credit.rollout_correction_low must be at most .*, got 3.0 and 2.0"),
+    ],
+)
+def test_a_field_of_the_loss_that_would_be_ignored_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_loss(dataclasses.replace(METHODS["gtpo"], **fields))
 
 
 def test_methods_are_listed_with_formula_and_source(capsys: pytest.CaptureFixture[str]) -> None:

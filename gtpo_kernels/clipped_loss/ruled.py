@@ -1,0 +1,113 @@
+"""The loss of any `LossRule` and its slopes in closed form: a few elementwise operations on [N], the same ones for all
+backends.  What a backend is chosen for, the rows of logits, is not here; the plain clipped surrogate, which backends
+fuse into their sweeps, does not come here either.
+"""
+
+import torch
+from torch import Tensor
+
+from gtpo_kernels.checks import accumulator_dtype
+from gtpo_kernels.clipped_loss.reference import (
+    MAX_LOG_RATIO,
+    LossTerms,
+    active_tokens,
+    clipped_loss_reference,
+    loss_denominator,
+    segment_means,
+)
+
+
+def ruled_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    old_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    num_loss_tokens: Tensor | None,
+    terms: LossTerms,
+    all_metrics: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss [], metrics [13]), without a gradient."""
+    loss, metrics = clipped_loss_reference(
+        logprobs.detach(), advantages, loss_mask, old_logprobs, entropy, num_loss_tokens, terms, all_metrics
+    )
+    return loss, torch.stack([loss.new_zeros(()) if value is None else value for value in metrics])
+
+
+def ruled_slopes(
+    logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    old_logprobs: Tensor | None,
+    num_loss_tokens: Tensor | None,
+    terms: LossTerms,
+) -> tuple[Tensor, Tensor | None]:
+    """(d loss / d logprob, d loss / d entropy or None where it is 0), [N] each, 0 where a token is not active."""
+    accumulator = accumulator_dtype(logprobs.dtype)
+    d_logprobs = torch.zeros_like(logprobs, dtype=accumulator)
+    d_entropy = torch.zeros_like(d_logprobs) if terms.entropy_coef else None
+    rows = active_tokens(advantages, loss_mask, terms).nonzero().squeeze(1)
+    ids = terms.ratio_ids
+    of_logprobs, of_entropy = token_slopes(
+        logprobs[rows].to(accumulator),
+        advantages[rows].to(accumulator),
+        None if old_logprobs is None else old_logprobs[rows].to(accumulator),
+        loss_denominator(num_loss_tokens, loss_mask, accumulator),
+        terms._replace(ratio_ids=None).of_rows(rows)._replace(ratio_ids=None if ids is None else ids[rows]),
+    )
+    d_logprobs[rows] = of_logprobs
+    if d_entropy is not None and of_entropy is not None:
+        d_entropy[rows] = of_entropy
+    return d_logprobs, d_entropy
+
+
+def token_slopes(
+    logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None, denominator: Tensor, terms: LossTerms
+) -> tuple[Tensor, Tensor | None]:
+    """(d loss / d logprob, d loss / d entropy or None where it is 0) of active tokens, which all its tensors hold.
+
+    Where tokens share a ratio they must all be here.
+    """
+    old = logprobs if old_logprobs is None else old_logprobs
+    dead = logprobs.isinf() | old.isinf()
+    ref = None if terms.ref_logprobs is None else terms.ref_logprobs.to(logprobs.dtype)
+    if ref is not None:
+        dead = dead | ref.isinf()
+    weights = None if terms.token_weights is None else terms.token_weights.to(logprobs.dtype)
+
+    def weigh(slopes: Tensor) -> Tensor:
+        return slopes if weights is None else slopes * weights
+
+    log_ratio = (logprobs - old).masked_fill(dead, 0.0)
+    if terms.ratio_ids is not None:
+        log_ratio = segment_means(log_ratio, terms.ratio_ids, ~dead)
+    if terms.surrogate == "ppo":
+        slopes = weigh(_ppo_slopes(log_ratio, advantages, terms))
+        if terms.ratio_ids is not None:
+            # every token moves the log-ratio of all, each by 1 / their number
+            slopes = segment_means(slopes, terms.ratio_ids, ~dead)
+    elif terms.surrogate == "cispo":
+        ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        slopes = weigh(-ratio.clamp(1.0 - terms.clip_low, 1.0 + terms.clip_high) * advantages)
+    else:
+        slopes = weigh(-advantages)
+    if terms.kl != "none":
+        assert ref is not None
+        log_ref = (ref - logprobs).masked_fill(dead, 0.0)
+        of_kl = {"k1": torch.ones_like(log_ref), "k2": -log_ref, "k3": -torch.expm1(log_ref)}[terms.kl]
+        slopes = slopes + terms.kl_coef * weigh(of_kl.masked_fill(log_ref.abs() > MAX_LOG_RATIO, 0.0))
+    slopes = slopes.masked_fill(dead, 0.0) / denominator
+    if not terms.entropy_coef:
+        return slopes, None
+    of_entropy = weigh(torch.full_like(slopes, -terms.entropy_coef))
+    return slopes, of_entropy.masked_fill(dead, 0.0) / denominator
+
+
+def _ppo_slopes(log_ratio: Tensor, advantages: Tensor, terms: LossTerms) -> Tensor:
+    """-ratio * advantage, 0 where clipped or clamped.  A NaN fails every test and stays to be seen."""
+    ratio = log_ratio.exp()
+    cut = log_ratio.abs() > MAX_LOG_RATIO
+    cut |= torch.where(advantages > 0, ratio > 1.0 + terms.clip_high, ratio < 1.0 - terms.clip_low)
+    if terms.dual_clip is not None:
+        cut |= (advantages < 0) & (ratio > terms.dual_clip)
+    return (-ratio * advantages).masked_fill(cut, 0.0)

@@ -1,0 +1,179 @@
+"""The fused losses of any `LossRule`: statistics of rows, the slopes of their tokens, d_logits; on every backend.
+
+The sweeps are those of the backend's per-token op, the slopes those of `clipped_loss`.  A chunk of logits is projected
+once and swept twice (6NVD), unless tokens share a ratio: then all log-probabilities must be known before the first
+slope is, and each chunk is projected twice (8NVD).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gtpo_kernels.backend import run_kernel
+from gtpo_kernels.checks import accumulator_dtype
+from gtpo_kernels.clipped_loss.kernel_torch import loss_denominator
+from gtpo_kernels.clipped_loss.reference import active_tokens, counted_tokens
+from gtpo_kernels.clipped_loss.ruled import ruled_loss, ruled_slopes, token_slopes
+from gtpo_kernels.gtpo_loss.kernel_torch import accumulate_filtered
+from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
+from gtpo_kernels.token_logprobs.kernel_torch import Head, LogitScale, RowSweeps, row_blocks
+from gtpo_kernels.token_logprobs.reference import RowStatistics
+
+
+class RuledPass:
+    """Per-row results of one pass, all [N]: statistics of the rows, and what flows back to them."""
+
+    def __init__(self, inputs: LossInputs, dtype: torch.dtype) -> None:
+        mask = inputs.loss_mask
+
+        def zeros() -> Tensor:
+            return torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+
+        self.inputs = inputs
+        self.dtype = dtype
+        self.scale = LogitScale(inputs.temperature, inputs.row_temperature, inputs.softcap)
+        self.denominator = loss_denominator(inputs.num_loss_tokens, mask, dtype)
+        self.statistics = RowStatistics(zeros(), zeros(), zeros(), zeros())
+        self.d_logprobs = zeros()
+        self.d_entropy = zeros() if inputs.terms.entropy_coef else None
+        active = active_tokens(inputs.advantages, mask, inputs.terms)
+        counted = counted_tokens(inputs.advantages, mask, inputs.terms, inputs.all_metrics)
+        self.active_rows = active.nonzero().squeeze(1)
+        self.forward_only_rows = (counted & ~active).nonzero().squeeze(1)
+
+    def find_slopes(self, rows: Tensor) -> None:
+        """Of rows whose log-probabilities are known, each with a ratio of its own."""
+        i = self.inputs
+        of_logprobs, of_entropy = token_slopes(
+            self.statistics.logprobs[rows],
+            i.advantages[rows].to(self.dtype),
+            None if i.old_logprobs is None else i.old_logprobs[rows].to(self.dtype),
+            self.denominator,
+            i.terms.of_rows(rows),
+        )
+        self.d_logprobs[rows] = of_logprobs
+        if self.d_entropy is not None and of_entropy is not None:
+            self.d_entropy[rows] = of_entropy
+
+    def find_all_slopes(self) -> None:
+        """Of all rows, once the log-probabilities of the active ones are known."""
+        i = self.inputs
+        self.d_logprobs, self.d_entropy = ruled_slopes(
+            self.statistics.logprobs, i.advantages, i.loss_mask, i.old_logprobs, i.num_loss_tokens, i.terms
+        )
+
+    def slope(self, rows: Tensor) -> Tensor:
+        """d loss / d logprob of `rows`."""
+        return self.d_logprobs[rows]
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """(loss [], metrics [13])."""
+        i, of_rows = self.inputs, self.statistics
+        tokens = (of_rows.logprobs, i.advantages, i.loss_mask, i.old_logprobs, of_rows.entropy)
+        return ruled_loss(*tokens, i.num_loss_tokens, i.terms, i.all_metrics)
+
+
+class _Logits(NamedTuple):
+    """What the per-token op of a backend takes beside logits; rows that are not computed hold a target all the same."""
+
+    targets: Tensor
+    temperature: float
+    row_temperature: Tensor | None
+    softcap: float
+
+
+def _whole_pass(backend: str, logits: Tensor, inputs: LossInputs) -> RuledPass:
+    """Statistics and slopes of logits that are there."""
+    state = RuledPass(inputs, accumulator_dtype(logits.dtype))
+    arguments = _arguments(inputs)
+    kept = run_kernel("token_logprobs", backend, "token_logprobs", logits.device, logits, *arguments)
+    state.statistics = RowStatistics(*kept)
+    state.find_all_slopes()
+    return state
+
+
+def _arguments(inputs: LossInputs) -> _Logits:
+    i = inputs
+    skipped = ~counted_tokens(i.advantages, i.loss_mask, i.terms, i.all_metrics)
+    temperature = None if i.row_temperature is None else i.row_temperature.masked_fill(skipped, 1.0)
+    return _Logits(i.targets.masked_fill(skipped, 0), i.temperature, temperature, i.softcap)
+
+
+def ruled_gtpo_loss(
+    backend: str, logits: Tensor, inputs: LossInputs, need_logits: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [], metrics [13], d_logits [N, V] in the logits' dtype, or [0] where not needed)."""
+    state = _whole_pass(backend, logits, inputs)
+    d_logits = logits.new_empty(0)
+    if need_logits:
+        rest = (logits, *_arguments(inputs), state.statistics)
+        upstream = (state.d_logprobs, state.d_entropy)
+        d_logits = run_kernel("token_logprobs", backend, "token_logprobs_backward", logits.device, *upstream, *rest)
+    return *state.finish(), d_logits
+
+
+def ruled_gtpo_loss_(backend: str, logits: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """(loss [], metrics [13]); logits [N, V], contiguous, become d_logits, a block of rows at a time."""
+    state = _whole_pass(backend, logits, inputs)
+    arguments = _arguments(inputs)
+    for rows in row_blocks(logits):
+        upstream = (state.d_logprobs[rows], None if state.d_entropy is None else state.d_entropy[rows])
+        temperature = None if arguments.row_temperature is None else arguments.row_temperature[rows]
+        of_block = arguments._replace(targets=arguments.targets[rows], row_temperature=temperature)
+        kept = RowStatistics(*(values[rows] for values in state.statistics))
+        rest = (logits[rows], *of_block, kept)
+        logits[rows] = run_kernel("token_logprobs", backend, "token_logprobs_backward", logits.device, *upstream, *rest)
+    return state.finish()
+
+
+def ruled_linear_gtpo_loss(
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: LossInputs,
+    chunk_rows: int | None,
+    needs: tuple[bool, bool, bool],
+    gradient_filter: GradientFilter,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], metrics [13], d_hidden [N, D], d_weight [V, D], d_bias [V]).
+
+    Gradients are in the accumulator dtype, [0] where not needed.
+    """
+    sweeps: RowSweeps = run_kernel("token_logprobs", backend, "row_sweeps", hidden.device, *_arguments(inputs))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _chunked(sweeps, hidden, weight, bias, inputs, chunk_rows, needs, gradient_filter)
+
+
+def _chunked(
+    sweeps: RowSweeps,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: LossInputs,
+    chunk_rows: int | None,
+    needs: tuple[bool, bool, bool],
+    gradient_filter: GradientFilter,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head = Head(hidden, weight, bias, chunk_rows, by_column=sweeps.by_column)
+    head.allocate_gradients(*needs)
+    state = RuledPass(inputs, head.dtype)
+
+    def add_gradients(rows: Tensor, hidden: Tensor, logits: Tensor) -> None:
+        sweeps.gradient_(logits, rows, state.d_logprobs, state.d_entropy, state.statistics)
+        accumulate_filtered(head, rows, hidden, logits, state, gradient_filter)
+
+    in_one = inputs.terms.ratio_ids is None and any(needs)
+    for rows, hidden_rows, logits in head.chunks(state.active_rows):
+        sweeps.statistics(logits, rows, state.statistics, in_one)
+        if in_one:
+            state.find_slopes(rows)
+            add_gradients(rows, hidden_rows, logits)
+    if any(needs) and not in_one:
+        state.find_all_slopes()
+        for chunk in head.chunks(state.active_rows):
+            add_gradients(*chunk)
+    for rows, _, logits in head.chunks(state.forward_only_rows):
+        sweeps.statistics(logits, rows, state.statistics, False)
+    return *state.finish(), *head.gradients()

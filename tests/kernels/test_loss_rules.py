@@ -1,0 +1,270 @@
+"""Losses other than the clipped surrogate, of log-probabilities: their definition, against loops over the formulas,
+and their slopes against the definition.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from gtpo_kernels import LossRule, clipped_loss, loss_mean, rollout_weights, sequence_ids
+from gtpo_kernels.clipped_loss.reference import LossTerms
+from gtpo_kernels.testing import assert_matches_reference, recomputed
+from tests.kernels.conftest import INF, NAN, Case, assert_opcheck, cpu_only, on_device
+
+FAMILY = "clipped_loss"
+EVERYTHING = LossRule("ppo", dual_clip=1.5, kl="k3", kl_coef=0.3, entropy_coef=0.2)
+# name: options of the loss, and which of the optional rows it takes
+RULES: dict[str, tuple[Case, tuple[str, ...]]] = {
+    "weights": ({}, ("token_weights",)),
+    "dual": ({"rule": LossRule(dual_clip=1.1), "clip_high": 0.05}, ()),
+    "cispo": ({"rule": LossRule("cispo"), "clip_low": 1.0, "clip_high": 0.1}, ("token_weights",)),
+    "reinforce": ({"rule": LossRule("reinforce")}, ()),
+    "k1": ({"rule": LossRule(kl="k1", kl_coef=0.5)}, ("ref_logprobs",)),
+    "k2": ({"rule": LossRule(kl="k2", kl_coef=0.5)}, ("ref_logprobs", "token_weights")),
+    "k3": ({"rule": LossRule("reinforce", kl="k3", kl_coef=0.5)}, ("ref_logprobs",)),
+    "entropy": ({"rule": LossRule(entropy_coef=0.3)}, ("token_weights",)),
+    "shared": ({"clip_low": 0.05, "clip_high": 0.05}, ("ratio_ids", "token_weights")),
+    "shared cispo": ({"rule": LossRule("cispo"), "clip_high": 0.02}, ("ratio_ids",)),
+    "everything": ({"rule": EVERYTHING, "clip_low": 0.1}, ("ref_logprobs", "token_weights", "ratio_ids")),
+}
+every_rule = pytest.mark.parametrize("name", list(RULES))
+
+
+def with_rows(case: Case, rows: tuple[str, ...]) -> Case:
+    """The case and those of the optional rows; what they hold outside the loss mask must have no effect."""
+    num_rows, dtype = len(case["targets"]), case["old_logprobs"].dtype
+    generator = torch.Generator().manual_seed(num_rows)
+    noise, positive = torch.rand(2, num_rows, generator=generator, device="cpu")
+    optional = {
+        "ref_logprobs": case["old_logprobs"].cpu() + noise - 0.4,
+        "token_weights": positive.masked_fill(positive < 0.1, 0.0),
+        "ratio_ids": torch.randint(7, (num_rows,), generator=generator, device="cpu") * 1000,
+    }
+    chosen = on_device({name: optional[name] for name in rows})
+    hidden = ~case["loss_mask"]
+    for row in chosen.values():
+        row.masked_fill_(hidden, NAN if row.is_floating_point() else -1)
+    return {**case, **{name: row.to(dtype) if row.is_floating_point() else row for name, row in chosen.items()}}
+
+
+def token_case(num_tokens: int, rows: tuple[str, ...], *, seed: int = 0) -> Case:
+    """Log-probabilities in float64, their entropy, and the rows of a rule."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(4, num_tokens, generator=generator, device="cpu", dtype=torch.float64)
+    case: Case = {
+        "targets": torch.zeros(num_tokens),
+        "logprobs": -3 * uniform[0],
+        "entropy": uniform[1],
+        "advantages": (2 * uniform[2] - 1).masked_fill(uniform[2] < 0.2, 0.0),
+        "loss_mask": uniform[3] < 0.8,
+        "old_logprobs": -3 * uniform[0] + 0.6 * (uniform[1] - 0.5),
+    }
+    case = with_rows(on_device(case), rows)
+    del case["targets"]
+    return case
+
+
+def by_hand(case: Case, clip_low: float, clip_high: float, rule: LossRule) -> float:
+    """The loss as a loop over tokens, from the formulas of `LossRule`."""
+    rows = {name: value.tolist() for name, value in case.items()}
+    counted = [i for i, is_in in enumerate(rows["loss_mask"]) if is_in]
+    groups: dict[int, list[float]] = {}
+    for i in counted:
+        key = rows["ratio_ids"][i] if "ratio_ids" in rows else i
+        groups.setdefault(key, []).append(rows["logprobs"][i] - rows["old_logprobs"][i])
+    total = 0.0
+    for i in counted:
+        key = rows["ratio_ids"][i] if "ratio_ids" in rows else i
+        ratio = math.exp(sum(groups[key]) / len(groups[key]))
+        advantage, logprob = rows["advantages"][i], rows["logprobs"][i]
+        bounded = min(max(ratio, 1 - clip_low), 1 + clip_high)
+        if rule.surrogate == "reinforce":
+            gain = advantage * logprob
+        elif rule.surrogate == "cispo":
+            gain = bounded * advantage * logprob
+        else:
+            gain = min(ratio * advantage, bounded * advantage)
+            if rule.dual_clip is not None and advantage < 0:
+                gain = max(gain, rule.dual_clip * advantage)
+        loss = -gain - rule.entropy_coef * rows["entropy"][i]
+        if rule.kl != "none":
+            x = rows["ref_logprobs"][i] - logprob
+            loss += rule.kl_coef * {"k1": -x, "k2": x * x / 2, "k3": math.exp(x) - 1 - x}[rule.kl]
+        total += loss * (rows["token_weights"][i] if "token_weights" in rows else 1.0)
+    return total / len(counted)
+
+
+@every_rule
+def test_the_definition_is_the_formula(name: str, backend: str) -> None:
+    options, rows = RULES[name]
+    for seed in range(5):
+        case = token_case(30, rows, seed=seed)
+        loss = clipped_loss(**case, backend=backend, **options).loss
+        rule = options.get("rule", LossRule())
+        expected = by_hand(case, options.get("clip_low", 0.2), options.get("clip_high", 0.28), rule)
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+@every_rule
+def test_slopes_are_those_of_the_loss(name: str, kernel: str) -> None:
+    options, rows = RULES[name]
+    case = token_case(30, rows)
+    names = ["logprobs", "entropy"] if options.get("rule", LossRule()).entropy_coef else ["logprobs"]
+    assert_matches_reference(clipped_loss, [case], names, backend=kernel, **options)
+    # numerically too, but where the formula holds a ratio constant
+    if options.get("rule", LossRule()).surrogate != "cispo":
+        leaves = [case.pop(name).requires_grad_() for name in names]
+        loss = recomputed(
+            lambda *values: (
+                clipped_loss(**dict(zip(names, values, strict=True)), **case, backend=kernel, **options).loss
+            )
+        )
+        if "entropy" not in names:
+            case["entropy"] = case["entropy"].detach()
+        assert torch.autograd.gradcheck(loss, leaves)
+
+
+def test_a_bounded_ratio_weights_a_cispo_gradient(backend: str) -> None:
+    logprobs = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    ratio = torch.tensor([0.5, 1.5, 9.0], dtype=torch.float64)
+    options: Case = {"rule": LossRule("cispo"), "clip_low": 0.2, "clip_high": 1.0, "backend": backend}
+    result = clipped_loss(logprobs, torch.ones(3), old_logprobs=logprobs.detach() - ratio.log(), **options)
+    result.loss.backward()
+    assert logprobs.grad is not None
+    assert (-3 * logprobs.grad).tolist() == pytest.approx([0.8, 1.5, 2.0], rel=1e-12)
+
+
+def test_metrics_by_hand(backend: str) -> None:
+    logprobs = torch.full((3,), -2.0, dtype=torch.float64)
+    result = clipped_loss(
+        logprobs,
+        torch.tensor([-1.0, -1.0, 0.0]),
+        old_logprobs=logprobs - math.log(4.0) * torch.tensor([1.0, 0.0, 0.0]),
+        ref_logprobs=logprobs + torch.tensor([1.0, 0.0, -1.0]),
+        rule=LossRule(dual_clip=3.0, kl="k2", kl_coef=0.5),
+        backend=backend,
+    )
+    metrics = result.metrics
+    assert metrics.entropy is None
+    assert metrics.clip_dual_fraction is not None
+    assert metrics.ref_kl is not None
+    assert metrics.clip_dual_fraction.item() == pytest.approx(1 / 3)
+    assert metrics.ref_kl.item() == pytest.approx(1 / 3)
+    # a token of advantage 0 is charged for its divergence too
+    assert (metrics.num_active_tokens, metrics.dropped_tokens) == (3.0, 0.0)
+    assert result.loss.item() == pytest.approx((3.0 + 1.0 + 0.5 * (0.5 + 0.5)) / 3)
+    plain = clipped_loss(logprobs, torch.ones(3), backend=backend).metrics
+    assert plain.clip_dual_fraction is plain.ref_kl is None
+
+
+def test_infinite_log_probabilities_have_no_loss(backend: str) -> None:
+    case = token_case(4, ("ref_logprobs", "token_weights"))
+    case["loss_mask"] = torch.ones(4, dtype=torch.bool)
+    case = {name: row.nan_to_num(1.0) if row.is_floating_point() else row for name, row in case.items()}
+    case["ratio_ids"] = torch.tensor([0, 0, 0, 0])
+    for name, row in (("logprobs", 0), ("old_logprobs", 1), ("ref_logprobs", 2)):
+        case[name][row] = -INF
+    leaf = case["logprobs"].requires_grad_()
+    loss, metrics = clipped_loss(**case, rule=EVERYTHING, backend=backend)
+    loss.backward()
+    assert leaf.grad is not None
+    assert loss.isfinite()
+    assert leaf.grad.isfinite().all()
+    assert leaf.grad.nonzero().tolist() == [[3]]
+    assert metrics.nonfinite_tokens == 3
+
+
+def test_tokens_of_advantage_0_count_where_they_share_a_ratio(backend: str) -> None:
+    logprobs = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    loss, metrics = clipped_loss(
+        logprobs, torch.tensor([1.0, 0.0, 0.0]), ratio_ids=torch.tensor([4, 4, 9]), backend=backend
+    )
+    loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([-1 / 6, -1 / 6, 0.0])
+    assert (metrics.num_active_tokens, metrics.dropped_tokens) == (2.0, 1.0)
+
+
+def test_opcheck(kernel: str) -> None:
+    case = token_case(3, ("ref_logprobs", "token_weights", "ratio_ids"))
+    case["loss_mask"] = torch.ones_like(case["loss_mask"])
+    leaves = [case["logprobs"].requires_grad_(), case["entropy"].requires_grad_()]
+    optional = (case["ref_logprobs"].nan_to_num(-1.0), case["token_weights"].nan_to_num(0.5), case["ratio_ids"].abs())
+    rows = (case["advantages"], case["loss_mask"], case["old_logprobs"], None)
+    terms = LossTerms(0.2, 0.28, *EVERYTHING, *optional)
+    assert_opcheck(torch.ops.gtpo_kernels.clipped_loss, *leaves, *rows, *terms, False, True, False, kernel)
+
+
+def test_means_over_tokens_by_hand() -> None:
+    mask = torch.tensor([True, False, True, True, False, True])
+    cu_seqlens = torch.tensor([0, 3, 4, 5, 6], dtype=torch.int32)
+    values = torch.tensor([1.0, 100.0, 2.0, 4.0, 100.0, 8.0])
+    # of the four sequences one has no token in the loss
+    expected = {
+        "token-mean": 15 / 4,
+        "seq-mean-token-mean": (1.5 + 4 + 8) / 3,
+        "seq-mean-token-sum": 15 / 3,
+        "constant": 15 / (3 * 10),
+    }
+    for aggregation, value in expected.items():
+        mean = loss_mean(aggregation, mask, cu_seqlens, constant=10.0 if aggregation == "constant" else None)  # type: ignore[arg-type]
+        # of reinforce with log-prob -1 and old values the loss is the advantage
+        loss = clipped_loss(
+            -torch.ones(6),
+            values,
+            loss_mask=mask,
+            rule=LossRule("reinforce"),
+            token_weights=mean.token_weights,
+            num_loss_tokens=mean.num_loss_tokens,
+        ).loss
+        assert loss.item() == pytest.approx(value)
+
+
+def test_rollout_weights_by_hand() -> None:
+    old, rollout = torch.tensor([-1.0, -1.0, -1.0, -1.0]), torch.tensor([-1.0, -3.0, 1.0, NAN])
+    mask = torch.tensor([True, True, True, False])
+
+    def weights(**options: Any) -> list[float]:
+        return rollout_weights(old, rollout, mask, **options).tolist()
+
+    high = math.exp(2.0)
+    assert weights(correction="truncated", high=5.0) == pytest.approx([1.0, 5.0, 1 / high, 0.0])
+    assert weights(correction="masked", low=0.5, high=5.0) == [1.0, 0.0, 0.0, 0.0]
+    ids = torch.tensor([0, 0, 1, 1])
+    assert weights(correction="truncated", high=5.0, ratio_ids=ids) == pytest.approx([math.e, math.e, 1 / high, 0.0])
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"rule": LossRule("sapo")}, "surrogate must be one of 'ppo', 'cispo', 'reinforce', got 'sapo'"),  # type: ignore[arg-type]
+        ({"rule": LossRule(kl="k4", kl_coef=1.0)}, "kl must be one of .*, got 'k4'"),  # type: ignore[arg-type]
+        ({"rule": LossRule(kl="k1")}, "ref_logprobs must be given with a kl term, and only then, got None"),
+        ({"ref_logprobs": torch.zeros(3)}, "ref_logprobs must be given with a kl term, and only then, got a tensor"),
+        ({"rule": LossRule(dual_clip=1.0)}, "dual_clip must be more than 1 and finite, or None, got 1.0"),
+        ({"rule": LossRule("cispo", dual_clip=3.0)}, "dual_clip is a bound of the surrogate 'ppo'"),
+        ({"rule": LossRule(entropy_coef=-1.0)}, "entropy_coef must be 0 or more and finite, got -1.0"),
+        ({"rule": LossRule(entropy_coef=1.0)}, "entropy must be given with an entropy_coef, got None"),
+        ({"token_weights": torch.ones(2)}, r"token_weights must be \[N\] = \[3\], got shape \(2,\)"),
+        ({"token_weights": -torch.ones(3)}, "token_weights must be 0 or more and finite in the loss mask"),
+        ({"ratio_ids": torch.ones(3)}, "ratio_ids must be int32, int64, got float32"),
+        ({"ratio_ids": -torch.ones(3).long()}, "ratio_ids must be 0 or more in the loss mask, got a negative one"),
+    ],
+)
+def test_bad_arguments_are_named(bad: Case, message: str, backend: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        clipped_loss(torch.zeros(3), torch.ones(3), backend=backend, **bad)
+
+
+@cpu_only
+def test_bad_arguments_of_the_weights_are_named() -> None:
+    mask, cu_seqlens = torch.ones(3, dtype=torch.bool), torch.tensor([0, 3])
+    with pytest.raises(ValueError, match="constant must be given with 'constant', and only then, got None"):
+        loss_mean("constant", mask, cu_seqlens)
+    with pytest.raises(ValueError, match="cu_seqlens must not decrease, from 0 to the 3 tokens"):
+        sequence_ids(torch.tensor([0, 2]), 3)
+    with pytest.raises(ValueError, match=r"low and high must be 0 <= low <= high < inf, got 2.0 and 1.0"):
+        rollout_weights(torch.zeros(3), torch.zeros(3), mask, correction="masked", low=2.0, high=1.0)
