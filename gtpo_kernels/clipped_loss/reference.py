@@ -68,10 +68,9 @@ class LossTerms(NamedTuple):
         return plain and not self.is_penalised
 
     def of_rows(self, rows: Tensor) -> "LossTerms":
-        """The terms of some tokens.  Not for ratios of more than one token, whose other tokens it would lose."""
-        assert self.ratio_ids is None
-        ref, weights = (None if x is None else x[rows] for x in (self.ref_logprobs, self.token_weights))
-        return self._replace(ref_logprobs=ref, token_weights=weights)
+        """The terms of some tokens: all active ones, or any where each has a ratio of its own."""
+        per_token = {name: getattr(self, name) for name in ("ref_logprobs", "token_weights", "ratio_ids")}
+        return self._replace(**{name: None if row is None else row[rows] for name, row in per_token.items()})
 
 
 def weighted(advantages: Tensor, terms: LossTerms) -> tuple[Tensor, LossTerms]:

@@ -47,13 +47,12 @@ def ruled_slopes(
     d_logprobs = torch.zeros_like(logprobs, dtype=accumulator)
     d_entropy = torch.zeros_like(d_logprobs) if terms.entropy_coef else None
     rows = active_tokens(advantages, loss_mask, terms).nonzero().squeeze(1)
-    ids = terms.ratio_ids
     of_logprobs, of_entropy = token_slopes(
         logprobs[rows].to(accumulator),
         advantages[rows].to(accumulator),
         None if old_logprobs is None else old_logprobs[rows].to(accumulator),
         loss_denominator(num_loss_tokens, loss_mask, accumulator),
-        terms._replace(ratio_ids=None).of_rows(rows)._replace(ratio_ids=None if ids is None else ids[rows]),
+        terms.of_rows(rows),
     )
     d_logprobs[rows] = of_logprobs
     if d_entropy is not None and of_entropy is not None:

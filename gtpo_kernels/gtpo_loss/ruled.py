@@ -12,8 +12,7 @@ from torch import Tensor
 
 from gtpo_kernels.backend import run_kernel
 from gtpo_kernels.checks import accumulator_dtype
-from gtpo_kernels.clipped_loss.kernel_torch import loss_denominator
-from gtpo_kernels.clipped_loss.reference import active_tokens, counted_tokens
+from gtpo_kernels.clipped_loss.reference import active_tokens, counted_tokens, loss_denominator
 from gtpo_kernels.clipped_loss.ruled import ruled_loss, ruled_slopes, token_slopes
 from gtpo_kernels.gtpo_loss.kernel_torch import accumulate_filtered
 from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs

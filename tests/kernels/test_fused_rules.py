@@ -22,32 +22,36 @@ from tests.kernels.conftest import (
     logits_loss_case,
     loss_and_gradients,
     loss_case,
+    single_rows,
 )
-from tests.kernels.test_loss_rules import EVERYTHING, RULES, every_rule, with_rows
+from tests.kernels.test_gtpo_loss import edge_rows
+from tests.kernels.test_loss_rules import EVERYTHING, RULES, with_rows
 
 FAMILY = "gtpo_loss"
 ops = torch.ops.gtpo_kernels
+# slopes are the same code for all backends, and tested with `clipped_loss`; here each way through the sweeps
+each_way = pytest.mark.parametrize("name", ["weights", "k3", "entropy", "shared", "everything"])
 
 
 def cases_of(make: Callable[..., Case], kernel: str, rows: tuple[str, ...], *shape: int, **options: Any) -> list[Case]:
     return [with_rows(case, rows) for case in draws(kernel, make, *shape, scalar=True, **options)]
 
 
-@every_rule
+@each_way
 def test_from_hidden_states(name: str, kernel: str) -> None:
     options, rows = RULES[name]
-    cases = cases_of(loss_case, kernel, rows, *fit(kernel, 20, 37, 11), temperature=1.3)
+    cases = cases_of(loss_case, kernel, rows, *fit(kernel, 12, 37, 11), temperature=1.3)
     assert_matches_reference(linear_gtpo_loss, cases, HEAD, backend=kernel, chunk_rows=7, **options)
 
 
-@every_rule
+@each_way
 def test_from_logits(name: str, kernel: str) -> None:
     options, rows = RULES[name]
-    cases = cases_of(logits_loss_case, kernel, rows, *fit(kernel, 20, 37), softcap=4.0)
+    cases = cases_of(logits_loss_case, kernel, rows, *fit(kernel, 12, 37), softcap=4.0)
     assert_matches_reference(gtpo_loss, cases, ["logits"], backend=kernel, metrics="all", **options)
 
 
-@every_rule
+@each_way
 def test_in_place(name: str, kernel: str) -> None:
     options, rows = RULES[name]
     case = with_rows(logits_loss_case(9, 23, dtype=torch.float64), rows)
@@ -55,6 +59,12 @@ def test_in_place(name: str, kernel: str) -> None:
     overwritten = case["logits"].clone()
     result = gtpo_loss_(**{**case, "logits": overwritten}, backend=kernel, **options)
     assert_close([result.loss, overwritten], [loss, d_logits])
+
+
+def test_edge_rows(kernel: str) -> None:
+    case = with_rows({**edge_rows(), "loss_mask": torch.ones(9, dtype=torch.bool)}, ("ref_logprobs",))
+    for one in (case, *single_rows(case)):
+        assert_matches_reference(gtpo_loss, [one], ["logits"], backend=kernel, rule=EVERYTHING)
 
 
 @pytest.mark.parametrize("num_rows", [0, 3])

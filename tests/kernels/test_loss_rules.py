@@ -34,11 +34,12 @@ every_rule = pytest.mark.parametrize("name", list(RULES))
 
 def with_rows(case: Case, rows: tuple[str, ...]) -> Case:
     """The case and those of the optional rows; what they hold outside the loss mask must have no effect."""
-    num_rows, dtype = len(case["targets"]), case["old_logprobs"].dtype
+    old_logprobs = case.get("old_logprobs", -2 * torch.ones(len(case["targets"])))
+    num_rows, dtype = len(old_logprobs), old_logprobs.dtype
     generator = torch.Generator().manual_seed(num_rows)
     noise, positive = torch.rand(2, num_rows, generator=generator, device="cpu")
     optional = {
-        "ref_logprobs": case["old_logprobs"].cpu() + noise - 0.4,
+        "ref_logprobs": old_logprobs.cpu() + noise - 0.4,
         "token_weights": positive.masked_fill(positive < 0.1, 0.0),
         "ratio_ids": torch.randint(7, (num_rows,), generator=generator, device="cpu") * 1000,
     }

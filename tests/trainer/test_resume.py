@@ -128,10 +128,16 @@ def assert_same_records(whole: Path, resumed: Path) -> None:
     "overrides",
     [
         ("--model.lora_rank=2", "--model.gradient_checkpointing=true", "--sft.learning_rate=0.05"),
-        ("--model.freeze_head=true", "--train.updates_per_rollout=2", "--train.eval_every=1"),
+        (
+            "--model.freeze_head=true",
+            "--train.updates_per_rollout=2",
+            "--train.eval_every=1",
+            "--credit.kl=k3",
+            "--credit.kl_coef=0.1",
+        ),
         ("--model.lora_rank=2", "--model.dtype=bfloat16", "--sft.optimizer=muon"),
     ],
-    ids=["adapters and checkpointing", "frozen head and two updates", "adapters of a bfloat16 model"],
+    ids=["adapters and checkpointing", "frozen head, two updates, a reference policy", "adapters of a bfloat16 model"],
 )
 def test_an_interrupted_run_of_other_options_equals_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]

@@ -114,7 +114,9 @@ def test_a_turn_row_has_the_expected_and_the_given_answer() -> None:
 
 
 def test_the_guide_names_every_metric_and_every_column(tmp_path: Path) -> None:
-    with make_trainer(tmp_path, "--sft.steps", "0", "--train.updates_per_rollout", "2") as trainer:
+    terms = ("--credit.kl", "k3", "--credit.kl_coef", "0.1", "--credit.dual_clip", "3")
+    with make_trainer(tmp_path, "--sft.steps", "0", "--train.updates_per_rollout", "2", *terms) as trainer:
+        trainer.learner.keep_reference()
         trainer.evaluate(step=0)
         trainer.step(0, make_optimizer(trainer))
     evaluation, row = read_rows(tmp_path / "run" / "metrics.jsonl")

@@ -1,0 +1,169 @@
+"""The loss part of a method in training: the learner's gradient against loops, and the reference of KL terms."""
+
+import dataclasses
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gtpo.batch import PackedSequence, pack
+from gtpo.learner import Learner
+from gtpo.methods import METHODS, Method
+from gtpo.policy import Policy
+from tests.trainer.conftest import tiny_policy
+from tests.trainer.test_trainer import make_trainer
+
+LOSSES = {
+    **{name: METHODS[name] for name in ("gtpo", "deepseek_grpo", "dr_grpo", "rloo", "gspo", "cispo", "mt_grpo")},
+    "turn ratio": Method(ratio_level="turn", clip_low=0.05, clip_high=0.05, dual_clip=1.02, entropy_coef=0.1),
+    "truncated": Method(rollout_correction="truncated", rollout_correction_high=1.1, kl="k2", kl_coef=0.2),
+    "masked turns": Method(
+        rollout_correction="masked",
+        rollout_correction_level="turn",
+        rollout_correction_low=0.8,
+        rollout_correction_high=1.2,
+        aggregation="seq-mean-token-sum",
+    ),
+}
+
+
+def sequences_of_turns(num: int) -> list[PackedSequence]:
+    """Three prompt tokens, then turns of 1 to 3 tokens, a tool token after each; one sequence is out of the loss."""
+    rng = random.Random(0)
+    sequences = []
+    for number in range(num):
+        turns = [-1, -1, -1]
+        for turn in range(rng.randint(1, 3)):
+            turns += [turn] * rng.randint(1, 3) + [-1]
+        of_turn = [rng.gauss(0.0, 1.0) for _ in turns]
+        sequences.append(
+            PackedSequence(
+                [rng.randrange(3, 250) for _ in turns],
+                [0.0 if turn < 0 else of_turn[turn] for turn in turns],
+                [turn >= 0 and number != 1 for turn in turns],
+                [0.0 if turn < 0 else -5.5 + rng.gauss(0.0, 0.2) for turn in turns],
+                turn_ids=turns,
+            )
+        )
+    return sequences
+
+
+def plain_loss(policy: Policy, method: Method, sequences: list[PackedSequence], old: Tensor, ref: Tensor) -> Tensor:
+    """The method's loss of whole sequences, by loops and plain PyTorch.  old, ref: [N] of the packed sequences."""
+    batch = pack(sequences)
+    log_p = (policy.hidden_states(batch) @ policy.head.weight.T).log_softmax(dim=1)
+    logprobs = log_p.gather(1, batch.targets[:, None]).squeeze(1)
+    entropy = -(log_p.exp() * log_p).sum(dim=1)
+    rows = [
+        (number, turn, is_counted)
+        for number, sequence in enumerate(sequences)
+        for turn, is_counted in zip(sequence.turn_ids or (), sequence.loss_mask, strict=True)
+    ]
+    # the first token of a sequence is predicted by nothing
+    rows = [row for i, row in enumerate(rows) if i and rows[i - 1][0] == row[0]]
+
+    def sharing(level: str, i: int) -> list[int]:
+        depth = {"turn": 2, "sequence": 1}.get(level)
+        if depth is None:
+            return [i]
+        return [j for j, row in enumerate(rows) if row[2] and row[:depth] == rows[i][:depth]]
+
+    of_sequences, counts = [], []
+    for number in range(len(sequences)):
+        in_loss = [i for i, row in enumerate(rows) if row[0] == number and row[2]]
+        total = logprobs.new_zeros(())
+        for i in in_loss:
+            same = sharing(method.ratio_level, i)
+            ratio = (logprobs[same] - old[same]).mean().exp()
+            same = sharing(method.rollout_correction_level, i)
+            weight = math.exp(float((old[same] - batch.rollout_logprobs[same]).mean()))
+            if method.rollout_correction == "none":
+                weight = 1.0
+            elif method.rollout_correction == "truncated":
+                weight = min(weight, method.rollout_correction_high)
+            elif not method.rollout_correction_low <= weight <= method.rollout_correction_high:
+                weight = 0.0
+            advantage = float(batch.advantages[i]) * weight
+            bounded = ratio.clamp(1 - method.clip_low, 1 + method.clip_high)
+            gain = torch.minimum(ratio * advantage, bounded * advantage)
+            if method.dual_clip is not None and advantage < 0:
+                gain = gain.clamp(min=method.dual_clip * advantage)
+            if method.surrogate != "ppo":
+                gain = advantage * logprobs[i] * (bounded.detach() if method.surrogate == "cispo" else 1.0)
+            x = ref[i] - logprobs[i]
+            kl = {"none": 0.0 * x, "k1": -x, "k2": x * x / 2, "k3": x.exp() - 1 - x}[method.kl]
+            total = total - gain + method.kl_coef * kl - method.entropy_coef * entropy[i]
+        if in_loss:
+            of_sequences.append(total / len(in_loss) if method.aggregation == "seq-mean-token-mean" else total)
+            counts.append(len(in_loss))
+    divisor = {"token-mean": sum(counts), "constant": len(counts) * 48}.get(method.aggregation, len(counts))
+    return torch.stack(of_sequences).sum() / divisor
+
+
+@pytest.fixture(scope="module")
+def policies() -> tuple[Policy, Policy]:
+    """The policy in training, and the one that it is held against: as it was some steps before."""
+    now, before = tiny_policy(), tiny_policy()
+    with torch.no_grad():
+        for parameter in now.trainable().values():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    return now, before
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_the_gradient_is_that_of_the_loss_by_loops(name: str, policies: tuple[Policy, Policy], tmp_path: Path) -> None:
+    policy, before = policies
+    with make_trainer(tmp_path, "--rollout.max_trajectory_tokens", "48") as trainer:
+        config = dataclasses.replace(trainer.config, credit=LOSSES[name])
+    learner = Learner(policy, config)
+    learner.reference = before.reference_weights()
+    sequences = sequences_of_turns(5)
+    with torch.no_grad():
+        whole = pack(sequences)
+        log_p = (before.hidden_states(whole) @ before.head.weight.T).log_softmax(dim=1)
+        ref = log_p.gather(1, whole.targets[:, None]).squeeze(1)
+        old = 0.5 * (ref + learner.with_old_logprobs(whole).old_logprobs)
+    batches, start = [], 0
+    for part in (sequences[:2], sequences[2:]):
+        batch = pack(part)
+        part_old = old[start : start + len(batch.targets)]
+        batch = dataclasses.replace(batch, old_logprobs=part_old)
+        batches.append(learner.with_ref_logprobs(batch) if learner.has_reference else batch)
+        start += len(part_old)
+    denominator = sum(float(learner.mean_of(batch).num_loss_tokens) for batch in batches)
+    policy.model.zero_grad()
+    loss = sum(learner.accumulate_gradient(batch, num_loss_tokens=denominator)[0] for batch in batches)
+    found = {name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None}
+    policy.model.zero_grad()
+    expected = plain_loss(policy, config.credit, sequences, old, ref)
+    expected.backward()
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
+    assert found
+    for name, p in policy.trainable().items():
+        assert p.grad is not None
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_reference_is_the_policy_as_training_began(lora_rank: int, tmp_path: Path) -> None:
+    with make_trainer(tmp_path, "--credit.kl", "k3", "--credit.kl_coef", "0.1") as trainer:
+        config = trainer.config
+    policy = tiny_policy(lora_rank=lora_rank)
+    learner = Learner(policy, config)
+    learner.keep_reference()
+    batch = pack(sequences_of_turns(3))
+    first = learner.with_old_logprobs(batch).old_logprobs
+    assert first is not None
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    moved = learner.with_old_logprobs(batch).old_logprobs
+    assert moved is not None and not torch.allclose(moved, first, atol=1e-3)
+    kept = learner.with_ref_logprobs(batch).ref_logprobs
+    # adapters begin as 0, so the base is where training began
+    assert kept is not None and torch.equal(kept, first)
+    after = learner.with_old_logprobs(batch).old_logprobs
+    assert after is not None and torch.equal(after, moved)
