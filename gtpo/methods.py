@@ -351,6 +351,8 @@ def check_loss(method: Method) -> None:
         )
     if method.dual_clip is not None and method.surrogate != "ppo":
         raise ValueError(f'credit.dual_clip needs credit.surrogate = "ppo", got "{method.surrogate}"')
+    if method.ratio_level != "token" and method.surrogate == "reinforce":
+        raise ValueError(f'credit.ratio_level = "{method.ratio_level}" needs a surrogate with a ratio, got "reinforce"')
     if method.aggregation_constant is not None and method.aggregation != "constant":
         raise ValueError(
             f'credit.aggregation_constant needs credit.aggregation = "constant", got "{method.aggregation}"'
@@ -379,7 +381,9 @@ def describe_loss(method: Method) -> str:
     >>> describe_loss(METHODS["gtpo"])
     'token ratio, ppo, clip 0.2 / 0.28, token-mean'
     """
-    parts = [f"{method.ratio_level} ratio", method.surrogate, f"clip {method.clip_low:g} / {method.clip_high:g}"]
+    parts = [method.surrogate]
+    if method.surrogate != "reinforce":
+        parts = [f"{method.ratio_level} ratio", *parts, f"clip {method.clip_low:g} / {method.clip_high:g}"]
     parts += [f"dual clip {method.dual_clip:g}"] if method.dual_clip is not None else []
     parts += [method.aggregation]
     parts += [f"{method.kl} KL {method.kl_coef:g}"] if method.kl != "none" else []

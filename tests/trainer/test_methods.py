@@ -271,6 +271,10 @@ def test_the_trainer_gives_every_method_what_it_needs() -> None:
     [
         ({"kl_coef": 0.1}, r"credit.kl_coef needs credit.kl = .*, got 0.1"),
         ({"surrogate": "cispo", "dual_clip": 3.0}, r'credit.dual_clip needs credit.surrogate = "ppo", got "cispo"'),
+        (
+            {"surrogate": "reinforce", "ratio_level": "turn"},
+            r'credit.ratio_level = "turn" needs a surrogate with a ratio',
+        ),
         ({"aggregation_constant": 100.0}, r'credit.aggregation_constant needs credit.aggregation = "constant"'),
         ({"rollout_correction_low": 3.0}, r"credit.rollout_correction_low must be at most .*, got 3.0 and 2.0"),
     ],
