@@ -166,7 +166,7 @@ def clipped_loss_reference(
         assert entropy is not None
         token_loss = token_loss - terms.entropy_coef * given(entropy, live)
     if terms.token_weights is not None:
-        token_loss = token_loss * given(terms.token_weights, active)
+        token_loss = token_loss * given(terms.token_weights.detach(), active)
     denominator = loss_denominator(num_loss_tokens, loss_mask, accumulator)
     loss = token_loss.masked_fill(nonfinite | ~active, 0.0).sum() / denominator
 
