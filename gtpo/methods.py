@@ -381,7 +381,7 @@ def describe_loss(method: Method) -> str:
     >>> describe_loss(METHODS["gtpo"])
     'token ratio, ppo, clip 0.2 / 0.28, token-mean'
     """
-    parts = [method.surrogate]
+    parts: list[str] = [method.surrogate]
     if method.surrogate != "reinforce":
         parts = [f"{method.ratio_level} ratio", *parts, f"clip {method.clip_low:g} / {method.clip_high:g}"]
     parts += [f"dual clip {method.dual_clip:g}"] if method.dual_clip is not None else []

@@ -69,8 +69,9 @@ class LossTerms(NamedTuple):
 
     def of_rows(self, rows: Tensor) -> "LossTerms":
         """The terms of some tokens: all active ones, or any where each has a ratio of its own."""
-        per_token = {name: getattr(self, name) for name in ("ref_logprobs", "token_weights", "ratio_ids")}
-        return self._replace(**{name: None if row is None else row[rows] for name, row in per_token.items()})
+        of_tokens = (self.ref_logprobs, self.token_weights, self.ratio_ids)
+        ref, weights, ids = (None if values is None else values[rows] for values in of_tokens)
+        return self._replace(ref_logprobs=ref, token_weights=weights, ratio_ids=ids)
 
 
 def weighted(advantages: Tensor, terms: LossTerms) -> tuple[Tensor, LossTerms]:
