@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gtpo_kernels.clipped_loss.reference import LossTerms
 from gtpo_kernels.gtpo_loss import kernel_torch as loss_kernel
 from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
+from gtpo_kernels.gtpo_loss.ruled import ruled_linear_gtpo_loss
 from gtpo_kernels.token_logprobs import kernel_torch as token_kernel
 
 N, V, D, CHUNK = 60, 101, 13, 8
@@ -71,6 +72,23 @@ def test_the_fused_loss_projects_active_rows_once(
             hidden, weight, bias, inputs(all_metrics), CHUNK, needs, GradientFilter(False, 0.0)
         )
     )
+    assert products == pytest.approx(expected)
+    assert largest <= max(N * D, V * D, CHUNK * V) < ACTIVE * V
+
+
+@pytest.mark.parametrize(
+    ("terms", "expected"),
+    [
+        (LossTerms(0.2, 0.28, "cispo"), 6),
+        (LossTerms(0.2, 0.28, ratio_ids=torch.arange(N)), 8),  # no slope is known before all ratios are
+    ],
+    ids=["own ratios", "shared ratios"],
+)
+def test_another_rule_projects_again_only_for_shared_ratios(terms: LossTerms, expected: int) -> None:
+    hidden, weight = torch.randn(N, D), torch.randn(V, D)
+    rows = inputs(all_metrics=False)._replace(terms=terms)
+    rest = (CHUNK, (True, True, False), GradientFilter(False, 0.0))
+    products, largest = work(lambda: ruled_linear_gtpo_loss("torch", hidden, weight, None, rows, *rest))
     assert products == pytest.approx(expected)
     assert largest <= max(N * D, V * D, CHUNK * V) < ACTIVE * V
 
