@@ -20,6 +20,7 @@ class Descendant:
     pid: int
     namespace_pid: int
     alive: bool
+    stopped: bool
     num_threads: int
     memory_bytes: int
     peak_bytes: int
@@ -71,6 +72,7 @@ class ProcessTree:
             namespace_pid=int(fields["NSpid"].split()[-1]),
             # The first thread can end before the others.
             alive=fields["State"][0] not in "ZX" or fields["Threads"] != "1",
+            stopped=fields["State"][0] == "T",
             num_threads=int(fields["Threads"]),
             memory_bytes=anonymous + shared,
             peak_bytes=peak,

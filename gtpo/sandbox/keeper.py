@@ -363,7 +363,7 @@ class Keeper:
         elif self._snapshot is None:
             _kill(-1)
         else:
-            # Stopped first, so that none can be missed that is just being forked.
+            # Stopped first, so that they fork no more.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGSTOP)
             for process in self._processes.descendants():
@@ -371,14 +371,22 @@ class Keeper:
                     _kill(process.namespace_pid)
         _, wait_status, usage = os.wait4(self._pid, 0)
         if self._processes is not None:
-            # What the interpreter leaves behind is the keeper's now.
-            while len(self._processes.descendants()) > (self._snapshot is not None):
-                os.waitpid(-1, 0)
+            self._end_leftovers(self._processes)
         # Of the interpreter and the children that it waited for; of all of them as of the last look.
         cpu_time_s = max(usage.ru_utime + usage.ru_stime - self._cpu_start, self._seen_cpu_s)
         self._selector.unregister(self._pidfd)
         os.close(self._pidfd)
         return wait_status, cpu_time_s, usage.ru_maxrss * 1024
+
+    def _end_leftovers(self, processes: ProcessTree) -> None:
+        """Kill and reap what a dead interpreter has left, but for the snapshot."""
+        # More than one round: a process that was being forked when the others were listed is found in the next.
+        while leftovers := [p for p in processes.descendants() if p.namespace_pid != self._snapshot]:
+            for process in leftovers:
+                _kill(process.namespace_pid)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.namespace_pid, os.WNOHANG)
+            time.sleep(0.0005)
 
     def _roll_back(self, *, empty_box: bool) -> str:
         """Go on with the snapshot, with its files if not `empty_box`; "lost" where there is none."""
@@ -394,12 +402,23 @@ class Keeper:
         self._received = b""
         snapshot, self._snapshot = self._snapshot, None
         try:
+            if not self._is_held(snapshot):
+                return "lost"
             self._adopt(snapshot)
             if empty_box:
                 removal.empty_directory(self._box)
         except OSError:
             return "lost"
         return "rolled_back"
+
+    def _is_held(self, snapshot: int) -> bool:
+        """Whether the snapshot waits, stopped; a cell may have killed it, which takes effect a moment later."""
+        while self._processes is not None:
+            found = [p for p in self._processes.descendants() if p.namespace_pid == snapshot]
+            if not found or not found[0].alive or found[0].stopped:
+                return bool(found) and found[0].stopped
+            time.sleep(0.0005)
+        return False
 
     def _reap_while_idle(self) -> None:
         """Until the trainer says something: take the exit status of old snapshots."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gtpo.__main__ import main
-from gtpo.sandbox import CellStatus, SandboxPool, SessionState, abuse, fork_server
+from gtpo.sandbox import CellStatus, SandboxLimits, SandboxPool, SessionState, abuse, fork_server
 from gtpo.sandbox.attempts import ATTEMPTS, Attempt
 from gtpo.sandbox.check import run_check
 from tests.sandbox.conftest import LIMITS, TIERS, process_states, without_namespaces
@@ -229,6 +229,25 @@ print(len(children))
     # As many as the limit says, or none at all where a cell can start no processes.
     least = LIMITS.max_processes if "snapshots" in cage.pool.report.layers else 0
     assert all(least <= int(cell.stdout) <= least + 2 for cell in (first, second))
+
+
+def test_fork_bombs_end_and_a_killed_snapshot_is_replaced():
+    """Processes that are just being forked while the others are killed must not keep the keeper waiting."""
+    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+
+    async def run():
+        limits = SandboxLimits(cpu_time_s=0.2, wall_time_s=5.0, memory_bytes=128 * 2**20)
+        async with SandboxPool(limits, max_concurrent=4) as pool:
+            sessions = [await pool.open("x = 41") for _ in range(4)]
+            bombs = [await asyncio.gather(*(session.run(bomb) for session in sessions)) for _ in range(3)]
+            killed = await sessions[0].run("import os\ntry: os.kill(-1, 9)\nfinally: os._exit(1)")
+            after = [(await session.run("print(x)")).stdout for session in sessions]
+        return [result for round in bombs for result in round], killed, after
+
+    bombs, killed, after = asyncio.run(run())
+    assert {result.status for result in bombs} <= {CRASH, TIMEOUT}
+    assert {result.state for result in (*bombs, killed)} == {SessionState.ROLLED_BACK}
+    assert killed.exit_status == 1 and after == ["41\n"] * 4
 
 
 def test_memory_of_all_processes_counts_and_the_session_goes_on():
