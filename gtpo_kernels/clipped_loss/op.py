@@ -54,7 +54,7 @@ def clipped_loss(
     entropy: [N] float, for the metric of that name, and the bonus of the rule.
     rule: another loss of a token, with further terms: see `LossRule`.
     ref_logprobs: [N] float, of the reference policy; required with, and only with, a rule's kl.
-    token_weights: [N] float, 0 or more: times the loss of a token, see `aggregation_weights`.  None for 1.
+    token_weights: [N] float, 0 or more: times the loss of a token, see `loss_mean`.  None for 1.
     ratio_ids: [N] int, 0 or more in the loss mask: tokens of one id share one ratio, the geometric mean of theirs
         (turn ids: one ratio a turn; GSPO: one a sequence).  None for a ratio a token.
     num_loss_tokens: the loss tokens of the whole optimizer step, of all micro-batches and ranks; None counts the mask.
