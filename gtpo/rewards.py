@@ -30,7 +30,7 @@ class TurnRewards:
 def turn_rewards(group: Sequence[Trajectory], method: Method) -> list[TurnRewards]:
     """Rewards of every trajectory of one group (the attempts at one task; lost ones are left out by the caller).
 
-    r_ij = (on the last turn: the outcome, or the similarity credit of a failure where that is larger)
+    r_ij = (on the last turn: the outcome, or the similarity credit where that is 0)
     + (min(format_ij, execution_ij) where either is negative, else execution_ij).
 
     The positive execution term is paid once a trajectory, for the first turn whose tools printed what the task expects;
@@ -53,7 +53,7 @@ def turn_rewards(group: Sequence[Trajectory], method: Method) -> list[TurnReward
             min(form, run) if min(form, run) < 0 else run
             for form, run in zip(format_terms, execution_terms, strict=True)
         ]
-        totals[-1] += max(trajectory.outcome, credit)
+        totals[-1] += trajectory.outcome or credit
         rewards.append(TurnRewards(totals, trajectory.outcome, credit, format_terms, execution_terms))
     return rewards
 

@@ -81,7 +81,8 @@ def test_only_the_whole_outcome_is_a_success() -> None:
     success = make_trajectory(make_turn(code="print(1)"), outcome=1.0)
     low = make_trajectory(make_turn(code="print(1)"), outcome=0.2)
     found = turn_rewards([partial, low, failure, success], GTPO)
-    assert [entry.rewards for entry in found] == [[0.9], [0.5], [0.5], [1.0]]
+    # only an outcome of 0 is replaced
+    assert [entry.rewards for entry in found] == [[0.9], [0.2], [0.5], [1.0]]
     assert [entry.similarity for entry in found] == [0.5, 0.5, 0.5, 0.0]
 
 
