@@ -118,14 +118,7 @@ class Policy:
 
     @contextlib.contextmanager
     def as_reference(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within it the trainable weights are these ones; under LoRA, whose base is still there, there are no adapters.
-
-        Nothing may be trained within it.
-        """
-        if self._adapted is not None:
-            with self._adapted.disable_adapter():
-                yield
-            return
+        """Within it the trainable weights, under LoRA the adapters, are these. Nothing may be trained within it."""
         trainable = self.trainable()
         kept = {name: parameter.data for name, parameter in trainable.items()}
         try:
@@ -137,9 +130,7 @@ class Policy:
                 parameter.data = kept[name]
 
     def reference_weights(self) -> dict[str, Tensor]:
-        """A copy of the weights as they are now, for `as_reference`; empty under LoRA, which needs none."""
-        if self._adapted is not None:
-            return {}
+        """A copy of the trainable weights as they are now, for `as_reference`."""
         return {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
 
     def hidden_states(self, batch: Batch) -> Tensor:

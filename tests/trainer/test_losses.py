@@ -14,7 +14,7 @@ from gtpo.learner import Learner
 from gtpo.methods import METHODS, Method
 from gtpo.policy import Policy
 from tests.trainer.conftest import tiny_policy
-from tests.trainer.test_trainer import make_trainer
+from tests.trainer.test_trainer import make_optimizer, make_trainer
 
 LOSSES = {
     **{name: METHODS[name] for name in ("gtpo", "deepseek_grpo", "dr_grpo", "rloo", "gspo", "cispo", "mt_grpo")},
@@ -153,17 +153,30 @@ def test_the_reference_is_the_policy_as_training_began(lora_rank: int, tmp_path:
         config = trainer.config
     policy = tiny_policy(lora_rank=lora_rank)
     learner = Learner(policy, config)
-    learner.keep_reference()
     batch = pack(sequences_of_turns(3))
+    loaded = learner.with_old_logprobs(batch).old_logprobs
+    with torch.no_grad():
+        # as a warm-up would
+        for parameter in policy.trainable().values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    learner.keep_reference()
     first = learner.with_old_logprobs(batch).old_logprobs
-    assert first is not None
+    assert loaded is not None and first is not None and not torch.allclose(first, loaded, atol=1e-3)
     with torch.no_grad():
         for parameter in policy.trainable().values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     moved = learner.with_old_logprobs(batch).old_logprobs
     assert moved is not None and not torch.allclose(moved, first, atol=1e-3)
     kept = learner.with_ref_logprobs(batch).ref_logprobs
-    # adapters begin as 0, so the base is where training began
     assert kept is not None and torch.equal(kept, first)
     after = learner.with_old_logprobs(batch).old_logprobs
     assert after is not None and torch.equal(after, moved)
+
+
+def test_under_lora_too_the_first_kl_is_that_of_the_warmed_up_policy_to_itself(tmp_path: Path) -> None:
+    changes = ("--model.lora_rank", "2", "--sft.learning_rate", "0.05", "--train.updates_per_rollout", "1")
+    with make_trainer(tmp_path, *changes, "--credit.kl", "k2", "--credit.kl_coef", "0.1") as trainer:
+        trainer.warm_up_only()
+        adapters = [value for name, value in trainer.policy.trainable().items() if "lora_B" in name]
+        assert min(float(value.detach().abs().max()) for value in adapters) > 1e-3
+        assert trainer.step(0, make_optimizer(trainer))["kl"] < 1e-10
