@@ -74,8 +74,11 @@ def test_whatever_an_interpreter_says_is_an_answer_or_its_end(data, piece, snaps
 # names for the ids of processes: the processes that tests are spread over must collect the same
 @pytest.mark.parametrize(
     "pid",
-    [0, 1, -1, -2, 2**31, 2**70, True, 1.5, "2", None]
-    + [pytest.param(os.getpid(), id="own"), pytest.param(os.getppid(), id="parent")],
+    [
+        *(0, 1, -1, -2, 2**31, 2**70, True, 1.5, "2", None),
+        pytest.param(os.getpid(), id="own"),
+        pytest.param(os.getppid(), id="parent"),
+    ],
 )
 def test_only_a_child_can_be_a_snapshot(pid):
     with Listener() as keeper:
