@@ -55,9 +55,9 @@ class Environment(ABC):
     def tasks(self, split: Split, num: int, seed: int) -> list[Task]:
         """`num` tasks with unique ids, a function of (options, split, num, seed) only.
 
-        No task of split "train" has the (prompt, data) of one of split "eval", whatever the seeds are. The tasks of a
-        smaller `num` are a prefix of those of a larger one. Raises ValueError for an unknown split, a negative `num`,
-        or when the environment has not enough different tasks.
+        No task of split "train" has the (prompt, data) of one of split "eval", whatever the seeds are. Those of "eval"
+        are all different; those of "train" may repeat. The tasks of a smaller `num` are a prefix of those of a larger
+        one. Raises ValueError for an unknown split, a negative `num`, or when the split has too few different tasks.
         """
 
     @abstractmethod
@@ -97,16 +97,23 @@ class GeneratedEnvironment(Environment):
         check_request(split, num)
         rng = random.Random(f"{self.name}/{split}/{seed}")
         tasks: list[Task] = []
+        seen: set[bytes] = set()
         for _ in range(100 * (num + 10)):
             if len(tasks) == num:
                 return tasks
             prompt, answer, data = self.draw(rng, len(tasks))
             if split_of(prompt, data) == split:
+                if split == "eval":
+                    # a repeated task would count more than the others
+                    digest = content_digest(prompt, data)
+                    if digest in seen:
+                        continue
+                    seen.add(digest)
                 task_id = f"{self.name}-{split}-{seed}-{len(tasks)}"
                 tasks.append(Task(id=task_id, environment=self.name, prompt=prompt, answer=answer, data=data))
         raise ValueError(
             f"environment '{self.name}' must have enough different tasks for {num} of split '{split}', "
-            f"got {len(tasks)}: widen its options"
+            f"got {len(tasks)}: widen its options or lower tasks.num_{split}"
         )
 
 

@@ -59,7 +59,10 @@ class JsonlEnvironment(Environment):
         check_request(split, num)
         rows = self._rows[split]
         if split == "eval" and num > len(rows):
-            raise ValueError(f"num must be at most the {len(rows)} rows that are held out for evaluation, got {num}")
+            raise ValueError(
+                f"num (tasks.num_eval in a configuration) must be at most the {len(rows)} rows that are held out for "
+                f"evaluation, got {num}"
+            )
         rng = random.Random(f"{self.name}/{split}/{seed}")
         drawn: list[tuple[str, str]] = []
         while len(drawn) < num:

@@ -61,8 +61,8 @@ def test_splits_are_disjoint_where_contents_repeat() -> None:
     # 20 items x 2 getters x 90 values: 4,000 draws meet most contents
     environment = make_environment("retry", num_items=1, num_getters=2)
     train = {content(task) for task in environment.tasks("train", 4000, seed=0)}
-    held_out = {content(task) for task in environment.tasks("eval", 1000, seed=1)}
-    assert len(train) > 1800 and len(held_out) > 450
+    held_out = {content(task) for task in environment.tasks("eval", 500, seed=1)}
+    assert len(train) > 1800
     assert not train & held_out
 
 
@@ -139,6 +139,19 @@ def test_too_few_contents_for_a_split() -> None:
     assert len(environment.tasks("train", 3, seed=0)) == 3
     with pytest.raises(ValueError, match="enough different tasks for 1 of split 'eval', got 0"):
         environment.tasks("eval", 1, seed=0)
+
+
+def test_held_out_tasks_are_all_different() -> None:
+    # 20 items x 2 getters x 9 values: 360 contents, a fifth of them held out
+    environment = make_environment("retry", num_items=1, num_getters=2, num_digits=1)
+    tasks = environment.tasks("eval", 60, seed=0)
+    assert len({content(task) for task in tasks}) == len({task.id for task in tasks}) == 60
+    assert environment.tasks("eval", 30, seed=0) == tasks[:30]
+    with pytest.raises(
+        ValueError, match=r"different tasks for 200 of split 'eval', got \d\d: .* lower tasks\.num_eval"
+    ):
+        environment.tasks("eval", 200, seed=0)
+    assert len(environment.tasks("train", 600, seed=0)) == 600
 
 
 def test_defaults_of_the_base() -> None:

@@ -173,7 +173,10 @@ def test_bad_data_sets_are_refused_before_any_work(tmp_path: Path, capsys: pytes
     error = refused(tmp_path, capsys)
     assert "line 9: expected a column among answer, ground_truth, found question, solution" in error
     write_rows(data, ROWS)
-    assert "num must be at most the 2 rows that are held out for evaluation, got 4" in refused(tmp_path, capsys)
+    error = refused(tmp_path, capsys)
+    assert (
+        "tasks.num_eval in a configuration) must be at most the 2 rows that are held out for evaluation, got 4" in error
+    )
 
 
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
