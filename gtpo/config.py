@@ -284,7 +284,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             table = table.setdefault(name, {}) if isinstance(table, dict) else _entry(table, name, key)
         if not isinstance(table, dict):
             raise ValueError(f"--{key}: {tables[-1]!r} is not a table of the config")
-        table[last] = _toml_literal(value)
+        literal = _toml_literal(value)
+        table[last] = value if _is_text(key) and not isinstance(literal, str) else literal
     return config_from_dict(raw)
 
 
@@ -370,6 +371,17 @@ def _entry(tables: Any, number: str, key: str) -> Any:
     if not (number.isdecimal() and int(number) < len(tables)):
         raise ValueError(f"--{key}: expected the number of one of {len(tables)} entries, from 0, got {number!r}")
     return tables[int(number)]
+
+
+def _is_text(key: str) -> bool:
+    """Whether `key` holds a text, for which 7 or 2026-11-23 need no quotes."""
+    kind: Any = Config
+    for name in key.split("."):
+        if get_origin(kind) is tuple:
+            kind = get_args(kind)[0]
+        else:
+            kind = get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    return kind is str
 
 
 def _toml_literal(text: str) -> Any:

@@ -107,6 +107,34 @@ def test_an_entry_of_a_list_is_overridden_by_its_number(tmp_path: Path) -> None:
         load_config(path, ["--seed", "1", "--seed.a.b", "1"])
 
 
+@pytest.mark.parametrize("text", ["2026-11-23", "7", "1e3", "true", "[x]", "a b", '"quoted"'])
+def test_a_text_needs_no_quotes(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[[environments]]\nname = "retry"\n')
+    config = load_config(path, ["--output_dir", text, f"--model.source={text}", "--environments.0.name", text])
+    assert {config.output_dir, config.model.source, config.environments[0].name} == {text.strip('"')}
+
+
+def test_what_is_no_text_keeps_its_type(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('[[environments]]\nname = "retry"\n')
+    words = [
+        "--environments.0.options.num_items",
+        "3",
+        "--rollout.tools",
+        '["python", "search"]',
+        "--tools.search.limit",
+        "7",
+    ]
+    config = load_config(path, [*words, "--eval.temperature", "1"])
+    assert config.environments[0].options == {"num_items": 3}
+    assert (config.rollout.tools, config.tools, config.eval.temperature) == (
+        ("python", "search"),
+        {"search": {"limit": 7}},
+        1.0,
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
