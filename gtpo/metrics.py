@@ -68,16 +68,15 @@ def rollout_metrics(
         "tools/failure_frequency": _mean([float(result.status is not ToolStatus.OK) for result in calls]),
         "tools/invalid_calls_per_task": _mean([t.num_invalid_calls for t in trajectories]),
     }
-    statuses = Counter(result.status for result in calls)
-    metrics |= {f"tools/status/{status.value}": float(statuses[status]) for status in ToolStatus}
     stops = Counter(t.stop for t in trajectories)
     metrics |= {f"stop/{stop.value}": float(stops[stop]) for stop in StopReason}
     return metrics
 
 
 def tool_metrics(trajectories: Sequence[Trajectory], names: Sequence[str]) -> dict[str, float]:
-    """For each tool of `names`: calls, failures and time-outs among them, attempts after the first, seconds of work and
-    of waiting a call (0 without a call). Calls by code in the sandbox count like the model's own.
+    """Calls by status; for each tool of `names`: calls, failures and time-outs among them, attempts after the first,
+    seconds of work and of waiting a call (0 without a call), where calls by code in the sandbox count like the model's
+    own.
 
     Lost trajectories count here, since a tool may be why they are lost.
     """
@@ -88,7 +87,8 @@ def tool_metrics(trajectories: Sequence[Trajectory], names: Sequence[str]) -> di
                 for name, made in ((call.name, result), *result.calls):
                     if name in results and not made.is_invalid_call:
                         results[name].append(made)
-    metrics: dict[str, float] = {}
+    of_all = Counter(result.status for t in trajectories for turn in t.turns for result in turn.results)
+    metrics = {f"tools/status/{status.value}": float(of_all[status]) for status in ToolStatus}
     for name, found in results.items():
         statuses = Counter(result.status for result in found)
         metrics |= {
@@ -133,28 +133,57 @@ def update_metrics(parts: Sequence[LossMetrics], gaps: Sequence[Tensor]) -> dict
 def turn_rows(
     step: int, groups: Groups, rewards: Sequence[Sequence[TurnRewards]], credit: Sequence[Sequence[Credit]]
 ) -> Iterator[dict[str, Any]]:
-    """The table of a step: one row a turn."""
+    """The table of a step: one row a turn. `groups` are without lost trajectories."""
     for group, group_rewards, group_credit in zip(groups, rewards, credit, strict=True):
         for trajectory, reward, assigned in zip(group, group_rewards, group_credit, strict=True):
-            for number, turn in enumerate(trajectory.turns):
-                yield {
-                    "step": step,
-                    "task": trajectory.task.id,
-                    "trajectory": trajectory.sample,
-                    "turn": number,
-                    "text": turn.text,
-                    "tools": [call.name for call in turn.calls],
-                    "results": [{"status": result.status.value, "text": result.text} for result in turn.results],
-                    "tokens": len(turn.completion_ids),
-                    "reward": reward.rewards[number],
-                    "return": assigned.returns[number],
-                    "advantage": assigned.advantages[number],
-                    "outcome": trajectory.outcome,
-                    "stop": trajectory.stop.value,
-                    "expected_answer": trajectory.task.answer,
-                    "given_answer": trajectory.answer,
-                    "seconds": turn.seconds,
-                }
+            for number in range(len(trajectory.turns)):
+                yield _turn_row(
+                    step,
+                    trajectory,
+                    number,
+                    reward=reward.rewards[number],
+                    return_=assigned.returns[number],
+                    advantage=assigned.advantages[number],
+                    outcome=trajectory.outcome,
+                )
+
+
+def lost_turn_rows(step: int, lost: Sequence[Trajectory]) -> Iterator[dict[str, Any]]:
+    """The same table for lost trajectories, which earn nothing: what turns earn is None."""
+    for trajectory in lost:
+        for number in range(len(trajectory.turns)):
+            yield _turn_row(step, trajectory, number, reward=None, return_=None, advantage=None, outcome=None)
+
+
+def _turn_row(
+    step: int,
+    trajectory: Trajectory,
+    number: int,
+    *,
+    reward: float | None,
+    return_: float | None,
+    advantage: float | None,
+    outcome: float | None,
+) -> dict[str, Any]:
+    turn = trajectory.turns[number]
+    return {
+        "step": step,
+        "task": trajectory.task.id,
+        "trajectory": trajectory.sample,
+        "turn": number,
+        "text": turn.text,
+        "tools": [call.name for call in turn.calls],
+        "results": [{"status": result.status.value, "text": result.text} for result in turn.results],
+        "tokens": len(turn.completion_ids),
+        "reward": reward,
+        "return": return_,
+        "advantage": advantage,
+        "outcome": outcome,
+        "stop": trajectory.stop.value,
+        "expected_answer": trajectory.task.answer,
+        "given_answer": trajectory.answer,
+        "seconds": turn.seconds,
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -30,7 +30,7 @@ from gtpo.credit import Credit, assign_credit, check_credit, to_sequence
 from gtpo.evaluation import Evaluation, evaluate_groups
 from gtpo.learner import Learner
 from gtpo.methods import check_loss
-from gtpo.metrics import rollout_metrics, tool_metrics, turn_rows
+from gtpo.metrics import lost_turn_rows, rollout_metrics, tool_metrics, turn_rows
 from gtpo.policy import load_policy
 from gtpo.report.progress import Progress
 from gtpo.rewards import turn_rewards
@@ -194,19 +194,15 @@ class Trainer:
         started = time.perf_counter()
         groups = self.sample_groups(self._tasks_of_step(step), seed=[self.config.seed, _TRAIN, step])
         played = [trajectory for group in groups for trajectory in group]
-        num_lost = sum(t.stop is StopReason.LOST for group in groups for t in group)
-        faults = [
-            result.text
-            for group in groups
-            for t in group
-            for turn in t.turns
-            for result in turn.results
-            if result.status is ToolStatus.INFRA_ERROR
-        ]
+        lost = [trajectory for trajectory in played if trajectory.stop is StopReason.LOST]
+        for turn in lost_turn_rows(step + 1, lost):
+            self.run.log_turn(turn)
         groups = [present for group in groups if (present := [t for t in group if t.stop is not StopReason.LOST])]
         if not groups:
+            faults = (result for turn in lost[0].turns for result in turn.results)
+            first = next(result.text for result in faults if result.status is ToolStatus.INFRA_ERROR)
             raise RuntimeError(
-                f"step {step + 1}: all {num_lost} trajectories were lost to faults of the sandbox, first: {faults[0]}"
+                f"step {step + 1}: all {len(lost)} trajectories were lost to faults of the sandbox, first: {first}"
             )
         rewards = [turn_rewards(group, self.config.credit) for group in groups]
         credit = assign_credit(groups, rewards, self.config.credit)
@@ -219,7 +215,7 @@ class Trainer:
             "step": step + 1,
             **rollout_metrics(groups, rewards, credit),
             **tool_metrics(played, self.tools.names),
-            "stop/lost": float(num_lost),
+            "stop/lost": float(len(lost)),
             **update,
             "time/generate_s": sampled - started,
             "time/train_s": time.perf_counter() - sampled,

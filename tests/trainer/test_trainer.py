@@ -307,10 +307,17 @@ def test_lost_trajectories_are_left_out_and_a_step_of_none_is_refused(
         monkeypatch.setattr(trainer, "sample_groups", lambda tasks, seed: [[lost, right, wrong], [lost, lost]])
         row = trainer.step(0, make_optimizer(trainer))
         assert row["stop/lost"] == 3 and row["success"] == 0.5 and row["stop/finished"] == 2
+        assert row["tools/status/infra_error"] == 3 and row["tools/status/ok"] == 2
         monkeypatch.setattr(trainer, "sample_groups", lambda tasks, seed: [[lost, lost]])
         with pytest.raises(RuntimeError, match=r"step 2: all 2 trajectories were lost .* first: no worker"):
             trainer.step(1, make_optimizer(trainer))
-    assert len(read_rows(tmp_path / "run" / "turns.jsonl")) == 2
+    rows = read_rows(tmp_path / "run" / "turns.jsonl")
+    faulty = [row for row in rows if row["stop"] == "lost"]
+    assert [row["step"] for row in faulty] == [1, 1, 1, 2, 2] and len(rows) == 7
+    for row in faulty:
+        assert row["results"] == [{"status": "infra_error", "text": "no worker"}]
+        assert row.keys() == rows[-1].keys()
+        assert all(row[name] is None for name in ("reward", "return", "advantage", "outcome"))
 
 
 def test_training_that_only_harms_leaves_the_first_model_as_the_best(
