@@ -153,14 +153,19 @@ class Learner:
 
     @torch.no_grad()
     def with_old_logprobs(self, batch: Batch) -> Batch:
-        logprobs = self._logprobs(self.policy.hidden_states(batch), batch.targets)
-        return dataclasses.replace(batch, old_logprobs=logprobs)
+        return dataclasses.replace(batch, old_logprobs=self._loss_logprobs(batch))
 
     @torch.no_grad()
     def with_ref_logprobs(self, batch: Batch) -> Batch:
         with self.policy.as_reference(self.reference):
-            logprobs = self._logprobs(self.policy.hidden_states(batch), batch.targets)
+            logprobs = self._loss_logprobs(batch)
         return dataclasses.replace(batch, ref_logprobs=logprobs)
+
+    def _loss_logprobs(self, batch: Batch) -> Tensor:
+        """[N]; 0 outside the loss, where no row is projected."""
+        in_loss = batch.loss_mask
+        logprobs = self._logprobs(self.policy.hidden_states(batch)[in_loss], batch.targets[in_loss])
+        return torch.zeros_like(batch.rollout_logprobs).masked_scatter(in_loss, logprobs)
 
     @torch.no_grad()
     def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -147,6 +147,29 @@ def test_the_gradient_is_that_of_the_loss_by_loops(name: str, policies: tuple[Po
         torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_only_tokens_of_the_loss_are_projected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make_trainer(tmp_path, "--credit.kl", "k3", "--credit.kl_coef", "0.1") as trainer:
+        learner = trainer.learner
+    learner.keep_reference()
+    sequences = sequences_of_turns(3)
+    batch = pack(sequences)
+    log_p = (learner.policy.hidden_states(batch) @ learner.policy.head.weight.T).log_softmax(dim=1)
+    expected = log_p.gather(1, batch.targets[:, None]).squeeze(1).detach() * batch.loss_mask
+    projected, score = [], learner._logprobs
+
+    def recorded(hidden: Tensor, targets: Tensor) -> Tensor:
+        projected.append(len(hidden))
+        return score(hidden, targets)
+
+    monkeypatch.setattr(learner, "_logprobs", recorded)
+    for found in (learner.with_old_logprobs(batch).old_logprobs, learner.with_ref_logprobs(batch).ref_logprobs):
+        torch.testing.assert_close(found, expected)
+    assert projected == [batch.num_loss_tokens] * 2 and batch.num_loss_tokens < len(batch.targets)
+    # the second sequence has no token in the loss
+    outside = learner.with_old_logprobs(pack(sequences[1:2])).old_logprobs
+    assert outside is not None and not outside.any()
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_the_reference_is_the_policy_as_training_began(lora_rank: int, tmp_path: Path) -> None:
     with make_trainer(tmp_path, "--credit.kl", "k3", "--credit.kl_coef", "0.1") as trainer:
