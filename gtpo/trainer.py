@@ -27,6 +27,7 @@ from gtpo.assembly import (
 from gtpo.batch import Batch, PackedSequence
 from gtpo.config import Config
 from gtpo.credit import Credit, assign_credit, check_credit, to_sequence
+from gtpo.environments.base import refuse_leaks
 from gtpo.evaluation import Evaluation, evaluate_groups
 from gtpo.learner import Learner
 from gtpo.methods import check_loss
@@ -72,6 +73,7 @@ class Trainer:
         self.demonstration_tasks: list[Task] = []
         if config.sft.steps:
             self.demonstration_tasks = self.environment.tasks("train", config.sft.num_demonstrations, config.seed + 1)
+        refuse_leaks([*self.train_tasks, *self.demonstration_tasks], self.eval_tasks)
         for task in self.demonstration_tasks:
             # an environment without demonstrations raises here
             self.environment.oracle(task, random.Random(0))

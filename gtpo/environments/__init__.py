@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-def make_environment(name: str, **options: Any) -> Environment:
+def make_environment(name: str, /, **options: Any) -> Environment:
     """The environment registered as `name`. Raises ValueError for an unknown name, an unknown or a missing option.
 
     >>> make_environment("retry", num_items=3).tasks("train", 1, seed=0)[0].prompt

@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -41,7 +41,7 @@ Demonstration = Generator[Call | Answer, str, None]
 
 
 class Environment(ABC):
-    """Base of all environments. `name` is what `Task.environment` holds, and the key of the registry.
+    """Base of all environments. `name` is what `Task.environment` holds.
 
     explain_protocol: whether the chat adds to `system_prompt` how to call a tool and how to answer. The demo
     environments say False: a tiny model reads short prompts, and learns the protocol in its warm-up.
@@ -129,6 +129,16 @@ def split_of(prompt: str, data: Mapping[str, Any]) -> Split:
 def content_digest(prompt: str, data: Mapping[str, Any]) -> bytes:
     """SHA-256 of a task's content, the same for equal contents in any key order."""
     return hashlib.sha256(json.dumps([prompt, dict(data)], sort_keys=True).encode()).digest()
+
+
+def refuse_leaks(training: Sequence[Task], held_out: Sequence[Task]) -> None:
+    """Raise ValueError where a task is in both, as two environments of a mixture can bring about."""
+    kept = {content_digest(task.prompt, task.data) for task in held_out}
+    if leaked := [task for task in training if content_digest(task.prompt, task.data) in kept]:
+        raise ValueError(
+            f"environments must train on no task that is held out for evaluation, got {len(leaked)}, "
+            f"the first is {leaked[0].id}: {leaked[0].prompt!r}"
+        )
 
 
 def check_request(split: str, num: int) -> None:

@@ -25,7 +25,8 @@ class JsonlEnvironment(Environment):
     path: a file with one JSON object a line: a prompt (column prompt, question or messages) and an answer (answer or
     ground_truth). A prompt is a text, or a list of chat messages: at most one system message, then one user message.
     eval_path: a second such file for the split "eval"; without it a fifth of the different prompts of `path` is held
-    out, chosen by a hash. system_prompt: read by the model before each task.
+    out, chosen by a hash. system_prompt: read by the model before each task. name: of the environment; two files in one
+    mixture need two.
     Raises ValueError, with the file and line, for missing columns and empty or malformed content; for a single prompt
     without `eval_path`, and for prompts that are in both files. FileNotFoundError.
     """
@@ -37,7 +38,9 @@ class JsonlEnvironment(Environment):
         path: str,
         eval_path: str | None = None,
         system_prompt: str = "Solve the task. You can run Python.",
+        name: str = name,
     ) -> None:
+        self.name = name
         self.system_prompt = system_prompt
         rows = _read_rows(Path(path))
         if eval_path is None:

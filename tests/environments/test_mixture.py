@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from gtpo.environments import Environment, JsonlEnvironment, Mixture, ReasoningGymEnvironment, RetryEnvironment
+from gtpo.environments import (
+    Environment,
+    JsonlEnvironment,
+    Mixture,
+    ReasoningGymEnvironment,
+    RetryEnvironment,
+    make_environment,
+)
 from gtpo.types import Task
 
 
@@ -72,6 +79,17 @@ def test_members_that_do_not_mix(tmp_path: Path) -> None:
         Mixture([RetryEnvironment(), JsonlEnvironment(str(path))], [1, 1])
     shared = JsonlEnvironment(str(path), system_prompt=RetryEnvironment.system_prompt)
     assert Mixture([RetryEnvironment(), shared], [1, 1]).system_prompt == RetryEnvironment.system_prompt
+
+
+def test_two_files_mix_under_two_names(tmp_path: Path) -> None:
+    path, more = tmp_path / "tasks.jsonl", tmp_path / "more.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n')
+    more.write_text('{"prompt": "e", "answer": "f"}\n{"prompt": "g", "answer": "h"}\n')
+    members = [make_environment("jsonl", path=str(path)), make_environment("jsonl", path=str(more), name="more")]
+    tasks = Mixture(members, [1, 1]).tasks("train", 2, seed=0)
+    assert [task.environment for task in tasks] == ["jsonl", "more"]
+    assert tasks[0].prompt in "ac" and tasks[1].prompt in "eg"
+    assert Mixture(members, [1, 1]).grade(tasks[1], tasks[1].answer) == 1.0
 
 
 def test_the_protocol_is_explained_where_a_member_leaves_it_out(tmp_path: Path) -> None:

@@ -129,6 +129,21 @@ def test_the_guide_names_every_metric_and_every_column(tmp_path: Path) -> None:
     assert 0 < row["sampling/sampling_logp_difference/mean"] <= row["sampling/sampling_logp_difference/max"] < 1e-4
 
 
+def test_a_task_that_one_environment_holds_out_and_another_trains_on_is_refused(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 4)):
+        rows = [{"prompt": f"{n} + 0?", "answer": n} for n in range(first, first + 4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tables = ", ".join(
+        f'{{name = "jsonl", options = {{path = "{tmp_path}/{train}.jsonl", eval_path = "{tmp_path}/{held_out}.jsonl", '
+        f'name = "{train}"}}}}'
+        for train, held_out in ("ab", "ba")
+    )
+    with pytest.raises(
+        ValueError, match=r"train on no task that is held out .*, got \d, the first is [ab]-train-0-\d: '\d"
+    ):
+        make_trainer(tmp_path, "--environments", f"[{tables}]", "--sft.steps", "0")
+
+
 def test_the_ids_of_the_generation_config_end_a_turn_too(tmp_path: Path) -> None:
     other = 7
     with make_trainer(tmp_path) as trainer:
