@@ -34,6 +34,8 @@ def refuse_unusable_model(config: Config) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"model.device must be one that PyTorch has here, got {model.device!r}: {reason}") from error
+    if model.attention == "flash" and model.dtype != "bfloat16":
+        raise ValueError(f'model.attention = "flash" needs model.dtype = "bfloat16", got "{model.dtype}"')
     has_gpu = device.type == "cuda" or (model.device == "auto" and torch.cuda.is_available())
     if model.attention == "flash" and not (has_gpu and importlib.util.find_spec("flash_attn")):
         raise ValueError('model.attention = "flash" needs a GPU and the package flash-attn; "auto" takes what is here')

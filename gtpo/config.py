@@ -42,7 +42,7 @@ class ModelConfig:
     intermediate_size: Annotated[int, "of a tiny model"] = 384
     vocab_size: Annotated[int, "of a tiny model's tokenizer"] = 320
     initializer_range: Annotated[float, "deviation of a tiny model's first weights"] = 0.02
-    attention: Annotated[Literal["auto", "sdpa", "flash"], "in training; flash needs flash-attn and a GPU"] = "auto"
+    attention: Annotated[Literal["auto", "sdpa", "flash"], "in training; flash: GPU, flash-attn, bfloat16"] = "auto"
     freeze_head: Annotated[bool, "leave the output embeddings as they are"] = False
     lora_rank: Annotated[int, "of adapters on all linear layers; 0: all weights train"] = 0
     lora_alpha: Annotated[int, "scale of the adapters times lora_rank"] = 16

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from gtpo.attention import SlotCache, block_causal_attention, flash_varlen_attention
-from gtpo.batch import Batch
+from gtpo.batch import Batch, PackedSequence, pack
 from gtpo.config import ModelConfig
 
 _CHATML = (
@@ -71,7 +71,7 @@ class Policy:
     """A causal language model and its tokenizer, ready for packed training and for sampling."""
 
     def __init__(self, model: Any, tokenizer: Any, config: ModelConfig) -> None:
-        _refuse_unsupported(model.config)
+        _refuse_unsupported(model.config.get_text_config())
         self.config = config
         self.tokenizer = tokenizer
         self.device = torch.device(
@@ -102,6 +102,7 @@ class Policy:
             self.model.enable_input_require_grads()
         # dropout is off in training too: the policy that samples and the one that is trained must be the same function
         self._dropout_off()
+        self._refuse_wrong_logits()
 
     @property
     def num_parameters(self) -> int:
@@ -178,8 +179,47 @@ class Policy:
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            if hasattr(module, "attention_dropout"):
+            if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
+
+    def _refuse_wrong_logits(self) -> None:
+        """Raises ValueError unless packed training and cached sampling give the logits that transformers computes."""
+        unsupported = f"models of type {self.model.config.model_type!r} are not supported"
+        try:
+            # less their mean, which softmax forgets and which would hide a difference
+            plain, packed, sampled = (x - x.mean(dim=1, keepdim=True) for x in self._logits_of_three_ways())
+        except Exception as error:
+            raise ValueError(f"{unsupported}: a trial run raised {type(error).__name__}: {error}") from error
+        # of SmolLM2-135M: rounding makes 0.04 and 2e-6, tokens of another sequence in sight 0.5
+        tolerance = 0.2 if self.config.dtype == "bfloat16" else 1e-3
+        for way, found, expected in (("packed training", packed, plain), ("sampling", sampled, plain[[3, 9, 4, 11]])):
+            distance, norm = float((found - expected).norm()), float(expected.norm())
+            # not >: NaN is refused too
+            if not distance <= tolerance * norm:
+                gap = f"distance {distance:.2g}, norm {norm:.2g}"
+                raise ValueError(f"{unsupported}: logits in {way} are not those of the model itself ({gap})")
+
+    @torch.no_grad()
+    def _logits_of_three_ways(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of two sequences, of 7 and 5 tokens: one by one by transformers' own attention, [12, V]; packed,
+        [12, V]; and after each of two steps of the sampler, [4, V]."""
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        # a generator of its own: the global one stays as it is
+        ids = torch.randint(vocab_size, (12,), generator=torch.Generator().manual_seed(0)).to(self.device)
+        sequences = ids.split([7, 5])
+        # the last token of a packed sequence is a target only
+        batch = pack([_without_credit([*part.tolist(), 0]) for part in sequences], device=self.device)
+        packed = self.head(self.hidden_states(batch))
+        cache = SlotCache(num_slots=2, max_tokens=7)
+        sampled = []
+        for starts, ends in (((0, 0), (4, 3)), ((4, 3), (5, 5))):
+            new = [ids[start:end] for ids, start, end in zip(sequences, starts, ends, strict=True)]
+            cache.begin_step([0, 1], new_lengths=[len(part) for part in new], lengths=list(ends), device=self.device)
+            sampled.append(self.extend(torch.cat(new), cache))
+        self.model.set_attn_implementation("eager")
+        plain = torch.cat([self.model(input_ids=part[None], use_cache=False).logits[0] for part in sequences])
+        self.model.set_attn_implementation("gtpo_packed")
+        return plain.float(), packed.float(), torch.cat(sampled)
 
 
 def load_policy(config: ModelConfig, *, corpus: Iterable[str] = (), seed: int = 0) -> Policy:
@@ -278,6 +318,10 @@ def _with_lora(model: Any, config: ModelConfig) -> Any:
         # peft asks transformers by a name that the latter is about to drop
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         return peft.get_peft_model(model, lora)
+
+
+def _without_credit(ids: list[int]) -> PackedSequence:
+    return PackedSequence(ids, [0.0] * len(ids), [False] * len(ids), [0.0] * len(ids))
 
 
 def _checkpoint_activations(model: Any) -> None:

@@ -102,7 +102,11 @@ def test_the_module_is_the_command_and_help_needs_no_model_library() -> None:
         (["--environments", '[{name = "retry", options = {num_items = "a"}}]'], "options of environment 'retry': "),
         (["--credit.similarity", "foo"], "config key 'credit.similarity': Input should be 'ngram', got 'foo'"),
         (["--model.device", "nowhere"], "model.device must be one that PyTorch has here, got 'nowhere': "),
-        (["--model.device", "meta", "--model.attention", "flash"], 'model.attention = "flash" needs a GPU and'),
+        (
+            ["--model.attention=flash", "--model.device=meta", "--model.dtype=bfloat16", "--model.lora_rank=1"],
+            'model.attention = "flash" needs a GPU and',
+        ),
+        (["--model.attention", "flash"], 'model.attention = "flash" needs model.dtype = "bfloat16", got "float32"'),
         (["--model.dtype", "bfloat16"], 'model.dtype = "bfloat16" can train adapters only'),
         (["--sandbox.output_bytes", "1"], "sandbox.output_bytes must be from 512 to 16384, got 1"),
         (["--rollout.max_trajectory_tokens", "9"], "the prompt of task 'retry-train-0-0' has"),

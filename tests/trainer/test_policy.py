@@ -1,6 +1,7 @@
 """The policy on packed batches, its trainable parts, and what it writes."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -176,15 +177,74 @@ def test_attention_that_packing_does_not_compute_is_refused() -> None:
         layer_types=["full_attention"],
         pad_token_id=0,
     )
-    policy = Policy(transformers.GptOssForCausalLM(config), None, ModelConfig(device="cpu"))
-    with pytest.raises(ValueError, match="GptOssAttention needs attention that is not supported: s_aux"):
-        policy.hidden_states(pack([make_sequence([5, 6, 7])]))
+    with pytest.raises(ValueError, match=r"'gpt_oss' .* GptOssAttention needs attention that is not supported: s_aux"):
+        Policy(transformers.GptOssForCausalLM(config), None, ModelConfig(device="cpu"))
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.RwkvConfig(**SMALL, attention_hidden_size=32), "'rwkv' .* logits in packed training are not"),
+        (transformers.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32), "'opt' .* a trial run raised Attribute"),
+        (transformers.FalconConfig(**SMALL), "'falcon' .* a trial run raised AttributeError"),
+        (
+            transformers.StableLmConfig(**SMALL, num_key_value_heads=1, intermediate_size=48),
+            "'stablelm' .* a trial run raised ValueError: the policy's attention needs packed_lengths",
+        ),
+        (
+            transformers.Gemma3Config(
+                text_config={**SMALL, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48},
+                vision_config=dict.fromkeys(("hidden_size", "intermediate_size", "image_size", "patch_size"), 32)
+                | {"num_hidden_layers": 1, "num_attention_heads": 2},
+            ),
+            "every layer must have full causal attention, got layer types .*sliding_attention",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_models_that_do_not_fit_are_refused_as_they_are_loaded(config: Any, message: str) -> None:
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
+    with pytest.raises(ValueError, match=message):
+        Policy(transformers.AutoModelForCausalLM.from_config(config), None, ModelConfig(device="cpu"))
+
+
+def test_dropout_modules_of_any_name_are_turned_off() -> None:
+    config = transformers.PersimmonConfig(**SMALL, intermediate_size=48, attention_dropout=0.5, hidden_dropout=0.5)
+    policy = Policy(transformers.PersimmonForCausalLM(config), None, ModelConfig(device="cpu"))
+    policy.model.train()
+    found = [module.p for module in policy.model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert found and not any(found)
+
+
+class DoubledLogits(transformers.Qwen3ForCausalLM):
+    """A model whose logits are not its head's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_that_are_not_those_of_the_model_itself_are_refused(
+    dtype: Literal["float32", "bfloat16"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tiny_policy(dtype=dtype)
+    with pytest.raises(ValueError, match="'qwen3' are not supported: logits in packed training are not those"):
+        Policy(DoubledLogits(policy.model.config), policy.tokenizer, policy.config)
+    extend = Policy.extend
+    monkeypatch.setattr(Policy, "extend", lambda self, ids, cache: extend(self, ids, cache).roll(1, dims=1))
+    with pytest.raises(ValueError, match="'qwen3' are not supported: logits in sampling are not those"):
+        tiny_policy(dtype=dtype)
 
 
 def test_the_seed_decides_the_weights_and_leaves_the_global_generator() -> None:
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    one, two = tiny_policy(), load_policy(tiny_policy().config, corpus=CORPUS, seed=1)
+    one, two = tiny_policy(gradient_checkpointing=True), load_policy(tiny_policy().config, corpus=CORPUS, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one.head.weight, tiny_policy().head.weight)
     assert not torch.equal(one.head.weight, two.head.weight)
