@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
+        foreign = [word for word in stray if word.partition("=")[0] in _FLAGS]
+        if foreign:
+            raise _Refused(f"`gtpo {options.command}` takes no {foreign[0]}")
         return int(options.run(options, overrides))
     except _Refused as error:
         print(f"gtpo: {error}", file=sys.stderr)

@@ -39,7 +39,9 @@ class RunFolder:
             if overwrite:
                 shutil.rmtree(self.path)
             elif not resume:
-                raise ValueError(f"{self.path} holds a run already; pass --resume, --overwrite or another --output_dir")
+                raise ValueError(
+                    f"{self.path} holds a run already; pass --overwrite, another --output_dir, or `gtpo train --resume`"
+                )
             elif saved.exists():
                 _refuse_other_config(json.loads(saved.read_text()), json.loads(json.dumps(config_to_dict(config))))
         elif self.path.exists() and any(not (entry / _MARKER).exists() for entry in self.path.iterdir()):

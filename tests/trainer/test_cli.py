@@ -146,6 +146,11 @@ def test_a_key_may_stand_before_the_file(tmp_path: Path, capsys: pytest.CaptureF
     assert "--seed needs a value" in capsys.readouterr().err
 
 
+def test_a_flag_of_another_command_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", str(write_config(tmp_path)), "--resume"]) == 2
+    assert capsys.readouterr().err == "gtpo: `gtpo sft` takes no --resume\n"
+
+
 def test_a_data_set_without_demonstrations_cannot_warm_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_rows(tmp_path / "data.jsonl", ROWS * 4)
     write_config(tmp_path, with_jsonl(data).replace("num_eval = 4", "num_eval = 1"))

@@ -195,5 +195,5 @@ def test_resuming_with_another_configuration_is_refused(
     errors = capsys.readouterr().err
     assert "changed: seed was 0, now 1; train.learning_rate was 0.01, now 0.5\n" in errors
     assert main(["train", config, *OVERRIDES]) == 2
-    assert "holds a run already; pass --resume, --overwrite" in capsys.readouterr().err
+    assert "holds a run already; pass --overwrite" in capsys.readouterr().err
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before

@@ -133,7 +133,8 @@ def test_a_run_is_neither_mixed_with_another_nor_lost_by_accident(tmp_path: Path
     run.log({"step": 1})
     run.close()
     with pytest.raises(
-        ValueError, match=r"run holds a run already; pass --resume, --overwrite or another --output_dir"
+        ValueError,
+        match=r"run holds a run already; pass --overwrite, another --output_dir, or `gtpo train --resume`",
     ):
         RunFolder(config)
     with pytest.raises(ValueError, match=r"changed: rollout\.group_size was 8, now 4; seed was 0, now 1$"):
