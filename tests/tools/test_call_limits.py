@@ -1,6 +1,7 @@
 """Quotas, slots, retries, and what they leave in the metrics."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,4 +129,5 @@ def test_metrics_of_each_tool() -> None:
         "sql": [1.0, 0.0, 0.0, 2.0, 0.25, 0.25, 0.0],
         "python": [0.0] * 7,
     }
-    assert not metrics
+    seen = Counter(result.status for result in turn.results)
+    assert metrics == {f"tools/status/{status.value}": float(seen[status]) for status in ToolStatus}
