@@ -1,0 +1,25 @@
+"""The hostile cells of the abuse suite, a module for each kind, each cell with the endings that are safe."""
+
+from __future__ import annotations
+
+from gtpo.sandbox.attempts import (
+    files,
+    interpreter,
+    kernel,
+    memory,
+    network,
+    output,
+    processes,
+    protocol,
+    secrets,
+    signals,
+    time,
+)
+from gtpo.sandbox.attempts.attempt import Attempt
+
+_KINDS = (processes, signals, memory, time, output, files, secrets, network, kernel, protocol, interpreter)
+
+ATTEMPTS: tuple[Attempt, ...] = tuple(attempt for kind in _KINDS for attempt in kind.ATTEMPTS)
+"""Every attempt, by kind."""
+
+__all__ = ["ATTEMPTS", "Attempt"]

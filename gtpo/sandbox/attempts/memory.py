@@ -1,0 +1,48 @@
+"""Memory, address space and the stack, to the limit and beyond."""
+
+from __future__ import annotations
+
+from gtpo.sandbox.attempts.attempt import CPU, CRASH, ERROR, OK, TIMEOUT, ends
+
+_MEMORY = ("MemoryError", "memory limit", "CPU time limit", "OSError", "the interpreter was killed", "PermissionError")
+
+ATTEMPTS = ends(
+    "memory",
+    {
+        "ten_gigabytes": ("x = bytearray(10**10)", (ERROR,), ("MemoryError",)),
+        "growing_list": ("x = []\nwhile True: x.append(bytearray(2**23))", (ERROR, TIMEOUT, CRASH), _MEMORY),
+        "small_objects": ("x = []\nwhile True: x.append([x])", (ERROR, TIMEOUT, CRASH), ()),
+        "anonymous_maps": (
+            "import mmap\nx = []\nwhile True: x.append(mmap.mmap(-1, 2**24)); x[-1].write(b'x' * 2**24)",
+            (ERROR, TIMEOUT, CRASH),
+            _MEMORY,
+        ),
+        "shared_maps_of_files": (
+            "import mmap, os\nopen('f', 'wb').truncate(2**20)\nfd = os.open('f', 2)\n"
+            "x = [mmap.mmap(fd, 2**20) for _ in range(1000)]",
+            (OK, ERROR),
+            (),
+        ),
+        "huge_integer": ("9**9**9", (ERROR, TIMEOUT), ("MemoryError", *CPU)),
+        "huge_decimal_string": ("str(10**5000)", (ERROR,), ("ValueError: Exceeds the limit",)),
+        "deep_recursion": ("def f(): f()\nf()", (ERROR,), ("RecursionError",)),
+        "c_stack": (
+            "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n    def __getattr__(s, n): return getattr(s, n)\n"
+            "A().x",
+            (CRASH, ERROR, TIMEOUT),
+            (),
+        ),
+        "locked_memory": (
+            "import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.mlockall(1) != 0",
+            (OK,),
+            (),
+        ),
+        "huge_repr": ("class A:\n    def __repr__(s): return 'x' * 10**8\nprint(A())", (OK, ERROR, TIMEOUT), ()),
+        "pipes_full_of_data": (
+            "import os\nx = []\nwhile True:\n    r, w = os.pipe()\n    os.set_blocking(w, False)\n"
+            "    x.append((r, w))\n    os.write(w, b'x' * 65536)",
+            (ERROR,),
+            ("OSError: [Errno 24]", "PermissionError"),
+        ),
+    },
+)
