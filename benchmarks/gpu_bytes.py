@@ -11,7 +11,7 @@ import torch
 from triton.runtime import interpreter
 
 from gtpo_kernels import gtpo_loss_
-from gtpo_kernels.token_logprobs import kernel_triton
+from gtpo_kernels.token_logprobs import kernel_triton_sweeps as sweeps
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The last is too long for one block: read twice, written once.  Before it stands one whose rows are not aligned.
@@ -39,13 +39,13 @@ class CountingBuilder:
 
 def count(vocab: int, dtype: str, few_rows: int) -> dict[str, Any]:
     """Bytes of one in-place sweep of NUM_ROWS rows, with all that it reads and writes beside them."""
-    kernel_triton.FEW_ROWS = few_rows
+    sweeps.FEW_ROWS = few_rows
     logits = torch.randn(NUM_ROWS, vocab, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
     before = COUNTER.bytes
     rows = {"advantages": torch.ones(NUM_ROWS), "old_logprobs": torch.zeros(NUM_ROWS)}
     gtpo_loss_(logits, torch.arange(NUM_ROWS), **rows, backend="triton")
     matrix = NUM_ROWS * vocab * DTYPES[dtype].itemsize
-    passes = 2 if vocab <= kernel_triton.MAX_BLOCK else 3
+    passes = 2 if vocab <= sweeps.MAX_BLOCK else 3
     counted = COUNTER.bytes - before
     return {
         "name": "sweep bytes" + (", split rows" if few_rows else ""),

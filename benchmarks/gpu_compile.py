@@ -19,7 +19,8 @@ from triton.compiler import ASTSource
 
 from gtpo_kernels.clipped_loss import kernel_triton as clipped
 from gtpo_kernels.gtpo_loss import kernel_triton as loss
-from gtpo_kernels.token_logprobs import kernel_triton as token
+from gtpo_kernels.token_logprobs import kernel_triton_sweeps as sweeps
+from gtpo_kernels.token_logprobs import kernel_triton_tile as tiles
 from gtpo_kernels.triton_math import LAUNCH
 from gtpo_kernels.turn_advantages import kernel_triton as turns
 
@@ -85,30 +86,30 @@ def triton_variants(capability: int) -> Iterator[Variant]:
         )
         for vocab, softcap in rows:
             logits = torch.empty(1, vocab, dtype=torch_dtype)
-            plan = token.row_plan(4096, vocab, token.max_block(logits, softcap, capability), softcap, logits)
+            plan = sweeps.row_plan(4096, vocab, sweeps.max_block(logits, softcap, capability), softcap, logits)
             passes = 1 if plan.one_block else 2
             constants = {**cut(plan), "ONE_BLOCK": plan.one_block, "HAS_SOFTCAP": softcap, "ALL_METRICS": False}
             name, wide = "sweep" + "+softcap" * softcap, wide_loads(plan, torch_dtype) * passes
             yield Variant(name, loss.sweep_kernel, dtype, f"V={vocab}", constants, matrix, plan.num_warps, 3, wide)
         logits = torch.empty(1, LONG, dtype=torch_dtype)
-        plan = token.row_plan(4096, LONG, token.STREAM_BLOCK, False, logits)
+        plan = sweeps.row_plan(4096, LONG, sweeps.STREAM_BLOCK, False, logits)
         for name, kernel, extra in (
-            ("statistics", token.statistics_kernel, {"ONE_BLOCK": False, "SPLIT": True, "counted_ptr": None}),
-            ("gradient", token.gradient_kernel, {}),
+            ("statistics", sweeps.statistics_kernel, {"ONE_BLOCK": False, "SPLIT": True, "counted_ptr": None}),
+            ("gradient", sweeps.gradient_kernel, {}),
         ):
             constants = {**cut(plan), "HAS_SOFTCAP": False, **extra}
             wide = wide_loads(plan, torch_dtype)
             yield Variant(name, kernel, dtype, f"V={LONG}", constants, matrix, plan.num_warps, 3, wide)
         if dtype != "fp64":
-            tile = token.tile_plan(*torch.empty(2, 1, 4096, dtype=torch_dtype), capability)
+            tile = tiles.tile_plan(*torch.empty(2, 1, 4096, dtype=torch_dtype), capability)
             blocks = {"UNIT": tile.unit, "BLOCK_N": tile.rows, "BLOCK_V": tile.vocab, "BLOCK_D": tile.width}
             constants = {**blocks, "HAS_SOFTCAP": False, "UPCAST": False, "bias_ptr": None, "row_inverse_ptr": None}
             operands = types(acc, hidden_ptr=dtype, weight_ptr=dtype)
             yield Variant(
-                "tile", token.tile_kernel, dtype, "D=4096", constants, operands, tile.num_warps, tile.num_stages
+                "tile", tiles.tile_kernel, dtype, "D=4096", constants, operands, tile.num_warps, tile.num_stages
             )
     for acc in ("fp32", "fp64"):
-        yield Variant("merge", token.merge_kernel, acc, "", merge_constants(), types(acc), 1)
+        yield Variant("merge", sweeps.merge_kernel, acc, "", merge_constants(), types(acc), 1)
         yield Variant("clipped_loss", clipped.block_kernel, acc, "", block_constants(), types(acc), 4)
         width = {"BLOCK_B": 64, "WIDTH": clipped.WIDTH}
         yield Variant("clipped_loss_combine", clipped.combine_kernel, acc, "", width, types(acc), 4)
@@ -126,18 +127,18 @@ def turn_variants() -> Iterator[Variant]:
     yield Variant("look_up", turns.look_up_kernel, "fp32", "", {"BLOCK_N": turns.BLOCK}, types("fp32"))
 
 
-def cut(plan: token.RowPlan) -> dict[str, Any]:
+def cut(plan: sweeps.RowPlan) -> dict[str, Any]:
     """Constants of a kernel that works on all rows, at one temperature."""
     return {"UNIT": plan.unit, "BLOCK_V": plan.block, "row_inverse_ptr": None, "rows_ptr": None}
 
 
-def wide_loads(plan: token.RowPlan, dtype: torch.dtype) -> int:
+def wide_loads(plan: sweeps.RowPlan, dtype: torch.dtype) -> int:
     """16-byte loads of a thread for one block of a row, 0 where the row is not aligned."""
-    return plan.block * dtype.itemsize // (plan.num_warps * 32 * token.VECTOR_BYTES) if plan.unit > 1 else 0
+    return plan.block * dtype.itemsize // (plan.num_warps * 32 * sweeps.VECTOR_BYTES) if plan.unit > 1 else 0
 
 
 def merge_constants() -> dict[str, Any]:
-    return {"BLOCK_N": token.MERGE_ROWS, "HAS_SOFTCAP": False, "rows_ptr": None, "counted_ptr": None}
+    return {"BLOCK_N": sweeps.MERGE_ROWS, "HAS_SOFTCAP": False, "rows_ptr": None, "counted_ptr": None}
 
 
 def block_constants() -> dict[str, Any]:

@@ -47,7 +47,7 @@ IMPURE_IMPORTS = ("asyncio", "io", "multiprocessing", "os", "pathlib", "random",
 KERNELS_NEVER = ("gtpo", "transformers", "flash_attn")
 # Importing gtpo_kernels loads none of these, so only the kernel files themselves may name them.
 KERNEL_FILES_ONLY: dict[str, tuple[str, ...]] = {
-    "triton": ("kernel_triton.py", "triton_math.py"),
+    "triton": ("kernel_triton.py", "kernel_triton_sweeps.py", "kernel_triton_tile.py", "triton_math.py"),
     "gtpo_kernels._cpu": ("kernel_cpp.py",),
     "gtpo_kernels._cuda": ("kernel_cuda.py", "cuda_launch.py"),
 }

@@ -16,7 +16,7 @@ from gtpo_kernels.clipped_loss.reference import counted_tokens
 from gtpo_kernels.gtpo_loss.kernel_torch import LossPass, chunked_linear_loss
 from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
 from gtpo_kernels.token_logprobs.kernel_torch import Head, empty_statistics
-from gtpo_kernels.token_logprobs.kernel_triton import (
+from gtpo_kernels.token_logprobs.kernel_triton_sweeps import (
     adjacent_columns,
     max_block,
     row_plan,

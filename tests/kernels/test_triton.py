@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gtpo_kernels import BackendUnavailable, ClippedLoss, gtpo_loss, gtpo_loss_, linear_gtpo_loss, token_logprobs
 from gtpo_kernels.testing import assert_matches_reference, run_trial
-from gtpo_kernels.token_logprobs import kernel_torch, kernel_triton
+from gtpo_kernels.token_logprobs import kernel_torch
+from gtpo_kernels.token_logprobs import kernel_triton_sweeps as sweeps
 from tests.kernels.conftest import (
     HEAD,
     INF,
@@ -29,15 +30,15 @@ KERNEL = "triton"
 @pytest.fixture(params=["streamed", "split"])
 def long_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Blocks of 128, so that a row of 293 is a long one."""
-    monkeypatch.setattr(kernel_triton, "MAX_BLOCK", 128)
-    monkeypatch.setattr(kernel_triton, "STREAM_BLOCK", 128)
-    monkeypatch.setattr(kernel_triton, "FEW_ROWS", 0 if request.param == "streamed" else 256)
+    monkeypatch.setattr(sweeps, "MAX_BLOCK", 128)
+    monkeypatch.setattr(sweeps, "STREAM_BLOCK", 128)
+    monkeypatch.setattr(sweeps, "FEW_ROWS", 0 if request.param == "streamed" else 256)
     return str(request.param)
 
 
 def test_the_plan(long_rows: str) -> None:
     logits = torch.zeros(13, 293)
-    plan = kernel_triton.row_plan(13, 293, kernel_triton.max_block(logits, has_softcap=False), False, logits)
+    plan = sweeps.row_plan(13, 293, sweeps.max_block(logits, has_softcap=False), False, logits)
     assert (plan.one_block, plan.block, plan.unit) == (False, 128, 1)
     assert plan.splits == (1 if long_rows == "streamed" else 3)
 
@@ -88,9 +89,9 @@ def test_long_rows_in_place(long_rows: str) -> None:
 )
 def test_loads_are_16_bytes_wide_where_rows_are_aligned(vocab: int, dtype: torch.dtype, unit: int) -> None:
     logits = torch.zeros(4, vocab, dtype=dtype)
-    assert kernel_triton.row_plan(4, vocab, 1024, False, logits).unit == unit
+    assert sweeps.row_plan(4, vocab, 1024, False, logits).unit == unit
     # rows that start off a 16-byte boundary
-    assert kernel_triton.row_plan(4, vocab, 1024, False, torch.zeros(4, vocab + 1, dtype=dtype)[:, 1:]).unit == 1
+    assert sweeps.row_plan(4, vocab, 1024, False, torch.zeros(4, vocab + 1, dtype=dtype)[:, 1:]).unit == 1
 
 
 @pytest.mark.parametrize("vocab", [512, 517])
