@@ -12,6 +12,7 @@ from functools import partial
 from itertools import pairwise
 from statistics import mean, stdev
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,25 +121,24 @@ def _returns(backend: str, batch: CreditBatch) -> Callable[[], Outputs]:
     return lambda: {"returns": call(batch.turn_rewards, batch.cu_turns, batch.group_ids, batch.turn_ids).advantages}
 
 
+def verl_grpo_advantages(token_rewards: Tensor, mask: Tensor, uids: np.ndarray) -> Tensor:
+    """[B, T]: verl 0.9.1, `compute_grpo_outcome_advantage`; SkyRL 0.3.0 has the same.  uids: [B], of the prompts."""
+    scores = token_rewards.sum(dim=-1)
+    by_group = defaultdict(list)
+    for i in range(len(scores)):
+        by_group[uids[i]].append(scores[i])
+    pools = {uid: torch.stack(members) for uid, members in by_group.items()}
+    scale = {uid: (pool.mean(), pool.std()) for uid, pool in pools.items()}
+    for i in range(len(scores)):
+        middle, spread = scale[uids[i]]
+        scores[i] = (scores[i] - middle) / (spread + EPS)
+    return scores.unsqueeze(-1) * mask
+
+
 def _verl_grpo(batch: CreditBatch) -> Callable[[], Outputs]:
     token_rewards = batch.token_rewards(batch.outcomes)
-    mask = torch.ones_like(token_rewards)
-    # verl keeps the ids of the prompts in a NumPy array
-    group_ids = batch.group_ids.numpy()
-
-    def loop() -> Outputs:
-        scores = token_rewards.sum(dim=-1)
-        by_group = defaultdict(list)
-        for i in range(len(scores)):
-            by_group[group_ids[i]].append(scores[i])
-        pools = {group: torch.stack(members) for group, members in by_group.items()}
-        scale = {group: (pool.mean(), pool.std()) for group, pool in pools.items()}
-        for i in range(len(scores)):
-            middle, spread = scale[group_ids[i]]
-            scores[i] = (scores[i] - middle) / (spread + EPS)
-        return {"grpo": (scores.unsqueeze(-1) * mask).view(-1)}
-
-    return loop
+    mask, uids = torch.ones_like(token_rewards), batch.group_ids.numpy()
+    return lambda: {"grpo": verl_grpo_advantages(token_rewards, mask, uids).view(-1)}
 
 
 def _verl_returns(batch: CreditBatch) -> Callable[[], Outputs]:
