@@ -2,11 +2,6 @@
 
 Everything in a result but the output and the text of an exception comes from here or from the kernel: the clocks, the
 memory, the exit status, the limits. An interpreter that breaks the protocol is killed.
-
-Where a session may have processes, the interpreter clones itself before a cell. The clone is a child of the keeper,
-stopped at once; when the cell ends well it is killed, otherwise everything else is killed and it goes on in the
-interpreter's place, with the variables from before the cell. The keeper is then the first process of a pid namespace,
-so that "every process but me" is its session.
 """
 
 from __future__ import annotations
@@ -14,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import resource
-import select
 import selectors
 import signal
 import socket
@@ -23,8 +16,8 @@ import time
 from typing import Any, NoReturn
 
 from gtpo.sandbox import cell, confinement, frames, removal
-from gtpo.sandbox.descendants import ProcessTree
 from gtpo.sandbox.output import Output, without_addresses
+from gtpo.sandbox.session_processes import SessionProcesses
 
 _MAX_ERROR_CHARS = 2000
 # How often a running cell's memory and the CPU time of its children are looked at.
@@ -72,27 +65,13 @@ class Keeper:
         os.chdir("/")
         confinement.confine_keeper()
         os.set_blocking(self._output_fd, False)
-        # "Every process but me" must not be more than the session.
-        assert not plan.processes or os.getpid() == 1
-        self._processes = ProcessTree(plan.proc_fd) if plan.processes else None
-        self._snapshot: int | None = None
-        # Snapshots that are not needed any more, by their descriptors.
-        self._dying: dict[int, int] = {}
+        self._processes = SessionProcesses(pid, plan.proc_fd if plan.processes else None)
         self._received = b""
         self._output = Output(plan.limits.output_bytes)
         self._selector = selectors.DefaultSelector()
-        for fileobj in (host, self._control, self._output_fd):
+        for fileobj in (host, self._control, self._output_fd, self._processes.pidfd):
             self._selector.register(fileobj, selectors.EVENT_READ)
-        self._adopt(pid)
         self._start_clocks()
-
-    def _adopt(self, pid: int) -> None:
-        """Make `pid`, a child, the interpreter."""
-        self._pid = pid
-        self._pidfd = os.pidfd_open(pid)
-        # The clock of the process's CPU time: the kernel's encoding of the inverted pid and CPUCLOCK_SCHED.
-        self._cpu_clock = (~pid << 3) | 2
-        self._selector.register(self._pidfd, selectors.EVENT_READ)
 
     def serve(self) -> None:
         """Answer every request of the trainer; returns when the session is over."""
@@ -104,7 +83,7 @@ class Keeper:
         self._control.setblocking(False)
         alive = True
         while alive:
-            self._reap_while_idle()
+            self._processes.reap_snapshots(until_readable=self._host.fileno())
             try:
                 request = frames.read_frame(self._host.recv)
             except (EOFError, OSError):
@@ -135,18 +114,18 @@ class Keeper:
         # A cell may have changed these for all who share them: its own snapshot too.
         self._remote.setblocking(True)
         os.set_blocking(self._output_end, True)
-        self._reap_orphans()
+        self._processes.reap_orphans()
         self._start_clocks()
         line = value = exit_status = None
         peak_bytes = 0
         try:
             message = self._exchange(request)
             status, error, line, value = (message[key] for key in ("status", "error", "line", "value"))
-            cpu_time_s = self._cell_cpu_s()
+            cpu_time_s = self._processes.cell_cpu_s()
             if request["discard"]:
                 state, (_, _, peak_bytes) = "lost", self._end_interpreter()
             else:
-                state, peak_bytes = self._settle()
+                state, peak_bytes = self._processes.settle()
         except (InterpreterGone, TimeoutError) as end:
             status, state = "timeout" if isinstance(end, TimeoutError) else "crash", "lost"
             wait_status, cpu_time_s, peak_bytes = self._end_interpreter()
@@ -173,30 +152,26 @@ class Keeper:
         }
 
     def _start_clocks(self) -> None:
-        self._wall_start, self._cpu_start = time.monotonic(), self._cpu_time_s()
-        self._orphans_start = _reaped_cpu_s()
+        self._wall_start = time.monotonic()
+        self._processes.start_clocks()
         self._next_watch = self._wall_start + _WATCH_S
-        # CPU seconds of the cell, and of the processes that it started, as of the last look.
-        self._seen_cpu_s = self._children_cpu_s = 0.0
-        self._waited_start: float | None = None
         # Since when the trainer works on a tool call of the cell.
         self._call_start: float | None = None
 
     def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a cell and wait for its answer; InterpreterGone or TimeoutError when there is none."""
-        os.kill(self._pid, signal.SIGCONT)
+        self._processes.resume()
         self._send(request)
         while True:
             now = time.monotonic()
             wall_left = self._limits.wall_time_s - (now - self._wall_start)
-            self._seen_cpu_s = self._cell_cpu_s()
-            cpu_left = self._limits.cpu_time_s - self._seen_cpu_s
+            cpu_left = self._limits.cpu_time_s - self._processes.cell_cpu_s()
             if self._call_start is not None:
                 # The time of a tool is not the cell's.
                 wall_left = math.inf
             # A single thread spends no more CPU time than wall time passes.
             pause = min(cpu_left, wall_left)
-            if self._processes is not None:
+            if self._plan.processes:
                 pause = min(pause, self._next_watch - now)
             ready = {key.fileobj for key, _ in self._selector.select(max(pause, 0.0))}
             if self._host in ready and not self._pass_answer(request):
@@ -207,14 +182,14 @@ class Keeper:
                 self._take_output(once=True)
             if self._control in ready and (message := self._receive(request)) is not None:
                 return message
-            if self._pidfd in ready:
+            if self._processes.pidfd in ready:
                 raise InterpreterGone
             if cpu_left <= 0:
                 raise TimeoutError(f"CPU time limit of {self._limits.cpu_time_s:g} s exceeded")
             if wall_left <= 0:
                 raise TimeoutError(f"wall time limit of {self._limits.wall_time_s:g} s exceeded")
-            if self._processes is not None and time.monotonic() >= self._next_watch:
-                self._watch(self._processes)
+            if self._plan.processes and time.monotonic() >= self._next_watch:
+                self._watch()
                 self._next_watch = time.monotonic() + _WATCH_S
 
     def _pass_call(self, request: dict[str, Any], call: object) -> None:
@@ -255,23 +230,9 @@ class Keeper:
         except ConnectionError:
             raise InterpreterGone from None
 
-    def _watch(self, processes: ProcessTree) -> None:
+    def _watch(self) -> None:
         """Look at the memory and the CPU time of all processes of the session."""
-        self._reap_orphans()
-        memory_bytes, cpu_s = 0, _reaped_cpu_s() - self._orphans_start
-        for process in processes.descendants():
-            if process.namespace_pid == self._snapshot:
-                continue
-            memory_bytes += process.memory_bytes
-            cpu = processes.cpu_time_s(process)
-            if process.namespace_pid == self._pid:
-                waited = cpu - self._cpu_time_s()
-                if self._waited_start is None:
-                    self._waited_start = waited
-                cpu = waited - self._waited_start
-            cpu_s += cpu
-        self._children_cpu_s = max(self._children_cpu_s, cpu_s)
-        if memory_bytes > self._limits.memory_bytes + self._plan.library_memory_bytes:
+        if self._processes.look() > self._limits.memory_bytes + self._plan.library_memory_bytes:
             raise InterpreterGone(f"memory limit of {self._limits.memory_bytes >> 20} MB exceeded")
 
     def _receive(self, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -290,7 +251,9 @@ class Keeper:
                 if message.get("cell") != request["cell"]:
                     raise ValueError("not an answer to this cell")
                 if "snapshot" in message:
-                    self._hold_snapshot(request, message["snapshot"])
+                    if not request["snapshot"]:
+                        raise ValueError("no snapshot was asked for")
+                    self._processes.hold_snapshot(message["snapshot"])
                     continue
                 if "call" in message:
                     self._pass_call(request, message["call"])
@@ -317,80 +280,14 @@ class Keeper:
         body, self._received = self._received[frames.HEADER.size : end], self._received[end:]
         return frames.decode(body)
 
-    def _hold_snapshot(self, request: dict[str, Any], pid: object) -> None:
-        """Stop the interpreter's clone `pid`. ValueError when it is none: only a child of the keeper can be one."""
-        if not request["snapshot"] or self._snapshot is not None or type(pid) is not int or pid == self._pid:
-            raise ValueError("no snapshot was asked for")
-        try:
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            os.kill(pid, signal.SIGSTOP)
-        except (OSError, OverflowError):
-            raise ValueError("not a clone of the interpreter") from None
-        self._snapshot = pid
-
-    def _settle(self) -> tuple[str, int]:
-        """After a cell that ended well: stop the interpreter, kill the rest; what became of the state, its memory."""
-        if self._processes is None:
-            # Nothing of the session runs between cells.
-            os.kill(self._pid, signal.SIGSTOP)
-            return "kept", 0
-        os.kill(-1, signal.SIGSTOP)
-        # Waiting for its death here would cost a millisecond of every cell.
-        snapshot, self._snapshot = self._snapshot, None
-        if snapshot is not None:
-            self._dying[os.pidfd_open(snapshot)] = snapshot
-            _kill(snapshot)
-        while True:
-            state, peak_bytes, leftovers = "lost", 0, 0
-            for process in self._processes.descendants():
-                if process.namespace_pid == self._pid:
-                    state, peak_bytes = "kept" if process.alive else "lost", process.peak_bytes
-                elif process.alive and process.namespace_pid != snapshot:
-                    _kill(process.namespace_pid)
-                    leftovers += 1
-            if not leftovers:
-                return state, peak_bytes
-            # They must be dead before the next cell, which could look for them.
-            time.sleep(0.0005)
-
     def _end_interpreter(self) -> tuple[int, float, int]:
-        """Kill everything but the snapshot; wait status, CPU seconds of the cell, and most memory it ever had."""
-        if self._processes is None:
-            # It may have ended, or not have come to its setsid.
-            for kill in (os.killpg, os.kill):
-                with contextlib.suppress(ProcessLookupError):
-                    kill(self._pid, signal.SIGKILL)
-        elif self._snapshot is None:
-            _kill(-1)
-        else:
-            # Stopped first, so that they fork no more.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(-1, signal.SIGSTOP)
-            for process in self._processes.descendants():
-                if process.namespace_pid != self._snapshot:
-                    _kill(process.namespace_pid)
-        _, wait_status, usage = os.wait4(self._pid, 0)
-        if self._processes is not None:
-            self._end_leftovers(self._processes)
-        # Of the interpreter and the children that it waited for; of all of them as of the last look.
-        cpu_time_s = max(usage.ru_utime + usage.ru_stime - self._cpu_start, self._seen_cpu_s)
-        self._selector.unregister(self._pidfd)
-        os.close(self._pidfd)
-        return wait_status, cpu_time_s, usage.ru_maxrss * 1024
-
-    def _end_leftovers(self, processes: ProcessTree) -> None:
-        """Kill and reap what a dead interpreter has left, but for the snapshot."""
-        # More than one round: a process that was being forked when the others were listed is found in the next.
-        while leftovers := [p for p in processes.descendants() if p.namespace_pid != self._snapshot]:
-            for process in leftovers:
-                _kill(process.namespace_pid)
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(process.namespace_pid, os.WNOHANG)
-            time.sleep(0.0005)
+        """End all but the snapshot; wait status, CPU seconds of the cell, and most memory it ever had."""
+        self._selector.unregister(self._processes.pidfd)
+        return self._processes.end_interpreter()
 
     def _roll_back(self, *, empty_box: bool) -> str:
         """Go on with the snapshot, with its files if not `empty_box`; "lost" where there is none."""
-        if self._snapshot is None:
+        if self._processes.snapshot is None:
             return "lost"
         # What the cell has written, and what it has not read: the answer to a tool call.
         self._remote.setblocking(False)
@@ -400,48 +297,15 @@ class Keeper:
                     pass
         self._remote.setblocking(True)
         self._received = b""
-        snapshot, self._snapshot = self._snapshot, None
         try:
-            if not self._is_held(snapshot):
+            if not self._processes.adopt_snapshot():
                 return "lost"
-            self._adopt(snapshot)
+            self._selector.register(self._processes.pidfd, selectors.EVENT_READ)
             if empty_box:
                 removal.empty_directory(self._box)
         except OSError:
             return "lost"
         return "rolled_back"
-
-    def _is_held(self, snapshot: int) -> bool:
-        """Whether the snapshot waits, stopped; a cell may have killed it, which takes effect a moment later."""
-        while self._processes is not None:
-            found = [p for p in self._processes.descendants() if p.namespace_pid == snapshot]
-            if not found or not found[0].alive or found[0].stopped:
-                return bool(found) and found[0].stopped
-            time.sleep(0.0005)
-        return False
-
-    def _reap_while_idle(self) -> None:
-        """Until the trainer says something: take the exit status of old snapshots."""
-        host = self._host.fileno()
-        while self._dying:
-            ready, _, _ = select.select([host, *self._dying], [], [])
-            for pidfd in self._dying.keys() & set(ready):
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(self._dying.pop(pidfd), os.WNOHANG)
-                os.close(pidfd)
-            if host in ready:
-                return
-
-    def _reap_orphans(self) -> None:
-        """Take the exit status of dead children other than the interpreter and its snapshot."""
-        while self._processes is not None:
-            try:
-                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if dead is None or dead.si_pid in (self._pid, self._snapshot):
-                return
-            os.waitpid(dead.si_pid, 0)
 
     def _take_output(self, *, once: bool = False) -> None:
         """Take what lies in the output pipe. A flood goes on for ever: `once` looks at the clocks between two reads."""
@@ -453,26 +317,6 @@ class Keeper:
             self._output.add(data)
             if once:
                 return
-
-    def _cell_cpu_s(self) -> float:
-        return max(self._cpu_time_s() - self._cpu_start, 0.0) + self._children_cpu_s
-
-    def _cpu_time_s(self) -> float:
-        try:
-            return time.clock_gettime(self._cpu_clock)
-        except OSError:
-            # Dead, not yet reaped: its end is seen on its descriptor.
-            return 0.0
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def _reaped_cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def _describe_exit(wait_status: int) -> str:

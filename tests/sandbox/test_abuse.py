@@ -70,7 +70,7 @@ def named(*names: str) -> list[Attempt]:
         ("namespaces", "confinement._set_rlimits = lambda plan: None", ("sparse_file", "own_limits")),
         (
             "namespaces",
-            "from gtpo.sandbox import keeper\nkeeper.Keeper._watch = lambda self, processes: None",
+            "from gtpo.sandbox import keeper\nkeeper.Keeper._watch = lambda self: None",
             ("children_hold_memory",),
         ),
         (

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gtpo.sandbox import frames
 from gtpo.sandbox.keeper import InterpreterGone, Keeper
 from gtpo.sandbox.output import Output
+from gtpo.sandbox.session_processes import SessionProcesses
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
@@ -41,8 +42,7 @@ class Listener(Keeper):
         self._control, self.interpreter = socket.socketpair()
         self._control.setblocking(False)
         self._received = b""
-        self._snapshot = None
-        self._pid = os.getpid()
+        self._processes = SessionProcesses(os.getpid(), proc_fd=None)
 
     def __enter__(self) -> "Listener":
         return self
@@ -50,6 +50,7 @@ class Listener(Keeper):
     def __exit__(self, *_: object) -> None:
         self._control.close()
         self.interpreter.close()
+        os.close(self._processes.pidfd)
 
 
 @given(PIECES, st.integers(1, 40), st.booleans())
@@ -68,7 +69,7 @@ def test_whatever_an_interpreter_says_is_an_answer_or_its_end(data, piece, snaps
                 assert answer["value"] is None or isinstance(answer["value"], str)
                 return
         # Nobody is made a snapshot, let alone stopped, who is not a child of the keeper.
-        assert keeper._snapshot is None
+        assert keeper._processes.snapshot is None
 
 
 # names for the ids of processes: the processes that tests are spread over must collect the same
@@ -85,14 +86,14 @@ def test_only_a_child_can_be_a_snapshot(pid):
         keeper.interpreter.send(framed({"cell": 1, "snapshot": pid}))
         with pytest.raises(InterpreterGone, match="control channel"):
             keeper._receive({"cell": 1, "snapshot": True})
-        assert keeper._snapshot is None
+        assert keeper._processes.snapshot is None
 
 
 def test_an_answer_may_come_in_pieces_after_the_snapshot_of_a_child():
     with subprocess.Popen(["sleep", "60"]) as child, Listener() as keeper:
         answer = framed({"cell": 1, "status": "error", "error": "E", "line": 3})
         keeper.interpreter.send(framed({"cell": 1, "snapshot": child.pid}) + answer[:5])
-        assert keeper._receive({"cell": 1, "snapshot": True}) is None and keeper._snapshot == child.pid
+        assert keeper._receive({"cell": 1, "snapshot": True}) is None and keeper._processes.snapshot == child.pid
         keeper.interpreter.send(answer[5:])
         said = keeper._receive({"cell": 1, "snapshot": True})
         child.kill()

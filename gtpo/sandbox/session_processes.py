@@ -1,0 +1,201 @@
+"""The processes of one session, children of its keeper: stopped, counted, killed and reaped.
+
+Where a session may have processes, the interpreter clones itself before a cell. The clone is a child of the keeper,
+stopped at once; when the cell ends well it is killed, otherwise everything else is killed and it goes on in the
+interpreter's place, with the variables from before the cell. The keeper is then the first process of a pid namespace,
+so that "every process but me" is its session.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import select
+import signal
+import time
+
+from gtpo.sandbox.descendants import ProcessTree
+
+
+class SessionProcesses:
+    """The interpreter `pid` and all that it starts. Without `proc_fd`, a descriptor of /proc, it can start nothing."""
+
+    def __init__(self, pid: int, proc_fd: int | None) -> None:
+        # "Every process but me" must not be more than the session.
+        assert proc_fd is None or os.getpid() == 1
+        self._tree = None if proc_fd is None else ProcessTree(proc_fd)
+        self.snapshot: int | None = None
+        # Snapshots that are not needed any more, by their descriptors.
+        self._dying: dict[int, int] = {}
+        self._adopt(pid)
+        self.start_clocks()
+
+    def _adopt(self, pid: int) -> None:
+        """Make `pid`, a child, the interpreter."""
+        self._pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        # The clock of the process's CPU time: the kernel's encoding of the inverted pid and CPUCLOCK_SCHED.
+        self._cpu_clock = (~pid << 3) | 2
+
+    def start_clocks(self) -> None:
+        """Count CPU time from here."""
+        self._cpu_start = self._cpu_time_s()
+        self._orphans_start = _reaped_cpu_s()
+        # CPU seconds of the cell, and of the processes that it started, as of the last look.
+        self._seen_cpu_s = self._children_cpu_s = 0.0
+        self._waited_start: float | None = None
+
+    def cell_cpu_s(self) -> float:
+        """CPU seconds since the clocks were started: of the interpreter, and of its children as of the last look."""
+        self._seen_cpu_s = max(self._cpu_time_s() - self._cpu_start, 0.0) + self._children_cpu_s
+        return self._seen_cpu_s
+
+    def _cpu_time_s(self) -> float:
+        try:
+            return time.clock_gettime(self._cpu_clock)
+        except OSError:
+            # Dead, not yet reaped: its end is seen on its descriptor.
+            return 0.0
+
+    def look(self) -> int:
+        """Look at the CPU time of all but the snapshot; the memory that they have, in bytes."""
+        assert self._tree is not None
+        self.reap_orphans()
+        memory_bytes, cpu_s = 0, _reaped_cpu_s() - self._orphans_start
+        for process in self._tree.descendants():
+            if process.namespace_pid == self.snapshot:
+                continue
+            memory_bytes += process.memory_bytes
+            cpu = self._tree.cpu_time_s(process)
+            if process.namespace_pid == self._pid:
+                waited = cpu - self._cpu_time_s()
+                if self._waited_start is None:
+                    self._waited_start = waited
+                cpu = waited - self._waited_start
+            cpu_s += cpu
+        self._children_cpu_s = max(self._children_cpu_s, cpu_s)
+        return memory_bytes
+
+    def hold_snapshot(self, pid: object) -> None:
+        """Stop the interpreter's clone `pid`. ValueError when it is none: only a child of the keeper can be one."""
+        if self.snapshot is not None or type(pid) is not int or pid == self._pid:
+            raise ValueError("no snapshot was asked for")
+        try:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            os.kill(pid, signal.SIGSTOP)
+        except (OSError, OverflowError):
+            raise ValueError("not a clone of the interpreter") from None
+        self.snapshot = pid
+
+    def adopt_snapshot(self) -> bool:
+        """Make the snapshot, if it is still there, the interpreter in place of the one that ended."""
+        snapshot, self.snapshot = self.snapshot, None
+        if snapshot is None or not self._is_held(snapshot):
+            return False
+        self._adopt(snapshot)
+        return True
+
+    def _is_held(self, snapshot: int) -> bool:
+        """Whether the snapshot waits, stopped; a cell may have killed it, which takes effect a moment later."""
+        while self._tree is not None:
+            found = [p for p in self._tree.descendants() if p.namespace_pid == snapshot]
+            if not found or not found[0].alive or found[0].stopped:
+                return bool(found) and found[0].stopped
+            time.sleep(0.0005)
+        return False
+
+    def resume(self) -> None:
+        """Let the interpreter run again."""
+        os.kill(self._pid, signal.SIGCONT)
+
+    def settle(self) -> tuple[str, int]:
+        """After a cell that ended well: stop the interpreter, kill the rest; what became of the state, its memory."""
+        if self._tree is None:
+            # Nothing of the session runs between cells.
+            os.kill(self._pid, signal.SIGSTOP)
+            return "kept", 0
+        os.kill(-1, signal.SIGSTOP)
+        # Waiting for its death here would cost a millisecond of every cell.
+        snapshot, self.snapshot = self.snapshot, None
+        if snapshot is not None:
+            self._dying[os.pidfd_open(snapshot)] = snapshot
+            _kill(snapshot)
+        while True:
+            state, peak_bytes, leftovers = "lost", 0, 0
+            for process in self._tree.descendants():
+                if process.namespace_pid == self._pid:
+                    state, peak_bytes = "kept" if process.alive else "lost", process.peak_bytes
+                elif process.alive and process.namespace_pid != snapshot:
+                    _kill(process.namespace_pid)
+                    leftovers += 1
+            if not leftovers:
+                return state, peak_bytes
+            # They must be dead before the next cell, which could look for them.
+            time.sleep(0.0005)
+
+    def end_interpreter(self) -> tuple[int, float, int]:
+        """Kill everything but the snapshot; wait status, CPU seconds of the cell, and most memory it ever had."""
+        if self._tree is None:
+            # It may have ended, or not have come to its setsid.
+            for kill in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError):
+                    kill(self._pid, signal.SIGKILL)
+        elif self.snapshot is None:
+            _kill(-1)
+        else:
+            # Stopped first, so that they fork no more.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGSTOP)
+            for process in self._tree.descendants():
+                if process.namespace_pid != self.snapshot:
+                    _kill(process.namespace_pid)
+        _, wait_status, usage = os.wait4(self._pid, 0)
+        if self._tree is not None:
+            self._end_leftovers(self._tree)
+        # Of the interpreter and the children that it waited for; of all of them as of the last look.
+        cpu_time_s = max(usage.ru_utime + usage.ru_stime - self._cpu_start, self._seen_cpu_s)
+        os.close(self.pidfd)
+        return wait_status, cpu_time_s, usage.ru_maxrss * 1024
+
+    def _end_leftovers(self, tree: ProcessTree) -> None:
+        """Kill and reap what a dead interpreter has left, but for the snapshot."""
+        # More than one round: a process that was being forked when the others were listed is found in the next.
+        while leftovers := [p for p in tree.descendants() if p.namespace_pid != self.snapshot]:
+            for process in leftovers:
+                _kill(process.namespace_pid)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.namespace_pid, os.WNOHANG)
+            time.sleep(0.0005)
+
+    def reap_snapshots(self, *, until_readable: int) -> None:
+        """Until there is something to read on that descriptor: take the exit status of old snapshots."""
+        while self._dying:
+            ready, _, _ = select.select([until_readable, *self._dying], [], [])
+            for pidfd in self._dying.keys() & set(ready):
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(self._dying.pop(pidfd), os.WNOHANG)
+                os.close(pidfd)
+            if until_readable in ready:
+                return
+
+    def reap_orphans(self) -> None:
+        """Take the exit status of dead children other than the interpreter and its snapshot."""
+        while self._tree is not None:
+            try:
+                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if dead is None or dead.si_pid in (self._pid, self.snapshot):
+                return
+            os.waitpid(dead.si_pid, 0)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _reaped_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
