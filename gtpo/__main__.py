@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,10 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         foreign = [word for word in stray if word.partition("=")[0] in _FLAGS]
         if foreign:
             raise _Refused(f"`gtpo {options.command}` takes no {foreign[0]}")
-        return int(options.run(options, overrides))
+        code = int(options.run(options, overrides))
+        sys.stdout.flush()
+        return code
     except _Refused as error:
         print(f"gtpo: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `gtpo config | head`: ends as a command that SIGPIPE ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

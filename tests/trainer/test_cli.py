@@ -84,6 +84,15 @@ def test_the_module_is_the_command_and_help_needs_no_model_library() -> None:
     assert "rollout.group_size = 8" in done.stdout
 
 
+def test_a_reader_that_has_read_enough_is_no_fault() -> None:
+    command = [sys.executable, "-m", "gtpo", "methods"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
