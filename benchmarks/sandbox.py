@@ -95,6 +95,7 @@ def ipykernel() -> Iterator[Call]:
     """A Jupyter kernel that lasts. No isolation."""
     import ipykernel  # noqa: F401
     from jupyter_client.manager import start_new_kernel
+    from jupyter_core.utils import ensure_event_loop
 
     manager, client = start_new_kernel(kernel_name="python3", stderr=subprocess.DEVNULL)
 
@@ -113,6 +114,8 @@ def ipykernel() -> Iterator[Call]:
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
+        # the one that its blocking calls made for this thread
+        ensure_event_loop().close()
 
 
 @contextlib.contextmanager
@@ -156,7 +159,7 @@ def measure_other(context: Any, note: str, num_callers: int, cell: str, num_call
             _fill(row, [timed(i) for i in range(num_calls)])
             start = time.perf_counter()
             with ThreadPoolExecutor(num_callers) as callers:
-                list(callers.map(timed, range(num_calls)))
+                list((map if num_callers == 1 else callers.map)(timed, range(num_calls)))
             row.per_s = round(num_calls / (time.perf_counter() - start), 1)
     except ImportError as absent:
         row.note = f"absent: {absent}"

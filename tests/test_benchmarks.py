@@ -1,5 +1,6 @@
 """How the benchmark commands check, measure and judge; `GTPO_BENCH_SMOKE=1 pytest benchmarks` runs them."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -95,6 +96,13 @@ def test_peak_memory_counts_what_is_freed_again() -> None:
 
     _, peak = with_peak_memory(call, CPU)
     assert 63.0 <= peak < 80.0
+
+
+def test_the_collector_passes_over_earlier_objects_only_within_a_comparison() -> None:
+    frozen: list[int] = []
+    _compare(_contestant("sum", lambda x: frozen.append(gc.get_freeze_count()) or x.sum()))
+    assert frozen[0] > 0
+    assert gc.get_freeze_count() == 0
 
 
 def test_gates_stand_in_table_and_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
