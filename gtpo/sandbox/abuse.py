@@ -23,7 +23,7 @@ from gtpo.sandbox.contract import CellResult, CellStatus, SandboxLimits
 from gtpo.sandbox.protocol import Session
 
 LIMITS = SandboxLimits(
-    cpu_time_s=0.2, wall_time_s=0.6, memory_bytes=256 * 2**20, file_bytes=2**20, output_bytes=4096, max_processes=16
+    cpu_time_s=0.2, wall_time_s=1.0, memory_bytes=256 * 2**20, file_bytes=2**20, output_bytes=4096, max_processes=16
 )
 """With these the attempts end in a fraction of a second each."""
 

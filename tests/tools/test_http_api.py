@@ -155,7 +155,8 @@ def test_what_the_model_reads_of_an_answer(url: str, path: str, status: ToolStat
     timeout_s = 0.05 if status is ToolStatus.TIMEOUT else 60.0
     (result,) = run_calls(url, {"get": endpoint(path)}, [ToolCall("web_get", {})], max_bytes=64, timeout_s=timeout_s)
     assert (result.status, result.text) == (status, text)
-    assert len(Api.requests) == 1 and result.seconds > 0
+    assert result.seconds > 0
+    assert len(Api.requests) == 1 or status is ToolStatus.TIMEOUT  # which may come before the connection
 
 
 @pytest.mark.parametrize(("retries", "status"), [(1, ToolStatus.INFRA_ERROR), (2, ToolStatus.OK)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gtpo.sandbox.attempts.attempt import CPU, CRASH, ERROR, OK, TIMEOUT, ends
 
-_MEMORY = ("MemoryError", "memory limit", "CPU time limit", "OSError", "the interpreter was killed", "PermissionError")
+_MEMORY = ("MemoryError", "memory limit", *CPU, "OSError", "the interpreter was killed", "PermissionError")
 
 ATTEMPTS = ends(
     "memory",
