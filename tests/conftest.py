@@ -17,7 +17,9 @@ import pytest
 ALLOWED_SKIP_REASON = "needs a GPU"
 
 # No deadline: a shared machine is sometimes slow. Derandomized, no database: a gate gives one answer for one commit.
-hypothesis.settings.register_profile("gate", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "gate", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("gate")
 
 
