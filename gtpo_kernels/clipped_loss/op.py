@@ -191,7 +191,20 @@ def unpack_metrics(packed: Tensor, terms: LossTerms, *, has_entropy: bool) -> Lo
     )
 
 
-@torch.library.custom_op("gtpo_kernels::clipped_loss", mutates_args=())
+# The fields of `LossTerms` as arguments of an op.
+TERMS_SCHEMA = (
+    "float clip_low, float clip_high, str surrogate, float? dual_clip, str kl, float kl_coef, float entropy_coef, "
+    "Tensor? ref_logprobs, Tensor? token_weights, Tensor? ratio_ids"
+)
+
+
+@torch.library.custom_op(
+    "gtpo_kernels::clipped_loss",
+    mutates_args=(),
+    schema="(Tensor logprobs, Tensor? entropy, Tensor advantages, Tensor loss_mask, Tensor? old_logprobs,"
+    f" Tensor? num_loss_tokens, {TERMS_SCHEMA}, bool all_metrics, bool need_gradient, bool consume, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _clipped_loss(
     logprobs: Tensor,
     entropy: Tensor | None,
@@ -199,31 +212,18 @@ def _clipped_loss(
     loss_mask: Tensor,
     old_logprobs: Tensor | None,
     num_loss_tokens: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    surrogate: str,
-    dual_clip: float | None,
-    kl: str,
-    kl_coef: float,
-    entropy_coef: float,
-    ref_logprobs: Tensor | None,
-    token_weights: Tensor | None,
-    ratio_ids: Tensor | None,
-    all_metrics: bool,
-    need_gradient: bool,
-    consume: bool,
-    backend: str,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *flat_terms, all_metrics, need_gradient, _, backend = rest
+    terms = LossTerms(*flat_terms)
     check_num_loss_tokens(num_loss_tokens)
-    rule = LossRule(surrogate, dual_clip, kl, kl_coef, entropy_coef)  # type: ignore[arg-type]  # a schema has no literals
-    terms = LossTerms(clip_low, clip_high, *rule, ref_logprobs, token_weights, ratio_ids)
     check_term_values(terms, loss_mask)
     advantages, terms = weighted(advantages, terms)
     rows = (logprobs, advantages, loss_mask, old_logprobs)
     d_logprobs = d_entropy = logprobs.new_empty(0, dtype=accumulator_dtype(logprobs.dtype))
     if terms.is_clipped_surrogate:
-        rest = (entropy, num_loss_tokens, clip_low, clip_high, all_metrics, need_gradient)
-        loss, packed, d_logprobs = run_kernel(FAMILY, backend, "clipped_loss", logprobs.device, *rows, *rest)
+        arguments = (entropy, num_loss_tokens, terms.clip_low, terms.clip_high, all_metrics, need_gradient)
+        loss, packed, d_logprobs = run_kernel(FAMILY, backend, "clipped_loss", logprobs.device, *rows, *arguments)
     else:
         loss, packed = ruled_loss(*rows, entropy, num_loss_tokens, terms, all_metrics)
         if need_gradient:

@@ -16,6 +16,7 @@ from gtpo_kernels.checks import (
 )
 from gtpo_kernels.clipped_loss.op import (
     PPO,
+    TERMS_SCHEMA,
     MetricsChoice,
     check_loss_arguments,
     check_loss_terms,
@@ -293,56 +294,21 @@ def _checked_values(inputs: LossInputs, vocab: int) -> LossInputs:
     return inputs
 
 
-@torch.library.custom_op("gtpo_kernels::gtpo_loss", mutates_args=())
-def _gtpo_loss(
-    logits: Tensor,
-    targets: Tensor,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    old_logprobs: Tensor | None,
-    temperature: float,
-    row_temperature: Tensor | None,
-    softcap: float,
-    num_loss_tokens: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    surrogate: str,
-    dual_clip: float | None,
-    kl: str,
-    kl_coef: float,
-    entropy_coef: float,
-    ref_logprobs: Tensor | None,
-    token_weights: Tensor | None,
-    ratio_ids: Tensor | None,
-    all_metrics: bool,
-    need_logits: bool,
-    consume: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = LossInputs(
-        targets,
-        advantages,
-        loss_mask,
-        old_logprobs,
-        temperature,
-        row_temperature,
-        softcap,
-        num_loss_tokens,
-        LossTerms(
-            clip_low,
-            clip_high,
-            surrogate,
-            dual_clip,
-            kl,
-            kl_coef,
-            entropy_coef,
-            ref_logprobs,
-            token_weights,
-            ratio_ids,
-        ),
-        all_metrics,
-    )
-    inputs = _checked_values(inputs, logits.shape[1])
+# The fields of `LossInputs`, flat, as arguments of an op.
+INPUTS_SCHEMA = (
+    "Tensor targets, Tensor advantages, Tensor loss_mask, Tensor? old_logprobs, float temperature, "
+    f"Tensor? row_temperature, float softcap, Tensor? num_loss_tokens, {TERMS_SCHEMA}, bool all_metrics"
+)
+
+
+@torch.library.custom_op(
+    "gtpo_kernels::gtpo_loss",
+    mutates_args=(),
+    schema=f"(Tensor logits, {INPUTS_SCHEMA}, bool need_logits, bool consume, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def _gtpo_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *flat, need_logits, _, backend = rest
+    inputs = _checked_values(LossInputs.from_flat(flat), logits.shape[1])
     if not inputs.terms.is_clipped_surrogate:
         return ruled_gtpo_loss(backend, logits, inputs, need_logits)
     outputs: tuple[Tensor, Tensor, Tensor] = run_kernel(
@@ -353,70 +319,24 @@ def _gtpo_loss(
 
 @_gtpo_loss.register_fake
 def _(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_logits, terms = rest[-3], LossTerms(*rest[8:18])
+    *flat, need_logits, _, _ = rest
+    terms = LossInputs.from_flat(flat).terms
     return *empty_loss(logits, terms), logits.new_empty(logits.shape if need_logits else (0,))
 
 
 _gtpo_loss.register_autograd(scale_gradients, setup_context=keep_gradients)
 
 
-@torch.library.custom_op("gtpo_kernels::linear_gtpo_loss", mutates_args=())
-def _linear_gtpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    old_logprobs: Tensor | None,
-    temperature: float,
-    row_temperature: Tensor | None,
-    softcap: float,
-    num_loss_tokens: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    surrogate: str,
-    dual_clip: float | None,
-    kl: str,
-    kl_coef: float,
-    entropy_coef: float,
-    ref_logprobs: Tensor | None,
-    token_weights: Tensor | None,
-    ratio_ids: Tensor | None,
-    all_metrics: bool,
-    chunk_rows: int | None,
-    skip_clipped: bool,
-    filter_eps: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    consume: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = LossInputs(
-        targets,
-        advantages,
-        loss_mask,
-        old_logprobs,
-        temperature,
-        row_temperature,
-        softcap,
-        num_loss_tokens,
-        LossTerms(
-            clip_low,
-            clip_high,
-            surrogate,
-            dual_clip,
-            kl,
-            kl_coef,
-            entropy_coef,
-            ref_logprobs,
-            token_weights,
-            ratio_ids,
-        ),
-        all_metrics,
-    )
-    inputs = _checked_values(inputs, weight.shape[0])
+@torch.library.custom_op(
+    "gtpo_kernels::linear_gtpo_loss",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, {INPUTS_SCHEMA}, SymInt? chunk_rows, bool skip_clipped,"
+    " float filter_eps, bool need_hidden, bool need_weight, bool need_bias, bool consume, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _linear_gtpo_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *flat, chunk_rows, skip_clipped, filter_eps, need_hidden, need_weight, need_bias, _, backend = rest
+    inputs = _checked_values(LossInputs.from_flat(flat), weight.shape[0])
     if not inputs.terms.is_clipped_surrogate:
         needs, gradient_filter = (need_hidden, need_weight, need_bias), GradientFilter(skip_clipped, filter_eps)
         return ruled_linear_gtpo_loss(backend, hidden, weight, bias, inputs, chunk_rows, needs, gradient_filter)
@@ -437,9 +357,10 @@ def _linear_gtpo_loss(
 
 
 @_linear_gtpo_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    terms = LossTerms(*rest[9:19])
-    return *empty_loss(hidden, terms), *empty_head_gradients(hidden, weight, rest[-5:-2])
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *flat, _, _, _, need_hidden, need_weight, need_bias, _, _ = rest
+    terms = LossInputs.from_flat(flat).terms
+    return *empty_loss(hidden, terms), *empty_head_gradients(hidden, weight, (need_hidden, need_weight, need_bias))
 
 
 _linear_gtpo_loss.register_autograd(scale_gradients, setup_context=keep_gradients)

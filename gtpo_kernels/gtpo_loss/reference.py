@@ -1,5 +1,6 @@
 """The definition of `gtpo_loss` and `linear_gtpo_loss`: the per-token op, then the clipped loss."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,12 @@ class LossInputs(NamedTuple):
     def flat(self) -> tuple[Any, ...]:
         """The fields, and in place of `terms` its own: what the registered ops take."""
         return *self[:-2], *self.terms, self.all_metrics
+
+    @classmethod
+    def from_flat(cls, flat: Sequence[Any]) -> "LossInputs":
+        """The inputs whose `flat()` this is."""
+        first = cls._fields.index("terms")
+        return cls._make([*flat[:first], LossTerms(*flat[first:-1]), flat[-1]])
 
 
 class GradientFilter(NamedTuple):
