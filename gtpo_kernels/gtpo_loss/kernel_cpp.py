@@ -5,10 +5,9 @@ from torch import Tensor
 
 from gtpo_kernels import _cpu
 from gtpo_kernels.checks import accumulator_dtype
-from gtpo_kernels.gtpo_loss.kernel_torch import LossPass, chunked_linear_loss
-from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
+from gtpo_kernels.gtpo_loss.kernel_torch import ChunkSweep, LossPass
+from gtpo_kernels.gtpo_loss.reference import LossInputs
 from gtpo_kernels.token_logprobs.kernel_cpp import logits_in_memory, sweepable, temperatures, zero_other_rows_
-from gtpo_kernels.token_logprobs.kernel_torch import Head
 from gtpo_kernels.turn_advantages.kernel_cpp import buffer, buffer_or_none
 
 
@@ -35,7 +34,7 @@ def sweep(logits: Tensor, d_logits: Tensor | None, logit_rows: Tensor | None, ro
 
 
 def sweep_(logits: Tensor, rows: Tensor, state: LossPass, gradient: bool) -> None:
-    """The `Sweep` of this backend."""
+    """See `ChunkSweep`."""
     sweep(logits, logits if gradient else None, None, rows, state)
 
 
@@ -65,18 +64,6 @@ def _sweep_active_rows(logits: Tensor, d_logits: Tensor | None, state: LossPass)
     sweep(logits, d_logits, state.active_rows, state.active_rows, state)
 
 
-def linear_gtpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inputs: LossInputs,
-    chunk_rows: int | None,
-    needs: tuple[bool, bool, bool],
-    gradient_filter: GradientFilter,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], metrics [11], d_hidden [N, D], d_weight [V, D], d_bias [V]).
-
-    Gradients are in the accumulator dtype, [0] where not needed.
-    """
-    head = Head(hidden, weight, bias, chunk_rows, by_column=True)
-    return chunked_linear_loss(head, inputs, needs, gradient_filter, sweep_)
+def chunk_sweep(inputs: LossInputs) -> ChunkSweep:
+    """The `ChunkSweep` of this backend."""
+    return ChunkSweep(inputs, sweep_, by_column=True)

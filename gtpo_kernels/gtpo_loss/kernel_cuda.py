@@ -9,10 +9,9 @@ from torch import Tensor
 from gtpo_kernels import _cuda
 from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.cuda_launch import address, launch, packed
-from gtpo_kernels.gtpo_loss.kernel_torch import LossPass, chunked_linear_loss
-from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
+from gtpo_kernels.gtpo_loss.kernel_torch import ChunkSweep, LossPass
+from gtpo_kernels.gtpo_loss.reference import LossInputs
 from gtpo_kernels.token_logprobs.kernel_cuda import Operands
-from gtpo_kernels.token_logprobs.kernel_torch import Head
 
 
 def gtpo_loss(logits: Tensor, inputs: LossInputs, need_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,21 +29,13 @@ def gtpo_loss_(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     return state.finish()
 
 
-def linear_gtpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inputs: LossInputs,
-    chunk_rows: int | None,
-    needs: tuple[bool, bool, bool],
-    gradient_filter: GradientFilter,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], metrics [11], d_hidden [N, D], d_weight [V, D], d_bias [V]), in the accumulator dtype."""
-    return chunked_linear_loss(Head(hidden, weight, bias, chunk_rows), inputs, needs, gradient_filter, sweep_)
+def chunk_sweep(inputs: LossInputs) -> ChunkSweep:
+    """The `ChunkSweep` of this backend."""
+    return ChunkSweep(inputs, sweep_)
 
 
 def sweep_(logits: Tensor, rows: Tensor, state: LossPass, gradient: bool) -> None:
-    """The `Sweep` of this backend."""
+    """See `ChunkSweep`."""
     _sweep(logits, rows, state, logits if gradient else None)
 
 

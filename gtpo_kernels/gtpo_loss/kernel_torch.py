@@ -1,12 +1,11 @@
-"""The `torch` backend of the fused losses: forward turns each chunk of logits into its gradient in place (6NVD).
+"""The `torch` backend of the fused losses: logits -> softmax -> slope -> d_logits, in place, a block of rows at a time.
 
-The slope d loss / d logprob of a token needs that row's softmax and a denominator that is known before, so no second
-projection is needed: logits -> softmax -> slope -> d_logits -> d_hidden and d_weight, a chunk at a time.
+The slope d loss / d logprob of a token needs that row's softmax and a denominator that is known before, nothing else.
 """
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,20 +13,8 @@ from torch import Tensor
 from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.clipped_loss.kernel_torch import clipped_loss, loss_slope
 from gtpo_kernels.clipped_loss.reference import loss_denominator
-from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
-from gtpo_kernels.token_logprobs.kernel_torch import Head, LogitScale, row_blocks, row_softmax_
-
-# Columns of a block that `filter_eps` keeps or leaves out of the gradient products as a whole.
-FILTER_COLUMNS = 256
-
-
-class Slopes(Protocol):
-    """What is known of a pass once its slopes are."""
-
-    scale: LogitScale
-
-    def slope(self, rows: Tensor) -> Tensor:
-        """d loss / d logprob of `rows`."""
+from gtpo_kernels.gtpo_loss.reference import LossInputs
+from gtpo_kernels.token_logprobs.kernel_torch import LogitScale, row_blocks, row_softmax_
 
 
 class LossPass:
@@ -87,13 +74,27 @@ class LossPass:
         return loss, metrics
 
 
-# sweep_(logits [n, V], rows [n], state, gradient): stores log-probability and entropy of `rows` in the state.  The
-# logits, contiguous and in the accumulator dtype, become d_logits if `gradient`, else are spent.
-Sweep = Callable[[Tensor, Tensor, LossPass, bool], None]
+class ChunkSweep(NamedTuple):
+    """What a backend does with a chunk of logits [n, V], those of `rows` [n] of the batch.
+
+    inputs: of the pass, as the sweep reads them.
+    sweep_(logits, rows, state, gradient): stores log-probability and entropy of `rows` in the state.  The logits,
+        in the accumulator dtype, become d_logits if `gradient`, else are spent.
+    by_column: the logits are the columns of a buffer [V, n].
+    """
+
+    inputs: LossInputs
+    sweep_: Callable[[Tensor, Tensor, LossPass, bool], None]
+    by_column: bool = False
+
+
+def chunk_sweep(inputs: LossInputs) -> ChunkSweep:
+    """The `ChunkSweep` of this backend."""
+    return ChunkSweep(inputs, sweep_)
 
 
 def sweep_(logits: Tensor, rows: Tensor, state: LossPass, gradient: bool) -> None:
-    """The `Sweep` of this backend."""
+    """See `ChunkSweep`."""
     for block in row_blocks(logits):
         x, block_rows = logits[block], rows[block]
         targets = state.inputs.targets[block_rows].long()
@@ -137,68 +138,3 @@ def _swept_blocks(logits: Tensor, state: LossPass, gradient: bool) -> Iterator[t
             sweep_(x, rows, state, needed)
             if needed:
                 yield rows, x
-
-
-def linear_gtpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inputs: LossInputs,
-    chunk_rows: int | None,
-    needs: tuple[bool, bool, bool],
-    gradient_filter: GradientFilter,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], metrics [11], d_hidden [N, D], d_weight [V, D], d_bias [V]).
-
-    Gradients are in the accumulator dtype, [0] where not needed.
-    """
-    return chunked_linear_loss(Head(hidden, weight, bias, chunk_rows), inputs, needs, gradient_filter, sweep_)
-
-
-def chunked_linear_loss(
-    head: Head,
-    inputs: LossInputs,
-    needs: tuple[bool, bool, bool],
-    gradient_filter: GradientFilter,
-    sweep_: Sweep,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`linear_gtpo_loss` of any backend: project a chunk of rows, sweep it, add it to the gradients."""
-    head.allocate_gradients(*needs)
-    state = LossPass(inputs, head.dtype)
-    for rows, hidden, logits in head.chunks(state.active_rows):
-        sweep_(logits, rows, state, any(needs))
-        if any(needs):
-            accumulate_filtered(head, rows, hidden, logits, state, gradient_filter)
-    for rows, _, logits in head.chunks(state.forward_only_rows):
-        sweep_(logits, rows, state, False)
-    return *state.finish(), *head.gradients()
-
-
-def accumulate_filtered(
-    head: Head, rows: Tensor, hidden: Tensor, d_logits: Tensor, state: Slopes, gradient_filter: GradientFilter
-) -> None:
-    """`head.accumulate`, less the rows and the vocabulary blocks that the filter leaves out."""
-    if gradient_filter.skip_clipped:
-        kept = (state.slope(rows) != 0).nonzero().squeeze(1)
-        if len(kept) < len(rows):
-            rows, hidden = rows[kept], hidden[kept]
-            # in the layout of the buffer: a transposing copy takes as long as what it saves
-            d_logits = d_logits.t().index_select(1, kept).t() if head.by_column else d_logits.index_select(0, kept)
-    if gradient_filter.filter_eps == 0.0:
-        head.accumulate(rows, hidden, d_logits)
-        return
-    scale = state.scale.divide_(state.slope(rows).abs(), rows)
-    head.accumulate(rows, hidden, d_logits, _column_runs(d_logits, scale, gradient_filter.filter_eps))
-
-
-def _column_runs(d_logits: Tensor, scale: Tensor, filter_eps: float) -> list[slice]:
-    """Runs of the column blocks in which some row has sum |d_logits| > filter_eps * scale [n]."""
-    vocab = d_logits.shape[1]
-    mass = torch.stack([block.abs().sum(dim=1) for block in d_logits.split(FILTER_COLUMNS, dim=1)])
-    # a NaN is kept
-    kept = (~(mass <= filter_eps * scale)).any(dim=1).tolist()
-    starts = [i for i, keep in enumerate(kept) if keep and not (i and kept[i - 1])]
-    ends = [i + 1 for i, keep in enumerate(kept) if keep and not (i + 1 < len(kept) and kept[i + 1])]
-    return [
-        slice(start * FILTER_COLUMNS, min(end * FILTER_COLUMNS, vocab)) for start, end in zip(starts, ends, strict=True)
-    ]

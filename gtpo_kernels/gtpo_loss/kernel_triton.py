@@ -13,9 +13,9 @@ from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.clipped_loss.kernel_torch import loss_slope as loss_slope_of
 from gtpo_kernels.clipped_loss.kernel_triton import clipped_loss
 from gtpo_kernels.clipped_loss.reference import counted_tokens
-from gtpo_kernels.gtpo_loss.kernel_torch import LossPass, chunked_linear_loss
-from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
-from gtpo_kernels.token_logprobs.kernel_torch import Head, empty_statistics
+from gtpo_kernels.gtpo_loss.kernel_torch import ChunkSweep, LossPass
+from gtpo_kernels.gtpo_loss.reference import LossInputs
+from gtpo_kernels.token_logprobs.kernel_torch import empty_statistics
 from gtpo_kernels.token_logprobs.kernel_triton_sweeps import (
     adjacent_columns,
     max_block,
@@ -222,22 +222,10 @@ def gtpo_loss_(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     return state.finish(clipped_loss)
 
 
-def linear_gtpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inputs: LossInputs,
-    chunk_rows: int | None,
-    needs: tuple[bool, bool, bool],
-    gradient_filter: GradientFilter,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], metrics [11], d_hidden [N, D], d_weight [V, D], d_bias [V]).
-
-    Gradients are in the accumulator dtype, [0] where not needed.
-    """
+def chunk_sweep(inputs: LossInputs) -> ChunkSweep:
+    """The `ChunkSweep` of this backend."""
 
     def sweep_(logits: Tensor, rows: Tensor, state: LossPass, gradient: bool) -> None:
         sweep(logits, logits if gradient else None, rows, state)
 
-    head = Head(hidden, weight, bias, chunk_rows)
-    return chunked_linear_loss(head, contiguous_inputs(inputs), needs, gradient_filter, sweep_)
+    return ChunkSweep(contiguous_inputs(inputs), sweep_)

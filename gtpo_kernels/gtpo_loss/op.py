@@ -28,6 +28,7 @@ from gtpo_kernels.clipped_loss.op import (
     unpack_metrics,
 )
 from gtpo_kernels.clipped_loss.reference import ClippedLoss, LossRule, LossTerms, counted_tokens, weighted
+from gtpo_kernels.gtpo_loss.chunked import chunked_linear_loss
 from gtpo_kernels.gtpo_loss.reference import (
     GradientFilter,
     LossInputs,
@@ -35,7 +36,7 @@ from gtpo_kernels.gtpo_loss.reference import (
     gtpo_loss_reference_,
     linear_gtpo_loss_reference,
 )
-from gtpo_kernels.gtpo_loss.ruled import ruled_gtpo_loss, ruled_gtpo_loss_, ruled_linear_gtpo_loss
+from gtpo_kernels.gtpo_loss.ruled import ruled_gtpo_loss, ruled_gtpo_loss_
 from gtpo_kernels.token_logprobs.op import check_head, empty_head_gradients
 from gtpo_kernels.turn_advantages.op import TurnCredit
 
@@ -337,23 +338,8 @@ _gtpo_loss.register_autograd(scale_gradients, setup_context=keep_gradients)
 def _linear_gtpo_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *flat, chunk_rows, skip_clipped, filter_eps, need_hidden, need_weight, need_bias, _, backend = rest
     inputs = _checked_values(LossInputs.from_flat(flat), weight.shape[0])
-    if not inputs.terms.is_clipped_surrogate:
-        needs, gradient_filter = (need_hidden, need_weight, need_bias), GradientFilter(skip_clipped, filter_eps)
-        return ruled_linear_gtpo_loss(backend, hidden, weight, bias, inputs, chunk_rows, needs, gradient_filter)
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = run_kernel(
-        FAMILY,
-        backend,
-        "linear_gtpo_loss",
-        hidden.device,
-        hidden,
-        weight,
-        bias,
-        inputs,
-        chunk_rows,
-        (need_hidden, need_weight, need_bias),
-        GradientFilter(skip_clipped, filter_eps),
-    )
-    return outputs
+    needs, gradient_filter = (need_hidden, need_weight, need_bias), GradientFilter(skip_clipped, filter_eps)
+    return chunked_linear_loss(backend, hidden, weight, bias, inputs, chunk_rows, needs, gradient_filter)
 
 
 @_linear_gtpo_loss.register_fake

@@ -1,8 +1,6 @@
 """The fused losses of any `LossRule`: statistics of rows, the slopes of their tokens, d_logits; on every backend.
 
-The sweeps are those of the backend's per-token op, the slopes those of `clipped_loss`.  A chunk of logits is projected
-once and swept twice (6NVD), unless tokens share a ratio: then all log-probabilities must be known before the first
-slope is, and each chunk is projected twice (8NVD).
+The sweeps are those of the backend's per-token op, the slopes those of `clipped_loss`.
 """
 
 from typing import NamedTuple
@@ -14,9 +12,8 @@ from gtpo_kernels.backend import run_kernel
 from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.clipped_loss.reference import active_tokens, counted_tokens, loss_denominator
 from gtpo_kernels.clipped_loss.ruled import ruled_loss, ruled_slopes, token_slopes
-from gtpo_kernels.gtpo_loss.kernel_torch import accumulate_filtered
-from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
-from gtpo_kernels.token_logprobs.kernel_torch import Head, LogitScale, RowSweeps, row_blocks
+from gtpo_kernels.gtpo_loss.reference import LossInputs
+from gtpo_kernels.token_logprobs.kernel_torch import LogitScale, row_blocks
 from gtpo_kernels.token_logprobs.reference import RowStatistics
 
 
@@ -73,8 +70,8 @@ class RuledPass:
         return ruled_loss(*tokens, i.num_loss_tokens, i.terms, i.all_metrics)
 
 
-class _Logits(NamedTuple):
-    """What the per-token op of a backend takes beside logits; rows that are not computed hold a target all the same."""
+class TokenArguments(NamedTuple):
+    """What the per-token op of a backend takes beside logits."""
 
     targets: Tensor
     temperature: float
@@ -85,18 +82,19 @@ class _Logits(NamedTuple):
 def _whole_pass(backend: str, logits: Tensor, inputs: LossInputs) -> RuledPass:
     """Statistics and slopes of logits that are there."""
     state = RuledPass(inputs, accumulator_dtype(logits.dtype))
-    arguments = _arguments(inputs)
+    arguments = token_arguments(inputs)
     kept = run_kernel("token_logprobs", backend, "token_logprobs", logits.device, logits, *arguments)
     state.statistics = RowStatistics(*kept)
     state.find_all_slopes()
     return state
 
 
-def _arguments(inputs: LossInputs) -> _Logits:
+def token_arguments(inputs: LossInputs) -> TokenArguments:
+    """Of one pass; rows that are not computed hold a target and a temperature all the same."""
     i = inputs
     skipped = ~counted_tokens(i.advantages, i.loss_mask, i.terms, i.all_metrics)
     temperature = None if i.row_temperature is None else i.row_temperature.masked_fill(skipped, 1.0)
-    return _Logits(i.targets.masked_fill(skipped, 0), i.temperature, temperature, i.softcap)
+    return TokenArguments(i.targets.masked_fill(skipped, 0), i.temperature, temperature, i.softcap)
 
 
 def ruled_gtpo_loss(
@@ -106,7 +104,7 @@ def ruled_gtpo_loss(
     state = _whole_pass(backend, logits, inputs)
     d_logits = logits.new_empty(0)
     if need_logits:
-        rest = (logits, *_arguments(inputs), state.statistics)
+        rest = (logits, *token_arguments(inputs), state.statistics)
         upstream = (state.d_logprobs, state.d_entropy)
         d_logits = run_kernel("token_logprobs", backend, "token_logprobs_backward", logits.device, *upstream, *rest)
     return *state.finish(), d_logits
@@ -115,7 +113,7 @@ def ruled_gtpo_loss(
 def ruled_gtpo_loss_(backend: str, logits: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """(loss [], metrics [13]); logits [N, V], contiguous, become d_logits, a block of rows at a time."""
     state = _whole_pass(backend, logits, inputs)
-    arguments = _arguments(inputs)
+    arguments = token_arguments(inputs)
     for rows in row_blocks(logits):
         upstream = (state.d_logprobs[rows], None if state.d_entropy is None else state.d_entropy[rows])
         temperature = None if arguments.row_temperature is None else arguments.row_temperature[rows]
@@ -124,55 +122,3 @@ def ruled_gtpo_loss_(backend: str, logits: Tensor, inputs: LossInputs) -> tuple[
         rest = (logits[rows], *of_block, kept)
         logits[rows] = run_kernel("token_logprobs", backend, "token_logprobs_backward", logits.device, *upstream, *rest)
     return state.finish()
-
-
-def ruled_linear_gtpo_loss(
-    backend: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inputs: LossInputs,
-    chunk_rows: int | None,
-    needs: tuple[bool, bool, bool],
-    gradient_filter: GradientFilter,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], metrics [13], d_hidden [N, D], d_weight [V, D], d_bias [V]).
-
-    Gradients are in the accumulator dtype, [0] where not needed.
-    """
-    sweeps: RowSweeps = run_kernel("token_logprobs", backend, "row_sweeps", hidden.device, *_arguments(inputs))
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _chunked(sweeps, hidden, weight, bias, inputs, chunk_rows, needs, gradient_filter)
-
-
-def _chunked(
-    sweeps: RowSweeps,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    inputs: LossInputs,
-    chunk_rows: int | None,
-    needs: tuple[bool, bool, bool],
-    gradient_filter: GradientFilter,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    head = Head(hidden, weight, bias, chunk_rows, by_column=sweeps.by_column)
-    head.allocate_gradients(*needs)
-    state = RuledPass(inputs, head.dtype)
-
-    def add_gradients(rows: Tensor, hidden: Tensor, logits: Tensor) -> None:
-        sweeps.gradient_(logits, rows, state.d_logprobs, state.d_entropy, state.statistics)
-        accumulate_filtered(head, rows, hidden, logits, state, gradient_filter)
-
-    in_one = inputs.terms.ratio_ids is None and any(needs)
-    for rows, hidden_rows, logits in head.chunks(state.active_rows):
-        sweeps.statistics(logits, rows, state.statistics, in_one)
-        if in_one:
-            state.find_slopes(rows)
-            add_gradients(rows, hidden_rows, logits)
-    if any(needs) and not in_one:
-        state.find_all_slopes()
-        for chunk in head.chunks(state.active_rows):
-            add_gradients(*chunk)
-    for rows, _, logits in head.chunks(state.forward_only_rows):
-        sweeps.statistics(logits, rows, state.statistics, False)
-    return *state.finish(), *head.gradients()

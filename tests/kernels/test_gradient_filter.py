@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gtpo_kernels import linear_gtpo_loss
-from gtpo_kernels.gtpo_loss.kernel_torch import FILTER_COLUMNS
+from gtpo_kernels.gtpo_loss.chunked import FILTER_COLUMNS
 from tests.kernels.conftest import (
     HEAD,
     INF,

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gtpo_kernels.clipped_loss.reference import LossTerms
-from gtpo_kernels.gtpo_loss import kernel_torch as loss_kernel
+from gtpo_kernels.gtpo_loss.chunked import chunked_linear_loss
 from gtpo_kernels.gtpo_loss.reference import GradientFilter, LossInputs
-from gtpo_kernels.gtpo_loss.ruled import ruled_linear_gtpo_loss
 from gtpo_kernels.token_logprobs import kernel_torch as token_kernel
 
 N, V, D, CHUNK = 60, 101, 13, 8
@@ -68,8 +67,8 @@ def test_the_fused_loss_projects_active_rows_once(
 ) -> None:
     hidden, weight, bias = torch.randn(N, D), torch.randn(V, D), torch.zeros(V)
     products, largest = work(
-        lambda: loss_kernel.linear_gtpo_loss(
-            hidden, weight, bias, inputs(all_metrics), CHUNK, needs, GradientFilter(False, 0.0)
+        lambda: chunked_linear_loss(
+            "torch", hidden, weight, bias, inputs(all_metrics), CHUNK, needs, GradientFilter(False, 0.0)
         )
     )
     assert products == pytest.approx(expected)
@@ -88,7 +87,7 @@ def test_another_rule_projects_again_only_for_shared_ratios(terms: LossTerms, ex
     hidden, weight = torch.randn(N, D), torch.randn(V, D)
     rows = inputs(all_metrics=False)._replace(terms=terms)
     rest = (CHUNK, (True, True, False), GradientFilter(False, 0.0))
-    products, largest = work(lambda: ruled_linear_gtpo_loss("torch", hidden, weight, None, rows, *rest))
+    products, largest = work(lambda: chunked_linear_loss("torch", hidden, weight, None, rows, *rest))
     assert products == pytest.approx(expected)
     assert largest <= max(N * D, V * D, CHUNK * V) < ACTIVE * V
 
@@ -102,7 +101,7 @@ def test_clipped_rows_cost_one_product_where_they_are_skipped() -> None:
 
     def run(skip_clipped: bool) -> Callable[[], Any]:
         everything = (CHUNK, (True, True, False), GradientFilter(skip_clipped, 0.0))
-        return lambda: loss_kernel.linear_gtpo_loss(hidden, weight, None, rows, *everything)
+        return lambda: chunked_linear_loss("torch", hidden, weight, None, rows, *everything)
 
     assert work(run(False))[0] == pytest.approx(6)
     products, largest = work(run(True))
