@@ -16,7 +16,8 @@ from gtpo.adapters.layouts import (
     token_reward_advantages,
     turn_ids_of_runs,
 )
-from tests.adapters.conftest import ATTEMPTS, ROOT, Attempts, by_the_formula, run_python_blocks, turn_ids_of
+from tests.adapters.attempts import ATTEMPTS, Attempts, by_the_formula, turn_ids_of
+from tests.adapters.conftest import ROOT, run_python_blocks
 
 WIDTH = 11
 

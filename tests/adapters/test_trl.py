@@ -14,7 +14,8 @@ from trl.trainer.utils import shuffle_sequence_dict
 
 from gtpo.adapters.layouts import GRPO
 from gtpo.adapters.trl import FUSED_LOSS_TYPES, ScoredRow, check_hooks, group_advantages
-from tests.adapters.conftest import ROOT, by_the_formula, load_example, run_python_blocks
+from tests.adapters.attempts import by_the_formula
+from tests.adapters.conftest import ROOT, load_example, run_python_blocks
 
 # TRL and what it stands on warn about each other
 pytestmark = pytest.mark.filterwarnings("ignore")

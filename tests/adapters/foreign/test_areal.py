@@ -4,7 +4,7 @@ from areal.api import ModelResponse
 from areal.experimental.openai.types import InteractionWithTokenLogpReward
 
 from gtpo.adapters.areal import set_turn_advantages
-from tests.adapters.conftest import ATTEMPTS, by_the_formula
+from tests.adapters.attempts import ATTEMPTS, by_the_formula
 
 
 def test_the_tensors_of_an_interaction_carry_its_advantage() -> None:

@@ -12,7 +12,8 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
 from gtpo.adapters import openrlhf as adapter
-from tests.adapters.test_contracts import BY_TOKEN, openrlhf_experiences, padded
+from tests.adapters.attempts import BY_TOKEN, padded
+from tests.adapters.test_openrlhf import openrlhf_experiences
 
 
 def maker(**options: object) -> RemoteExperienceMaker:

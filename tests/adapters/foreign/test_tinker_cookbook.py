@@ -8,7 +8,7 @@ from tinker_cookbook.rl import data_processing
 from tinker_cookbook.rl.types import PARSE_ERROR_MASKED_METRIC_KEY, Trajectory, TrajectoryGroup, Transition
 
 from gtpo.adapters import tinker_cookbook as adapter
-from tests.adapters.conftest import ATTEMPTS, by_the_formula, turn_ids_of
+from tests.adapters.attempts import ATTEMPTS, by_the_formula, turn_ids_of
 
 PROMPT = [100, 101]
 

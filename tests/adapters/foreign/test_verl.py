@@ -17,7 +17,7 @@ from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.ray_trainer import compute_advantage
 
 from gtpo.adapters import verl as adapter
-from tests.adapters.conftest import ATTEMPTS, by_the_formula, turn_ids_of
+from tests.adapters.attempts import ATTEMPTS, by_the_formula, turn_ids_of
 
 GRPO_TWIN = {"population": "trajectories"}
 
