@@ -1,5 +1,7 @@
 """The `torch` backend of turn credit: no loop over turns, no atomics, statistics of sorted segments in float64."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,14 +34,34 @@ def turn_advantages(
     rule: CreditRule,
 ) -> TurnAdvantages:
     """One rule; for quantity="outcome", turn_rewards has the outcome at each trajectory's first turn."""
-    num_turns = turn_rewards.shape[0]
-    turn = torch.arange(num_turns, device=turn_rewards.device)
+    num_tokens = torch.bincount(turn_ids.long() + 1, minlength=turn_rewards.shape[0] + 1)[1:]
+    x, advantages = exact_advantages(
+        turn_rewards, cu_turns, group_ids, num_tokens, anchor_ids, rule, turn_returns, normalise
+    )
+    advantages = advantages.masked_fill(num_tokens == 0, 0.0)
+    return look_up_by_turn(advantages, x, turn_ids, accumulator_dtype(turn_rewards.dtype))
+
+
+def exact_advantages(
+    turn_rewards: Tensor,
+    cu_turns: Tensor,
+    group_ids: Tensor,
+    num_tokens: Tensor,
+    anchor_ids: Tensor | None,
+    rule: CreditRule,
+    turn_returns: Callable[[Tensor, Tensor, float], Tensor],
+    normalise: Callable[[Tensor, Tensor, Tensor, Tensor, CreditRule], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """(x, A) of a rule on any backend, [K] float64 each; turns without tokens are not 0 yet.
+
+    num_tokens: [K] int, of each turn.  turn_returns, normalise: those of the backend.
+    """
+    turn = torch.arange(turn_rewards.shape[0], device=turn_rewards.device)
     trajectory = trajectory_of_turn(cu_turns, turn)
     first = cu_turns.long()[trajectory]
     x = turn_returns(turn_rewards, cu_turns, rule.gamma_before)
     if rule.per_trajectory:
         x = x[first]
-    num_tokens = torch.bincount(turn_ids.long() + 1, minlength=num_turns + 1)[1:]
     advantages = x
     if rule.scope != "none":
         scope = scope_of_turn(group_ids, trajectory, turn - first, anchor_ids, rule.scope)
@@ -48,8 +70,7 @@ def turn_advantages(
         advantages = normalise(x, scope, entry, mass, rule)
     if rule.gamma_after:
         advantages = turn_returns(advantages, cu_turns, rule.gamma_after)
-    advantages = advantages.masked_fill(num_tokens == 0, 0.0)
-    return look_up_by_turn(advantages, x, turn_ids, accumulator_dtype(turn_rewards.dtype))
+    return x, advantages
 
 
 def trajectory_of_turn(cu_turns: Tensor, turn: Tensor) -> Tensor:

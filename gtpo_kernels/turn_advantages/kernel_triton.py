@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.triton_math import INF, LAUNCH, device_of, scalar
-from gtpo_kernels.turn_advantages.kernel_torch import entry_of_turn, scope_of_turn, trajectory_of_turn
+from gtpo_kernels.turn_advantages.kernel_torch import exact_advantages
 from gtpo_kernels.turn_advantages.reference import CreditRule, TurnAdvantages
 
 SCAN_TURNS = 64
@@ -206,27 +206,16 @@ def turn_advantages(
     num_turns, tokens = turn_rewards.shape[0], turn_ids.shape[0]
     dtype = accumulator_dtype(turn_rewards.dtype)
     turn_ids = turn_ids.contiguous()
-    turn = torch.arange(num_turns, device=turn_ids.device)
-    trajectory = trajectory_of_turn(cu_turns, turn)
-    first = cu_turns.long()[trajectory]
-    x = turn_returns(turn_rewards, cu_turns, rule.gamma_before)
-    if rule.per_trajectory:
-        x = x[first]
     num_tokens = torch.zeros(num_turns, dtype=torch.int32, device=turn_ids.device)
     by_token = torch.empty(turn_ids.shape, dtype=dtype, device=turn_ids.device)
-    by_turn, rounded_x = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
+    by_turn, rounded_x = (torch.empty(num_turns, dtype=dtype, device=turn_ids.device) for _ in range(2))
     token_blocks, turn_blocks = (triton.cdiv(tokens, BLOCK),), (triton.cdiv(num_turns, BLOCK),)
     with device_of(turn_ids):
         count_kernel[token_blocks](turn_ids, num_tokens, tokens, BLOCK_N=BLOCK, **LAUNCH)
-        normalised = x
-        if rule.scope != "none":
-            scope = scope_of_turn(group_ids, trajectory, turn - first, anchor_ids, rule.scope)
-            entry = entry_of_turn(num_tokens > 0, first, rule.population)
-            mass = num_tokens.double() if rule.population == "tokens" else torch.ones_like(x)
-            normalised = normalise(x, scope, entry, mass, rule)
-        if rule.gamma_after:
-            normalised = turn_returns(normalised, cu_turns, rule.gamma_after)
-        round_kernel[turn_blocks](normalised, x, num_tokens, by_turn, rounded_x, num_turns, BLOCK_K=BLOCK, **LAUNCH)
+        x, advantages = exact_advantages(
+            turn_rewards, cu_turns, group_ids, num_tokens, anchor_ids, rule, turn_returns, normalise
+        )
+        round_kernel[turn_blocks](advantages, x, num_tokens, by_turn, rounded_x, num_turns, BLOCK_K=BLOCK, **LAUNCH)
         look_up_kernel[token_blocks](turn_ids, by_turn, by_token, tokens, BLOCK_N=BLOCK, **LAUNCH)
     return TurnAdvantages(by_token, by_turn, rounded_x)
 

@@ -96,7 +96,7 @@ def turn_advantages(
     [0.0, 0.577, 0.577, 0.577, 0.0, -1.155]
     """
     rule = CreditRule(gamma=gamma, scope=scope, population=population, ddof=ddof, eps=eps)
-    return _advantages_of_rule(turn_rewards, cu_turns, group_ids, turn_ids, None, None, rule, backend)
+    return _advantages_of_rule(TurnBatch(turn_rewards, cu_turns, group_ids, turn_ids), rule, backend)
 
 
 class CreditTerm(NamedTuple):
@@ -146,14 +146,13 @@ def combined_advantages(
     """
     if not terms:
         raise ValueError("terms must hold at least one CreditTerm, got none")
-    rest = (cu_turns, group_ids, turn_ids)
+    batch = TurnBatch(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids)
     plain = terms[0].turns is None and not isinstance(terms[0].weight, Tensor) and terms[0].weight == 1.0
     if plain and len(terms) == 1 and then is None:
-        return _advantages_of_rule(turn_rewards, *rest, outcomes, anchor_ids, terms[0].rule, backend)
-    exact_outcomes = outcomes
+        return _advantages_of_rule(batch, terms[0].rule, backend)
     if isinstance(outcomes, Tensor):
         _check_outcomes(outcomes, turn_rewards, cu_turns)
-        exact_outcomes = outcomes.double()
+        batch = batch._replace(outcomes=outcomes.double())
     check_tensor("turn_rewards", turn_rewards, layout="[K]", shape=(None,), kind="float")
     shape, device = tuple(turn_rewards.shape), turn_rewards.device
     dtype = accumulator_dtype(turn_rewards.dtype)
@@ -166,27 +165,29 @@ def combined_advantages(
             check_tensor("turns", turns, layout="[K]", shape=shape, kind="bool", device=device)
             # one more entry, which the index -1 finds
             ids = turn_ids.masked_fill(~torch.cat([turns, turns.new_zeros(1)])[turn_ids.long()], -1)
-        credit = _advantages_of_rule(
-            turn_rewards.double(), cu_turns, group_ids, ids, exact_outcomes, anchor_ids, rule, backend
-        )
+        of_term = batch._replace(turn_rewards=turn_rewards.double(), turn_ids=ids)
+        credit = _advantages_of_rule(of_term, rule, backend)
         total = total + weight * credit.turn_advantages
         first = credit.returns if first is None else first
     if then is not None:
-        total = _advantages_of_rule(total, *rest, exact_outcomes, anchor_ids, then, backend).turn_advantages
+        total = _advantages_of_rule(batch._replace(turn_rewards=total), then, backend).turn_advantages
     assert first is not None
     return look_up_by_turn(total, first, turn_ids, dtype)
 
 
-def _advantages_of_rule(
-    turn_rewards: Tensor,
-    cu_turns: Tensor,
-    group_ids: Tensor,
-    turn_ids: Tensor,
-    outcomes: Tensor | None,
-    anchor_ids: Tensor | None,
-    rule: CreditRule,
-    backend: str | None,
-) -> TurnAdvantages:
+class TurnBatch(NamedTuple):
+    """What one rule is applied to; the fields are those arguments of `combined_advantages`."""
+
+    turn_rewards: Tensor
+    cu_turns: Tensor
+    group_ids: Tensor
+    turn_ids: Tensor
+    outcomes: Tensor | None = None
+    anchor_ids: Tensor | None = None
+
+
+def _advantages_of_rule(batch: TurnBatch, rule: CreditRule, backend: str | None) -> TurnAdvantages:
+    turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids = batch
     check_turns(turn_rewards, cu_turns, rule.gamma)
     check_rule(rule)
     device = turn_rewards.device
@@ -205,23 +206,16 @@ def _advantages_of_rule(
             raise ValueError("anchor_ids must be [K] for scope='group_anchor', got None")
         check_tensor("anchor_ids", anchor_ids, layout="[K]", shape=(num_turns,), kind="int", device=device)
     name = select_backend(FAMILY, backend, device)
+    batch = batch._replace(outcomes=outcomes, anchor_ids=anchor_ids)
     if name == "reference":
-        return _run(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids, rule, name)
-    outputs = _turn_advantages(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids, *rule, name)
+        return _run(batch, rule, name)
+    outputs = _turn_advantages(*batch, *rule, name)
     return TurnAdvantages(*outputs)
 
 
-def _run(
-    turn_rewards: Tensor,
-    cu_turns: Tensor,
-    group_ids: Tensor,
-    turn_ids: Tensor,
-    outcomes: Tensor | None,
-    anchor_ids: Tensor | None,
-    rule: CreditRule,
-    backend: str,
-) -> TurnAdvantages:
+def _run(batch: TurnBatch, rule: CreditRule, backend: str) -> TurnAdvantages:
     """Check the values, and run the backend."""
+    turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids = batch
     check_turn_values(turn_rewards, cu_turns)
     if backend != "cpp":  # which refuses the same as it reads them
         check_turn_ids(turn_ids, turn_rewards.shape[0])
@@ -410,7 +404,8 @@ def _turn_advantages(
 ) -> tuple[Tensor, Tensor, Tensor]:
     names: tuple[Any, ...] = (quantity, gamma, order, scope, population, centre, scale, ddof, eps, singleton)
     rule = CreditRule(*names)
-    credit = _run(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids, rule, backend)
+    batch = TurnBatch(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids)
+    credit = _run(batch, rule, backend)
     return credit.advantages, credit.turn_advantages, credit.returns
 
 
