@@ -25,7 +25,7 @@ from benchmarks.measure import (
     set_ratios,
     smoke_run,
 )
-from gtpo_kernels import linear_gtpo_loss
+from gtpo_kernels import ClippedLoss, linear_gtpo_loss
 from gtpo_kernels.backend import select_backend
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
@@ -129,7 +129,7 @@ def forward_backward(loss: Callable[[LinearBatch], Tensor], batch: LinearBatch) 
     return {"loss": value.detach(), "d_hidden": d_hidden, "d_weight": d_weight}
 
 
-def ours(batch: LinearBatch, backend: str, **options: Any) -> Tensor:
+def fused_loss(batch: LinearBatch, backend: str | None = None, **options: Any) -> ClippedLoss:
     return linear_gtpo_loss(
         batch.hidden,
         batch.weight,
@@ -141,7 +141,11 @@ def ours(batch: LinearBatch, backend: str, **options: Any) -> Tensor:
         clip_high=CLIP_HIGH,
         backend=backend,
         **options,
-    ).loss
+    )
+
+
+def ours(batch: LinearBatch, backend: str, **options: Any) -> Tensor:
+    return fused_loss(batch, backend, **options).loss
 
 
 def eager(batch: LinearBatch) -> Tensor:

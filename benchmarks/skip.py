@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.linear import (
-    CLIP_HIGH,
-    CLIP_LOW,
     CPU_BACKENDS,
     FLOORS,
     LinearBatch,
     exact_outputs,
     forward_backward,
+    fused_loss,
     make_batch,
     ours,
     token_logprobs,
@@ -77,16 +76,7 @@ def smollm2_batch() -> LinearBatch:
 def clipped_fraction(batch: LinearBatch) -> float:
     """Rows whose gradient is 0 because their ratio is clipped."""
     with torch.no_grad():
-        metrics = linear_gtpo_loss(
-            batch.hidden,
-            batch.weight,
-            batch.targets,
-            batch.advantages,
-            loss_mask=batch.loss_mask,
-            old_logprobs=batch.old_logprobs,
-            clip_low=CLIP_LOW,
-            clip_high=CLIP_HIGH,
-        ).metrics
+        metrics = fused_loss(batch).metrics
     return float(metrics.clip_low_fraction + metrics.clip_high_fraction)
 
 

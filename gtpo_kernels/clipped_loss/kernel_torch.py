@@ -10,6 +10,7 @@ from gtpo_kernels.clipped_loss.reference import (
     LossTerms,
     clipped_loss_reference,
     loss_denominator,
+    pack_metrics,
 )
 
 
@@ -31,7 +32,7 @@ def clipped_loss(
         logprobs, advantages, loss_mask, old_logprobs, entropy, num_loss_tokens, terms, all_metrics
     )
     accumulator = accumulator_dtype(logprobs.dtype)
-    packed = torch.stack([loss.new_zeros(()) if value is None else value for value in metrics[:NUM_CLIPPED_METRICS]])
+    packed = pack_metrics(loss, metrics[:NUM_CLIPPED_METRICS])
     if not need_gradient:
         return loss, packed, loss.new_empty(0)
     d_logprobs = loss.new_zeros(logprobs.shape)

@@ -16,9 +16,10 @@ from gtpo_kernels.clipped_loss.reference import (
     Penalty,
     Surrogate,
     clipped_loss_reference,
+    pack_metrics,
     weighted,
 )
-from gtpo_kernels.clipped_loss.ruled import ruled_loss, ruled_slopes
+from gtpo_kernels.clipped_loss.ruled import ruled_slopes
 
 FAMILY = "clipped_loss"
 PPO = LossRule()
@@ -225,7 +226,8 @@ def _clipped_loss(
         arguments = (entropy, num_loss_tokens, terms.clip_low, terms.clip_high, all_metrics, need_gradient)
         loss, packed, d_logprobs = run_kernel(FAMILY, backend, "clipped_loss", logprobs.device, *rows, *arguments)
     else:
-        loss, packed = ruled_loss(*rows, entropy, num_loss_tokens, terms, all_metrics)
+        loss, metrics = clipped_loss_reference(*rows, entropy, num_loss_tokens, terms, all_metrics)
+        packed = pack_metrics(loss, metrics)
         if need_gradient:
             d_logprobs, of_entropy = ruled_slopes(*rows, num_loss_tokens, terms)
             d_entropy = d_entropy if of_entropy is None else of_entropy

@@ -1,5 +1,6 @@
 """The definition of `clipped_loss`: plain PyTorch, differentiable, exact in float64 for float64 inputs."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -113,6 +114,11 @@ class LossMetrics(NamedTuple):
     nonfinite_tokens: Tensor
     clip_dual_fraction: Tensor | None = None
     ref_kl: Tensor | None = None
+
+
+def pack_metrics(loss: Tensor, metrics: Sequence[Tensor | None]) -> Tensor:
+    """The metrics as one vector, in the dtype of the loss; 0 for None."""
+    return torch.stack([loss.new_zeros(()) if value is None else value for value in metrics])
 
 
 class ClippedLoss(NamedTuple):

@@ -1,6 +1,7 @@
-"""The loss of any `LossRule` and its slopes in closed form: a few elementwise operations on [N], the same ones for all
-backends.  What a backend is chosen for, the rows of logits, is not here; the plain clipped surrogate, which backends
-fuse into their sweeps, does not come here either.
+"""The slopes of any `LossRule` in closed form: a few elementwise operations on [N], the same ones for all backends.
+
+What a backend is chosen for, the rows of logits, is not here; the plain clipped surrogate, which backends fuse into
+their sweeps, does not come here either.
 """
 
 import torch
@@ -11,27 +12,9 @@ from gtpo_kernels.clipped_loss.reference import (
     MAX_LOG_RATIO,
     LossTerms,
     active_tokens,
-    clipped_loss_reference,
     loss_denominator,
     segment_means,
 )
-
-
-def ruled_loss(
-    logprobs: Tensor,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    old_logprobs: Tensor | None,
-    entropy: Tensor | None,
-    num_loss_tokens: Tensor | None,
-    terms: LossTerms,
-    all_metrics: bool,
-) -> tuple[Tensor, Tensor]:
-    """(loss [], metrics [13]), without a gradient."""
-    loss, metrics = clipped_loss_reference(
-        logprobs.detach(), advantages, loss_mask, old_logprobs, entropy, num_loss_tokens, terms, all_metrics
-    )
-    return loss, torch.stack([loss.new_zeros(()) if value is None else value for value in metrics])
 
 
 def ruled_slopes(

@@ -10,8 +10,14 @@ from torch import Tensor
 
 from gtpo_kernels.backend import run_kernel
 from gtpo_kernels.checks import accumulator_dtype
-from gtpo_kernels.clipped_loss.reference import active_tokens, counted_tokens, loss_denominator
-from gtpo_kernels.clipped_loss.ruled import ruled_loss, ruled_slopes, token_slopes
+from gtpo_kernels.clipped_loss.reference import (
+    active_tokens,
+    clipped_loss_reference,
+    counted_tokens,
+    loss_denominator,
+    pack_metrics,
+)
+from gtpo_kernels.clipped_loss.ruled import ruled_slopes, token_slopes
 from gtpo_kernels.gtpo_loss.reference import LossInputs
 from gtpo_kernels.token_logprobs.kernel_torch import LogitScale, row_blocks
 from gtpo_kernels.token_logprobs.reference import RowStatistics
@@ -67,7 +73,8 @@ class RuledPass:
         """(loss [], metrics [13])."""
         i, of_rows = self.inputs, self.statistics
         tokens = (of_rows.logprobs, i.advantages, i.loss_mask, i.old_logprobs, of_rows.entropy)
-        return ruled_loss(*tokens, i.num_loss_tokens, i.terms, i.all_metrics)
+        loss, metrics = clipped_loss_reference(*tokens, i.num_loss_tokens, i.terms, i.all_metrics)
+        return loss, pack_metrics(loss, metrics)
 
 
 class TokenArguments(NamedTuple):

@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from gtpo.credit import anchor_ids, assign_credit, check_credit, credit_rules, m
 from gtpo.methods import METHODS, PRESETS, Method, Term, check_loss, describe_credit, describe_loss
 from gtpo.rewards import turn_rewards
 from gtpo.types import ToolResult, ToolStatus
-from gtpo_kernels import turn_advantages
+from gtpo_kernels import CreditRule, turn_advantages
 from tests.trainer.conftest import make_trajectory, make_turn
 
 
@@ -219,6 +219,14 @@ def test_a_further_term_is_overridden_or_replaced(tmp_path: Path) -> None:
         load_config(path, ["--credit.extra_terms.1.weight", "0.3"])
     with pytest.raises(ValueError, match=r"unknown config key 'credit.extra_terms.0.wieght'; did you mean"):
         load_config(path, ["--credit.extra_terms.0.wieght", "0.3"])
+
+
+@pytest.mark.parametrize("record", [Method, Term])
+def test_a_term_has_the_fields_choices_and_defaults_of_a_credit_rule(record: type) -> None:
+    # gtpo.methods states them once more, because the command line reads it without loading torch
+    types, defaults = get_type_hints(record), {field.name: field.default for field in dataclasses.fields(record)}
+    assert {name: types[name] for name in CreditRule._fields} == get_type_hints(CreditRule)
+    assert {name: defaults[name] for name in CreditRule._fields} == CreditRule._field_defaults
 
 
 def test_a_credit_that_contradicts_itself_is_refused() -> None:
