@@ -1,6 +1,6 @@
 """`make gpu-check`: on a machine with an NVIDIA GPU, all kernel tests on it and then the benchmarks, in ten minutes.
 
-Writes gpu_check.md and gpu_check.json.  Needs torch and, for the tests, pytest and hypothesis; what else is missing is
+Writes gpu_check.md and gpu-check.json.  Needs torch and, for the tests, pytest and hypothesis; what else is missing is
 a row marked absent.  Every shape is measured in a process of its own, begun again without a contestant that ends it.
 """
 
@@ -206,7 +206,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda", help='"cuda", or "cpu" to try the program out')
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: no true figures")
-    parser.add_argument("--results", type=Path, help="folder of gpu_check.md and gpu_check.json")
+    parser.add_argument("--results", type=Path, help="folder of gpu_check.md and gpu-check.json")
     parser.add_argument(
         "--tests", nargs="*", default=["tests/kernels"], help="paths of the tests; none to leave them out"
     )
@@ -260,8 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.results is not None:
         options.results.mkdir(parents=True, exist_ok=True)
         (options.results / "gpu_check.md").write_text(text)
-        (options.results / "gpu_check.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        print(f"wrote gpu_check.md and gpu_check.json in {options.results}")
+        (options.results / "gpu-check.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        print(f"wrote gpu_check.md and gpu-check.json in {options.results}")
     ours_failed = any(row.backend in BACKENDS and "gtpo_loss" in row.name and _broken(row) for row in rows)
     return 1 if ours_failed or "**failed**" in findings[-1] else 0
 

@@ -218,7 +218,7 @@ def main() -> None:
     print(page)
     if not options.arch and not options.kernel:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "gpu_static.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (RESULTS / "gpu-static.json").write_text(json.dumps(rows, indent=1) + "\n")
         (RESULTS / "gpu_static.md").write_text(page)
     print(f"{len(kernels)} kernels in {time.perf_counter() - start:.0f} s", *failed, sep="\n")
     sys.exit(bool(failed))
