@@ -57,7 +57,9 @@ def clipped_loss(
     ref_logprobs: [N] float, of the reference policy; required with, and only with, a rule's kl.
     token_weights: [N] float, 0 or more: times the loss of a token, see `loss_mean`.  None for 1.
     ratio_ids: [N] int, 0 or more in the loss mask: tokens of one id share one ratio, the geometric mean of theirs
-        (turn ids: one ratio a turn; GSPO: one a sequence).  None for a ratio a token.
+        (turn ids: one ratio a turn; sequence ids: GSPO).  The gradient of a token is that of its own advantage,
+        rho_i = sg(shared rho) exp(logprobs_i - sg(logprobs_i)): GSPO-token, which with one advantage an id is GSPO.
+        None for a ratio a token.
     num_loss_tokens: the loss tokens of the whole optimizer step, of all micro-batches and ranks; None counts the mask.
     metrics: "active" counts tokens that may have a gradient (advantage other than 0, or any with a KL or entropy
         term), "all" every token of the loss mask.

@@ -161,7 +161,9 @@ def clipped_loss_reference(
     if terms.ratio_ids is None:
         ratio = log_ratio.exp()
     else:
-        ratio = segment_means(difference, terms.ratio_ids, live).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        # the value is shared, the gradient a token's own: what follows the mean is 0, with the slope of the token
+        shared = segment_means(difference.detach(), terms.ratio_ids, live) + (difference - difference.detach())
+        ratio = shared.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     token_loss = -_gain(logprobs.masked_fill(nonfinite, 0.0), ratio, advantages, terms)
     ref_kl = None
     if terms.kl != "none":
@@ -217,7 +219,7 @@ def _gain(logprobs: Tensor, ratio: Tensor, advantages: Tensor, terms: LossTerms)
 
 
 def active_tokens(advantages: Tensor, loss_mask: Tensor, terms: LossTerms) -> Tensor:
-    """[N] bool: the tokens that may have a gradient, of their own or through a ratio that they share."""
+    """[N] bool: the tokens that may have a gradient, and those that share their ratio with one."""
     if terms.is_penalised:
         return loss_mask
     own = loss_mask & (advantages != 0)

@@ -65,9 +65,6 @@ def token_slopes(
         log_ratio = segment_means(log_ratio, terms.ratio_ids, ~dead)
     if terms.surrogate == "ppo":
         slopes = weigh(_ppo_slopes(log_ratio, advantages, terms))
-        if terms.ratio_ids is not None:
-            # every token moves the log-ratio of all, each by 1 / their number
-            slopes = segment_means(slopes, terms.ratio_ids, ~dead)
     elif terms.surrogate == "cispo":
         ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         slopes = weigh(-ratio.clamp(1.0 - terms.clip_low, 1.0 + terms.clip_high) * advantages)

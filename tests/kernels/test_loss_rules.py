@@ -114,8 +114,8 @@ def test_slopes_are_those_of_the_loss(name: str, kernel: str) -> None:
     case = token_case(30, rows)
     names = ["logprobs", "entropy"] if options.get("rule", LossRule()).entropy_coef else ["logprobs"]
     assert_matches_reference(clipped_loss, [case], names, backend=kernel, **options)
-    # numerically too, but where the formula holds a ratio constant
-    if options.get("rule", LossRule()).surrogate != "cispo":
+    # numerically too, but where the formula holds a ratio or its mean constant
+    if options.get("rule", LossRule()).surrogate != "cispo" and "ratio_ids" not in rows:
         leaves = [case.pop(name).requires_grad_() for name in names]
         loss = recomputed(
             lambda *values: (
@@ -180,12 +180,62 @@ def test_infinite_log_probabilities_have_no_loss(backend: str) -> None:
 def test_tokens_of_advantage_0_count_where_they_share_a_ratio(backend: str) -> None:
     logprobs = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
     loss, metrics = clipped_loss(
-        logprobs, torch.tensor([1.0, 0.0, 0.0]), ratio_ids=torch.tensor([4, 4, 9]), backend=backend
+        logprobs,
+        torch.tensor([1.0, 0.0, 0.0]),
+        old_logprobs=torch.tensor([-1.0, -1.5, -1.0]),
+        ratio_ids=torch.tensor([4, 4, 9]),
+        clip_high=1.0,
+        backend=backend,
     )
     loss.backward()
     assert logprobs.grad is not None
-    assert logprobs.grad.tolist() == pytest.approx([-1 / 6, -1 / 6, 0.0])
+    assert logprobs.grad.tolist() == pytest.approx([-math.exp(0.25) / 3, 0.0, 0.0])
     assert (metrics.num_active_tokens, metrics.dropped_tokens) == (2.0, 1.0)
+
+
+def test_a_shared_ratio_leaves_each_token_its_own_advantage(backend: str) -> None:
+    # the mean of the four advantages is 0: a gradient through the geometric mean would be 0 too
+    logprobs = torch.full((4,), -1.0, dtype=torch.float64, requires_grad=True)
+    log_ratio = torch.tensor([0.2, 0.0, -0.1, 0.1], dtype=torch.float64)
+    for ids, ratio in (([0, 0, 0, 0], [math.exp(0.05)] * 4), ([3, 3, 7, 7], [math.exp(0.1)] * 2 + [1.0] * 2)):
+        loss = clipped_loss(
+            logprobs,
+            torch.tensor([1.0, 1.0, -1.0, -1.0]),
+            old_logprobs=logprobs.detach() - log_ratio,
+            ratio_ids=torch.tensor(ids),
+            backend=backend,
+        ).loss
+        (gradient,) = torch.autograd.grad(loss, logprobs)
+        expected = [-advantage * rho / 4 for advantage, rho in zip([1, 1, -1, -1], ratio, strict=True)]
+        assert gradient.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_with_one_advantage_a_sequence_it_is_gspo(backend: str) -> None:
+    """The gradient of GSPO as its paper has it, arXiv 2507.18071, equation 5: through the geometric mean."""
+    generator = torch.Generator().manual_seed(4)
+    old, advantages = (
+        -3 * torch.rand(5, 8, generator=generator, dtype=torch.float64),
+        torch.randn(5, generator=generator),
+    )
+    leaf = (old + 0.3 * torch.randn(old.shape, generator=generator)).requires_grad_()
+    ratio = (leaf - old).mean(dim=1).exp()
+    bounded = ratio.clamp(0.97, 1.04)
+    expected = -torch.minimum(ratio * advantages, bounded * advantages).mean()
+    cu_seqlens, mask = torch.arange(6) * 8, torch.ones(40, dtype=torch.bool)
+    mean = loss_mean("seq-mean-token-mean", mask, cu_seqlens)
+    found = clipped_loss(
+        leaf.flatten(),
+        advantages.double().repeat_interleave(8),
+        old_logprobs=old.flatten(),
+        ratio_ids=sequence_ids(cu_seqlens, 40),
+        token_weights=mean.token_weights,
+        num_loss_tokens=mean.num_loss_tokens,
+        clip_low=0.03,
+        clip_high=0.04,
+        backend=backend,
+    ).loss
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(found, leaf)[0], torch.autograd.grad(expected, leaf)[0])
 
 
 def test_opcheck(kernel: str) -> None:

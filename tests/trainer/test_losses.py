@@ -77,7 +77,8 @@ def plain_loss(policy: Policy, method: Method, sequences: list[PackedSequence], 
         total = logprobs.new_zeros(())
         for i in in_loss:
             same = sharing(method.ratio_level, i)
-            ratio = (logprobs[same] - old[same]).mean().exp()
+            # a token's own gradient on a shared value
+            ratio = (logprobs[same] - old[same]).mean().detach().exp() * (logprobs[i] - logprobs[i].detach()).exp()
             same = sharing(method.rollout_correction_level, i)
             weight = math.exp(float((old[same] - batch.rollout_logprobs[same]).mean()))
             if method.rollout_correction == "none":
