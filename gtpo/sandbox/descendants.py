@@ -63,7 +63,8 @@ class ProcessTree:
         return size, resident - shared
 
     def _look(self, pid: int) -> Descendant:
-        lines = self._read(f"{pid}/status").splitlines()
+        # The name of a process may hold any character but this one: the kernel escapes it.
+        lines = self._read(f"{pid}/status").split("\n")
         fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
         # A process that is ending has no memory lines any more.
         anonymous, shared, peak = (int(fields.get(k, "0").split()[0]) * 1024 for k in ("RssAnon", "RssShmem", "VmHWM"))

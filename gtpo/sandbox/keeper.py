@@ -22,6 +22,9 @@ from gtpo.sandbox.session_processes import SessionProcesses
 _MAX_ERROR_CHARS = 2000
 # How often a running cell's memory and the CPU time of its children are looked at.
 _WATCH_S = 0.05
+# The trainer must be able to decode what a cell gives to a tool.
+_MAX_CALL_LEVELS = 64
+_MAX_PIECE_CHARS = 4 * math.ceil(frames.MAX_PIECE_BYTES / 3)
 
 
 def keep(host: socket.socket, plan: confinement.Plan) -> NoReturn:
@@ -91,11 +94,34 @@ class Keeper:
             if "op" not in request:
                 # The answer to a tool call of a cell that ended meanwhile.
                 continue
-            answer = self._run_cell(request)
-            alive = answer["state"] != "lost"
-            self._host.sendall(frames.encode(answer | hello))
+            frame, alive = self._answer(request, hello)
+            self._host.sendall(frame)
         if alive:
             self._end_interpreter()
+
+    def _answer(self, request: dict[str, Any], hello: dict[str, Any]) -> tuple[bytes, bool]:
+        """The answer to a request, as a frame with `hello` added, and whether the session can go on.
+
+        Whatever fails in here may be the cell's work, so it is the cell's crash and never a failure of the sandbox,
+        which would be tried again and then be forgiven.
+        """
+        try:
+            answer = self._run_cell(request)
+            return frames.encode(answer | hello), answer["state"] != "lost"
+        except Exception as failure:
+            answer = self._crash(f"the keeper failed under the cell: {type(failure).__name__}")
+            return frames.encode(answer | hello), answer["state"] != "lost"
+
+    def _crash(self, error: str) -> dict[str, Any]:
+        """Kill what is left of a cell that made the keeper fail; its answer."""
+        try:
+            self._end_interpreter()
+            state = self._roll_back(empty_box=False)
+        except Exception:
+            # What is left ends with the keeper.
+            state = "lost"
+        self._output = Output(self._limits.output_bytes)
+        return self._result("crash", error, state)
 
     def _await_hello(self) -> dict[str, Any]:
         """What the interpreter says after it has locked itself in and before any code is sent to it."""
@@ -134,20 +160,34 @@ class Keeper:
             error = str(end) or _describe_exit(wait_status)
         wall_time_s = time.monotonic() - self._wall_start
         self._take_output()
+        if request["op"] != "run":
+            # What threads of the cell before print meanwhile; with a piece of a file it could be too much for a frame.
+            self._output = Output(self._limits.output_bytes)
         if state == "lost":
             state = self._roll_back(empty_box=request["discard"])
-        return {
-            "status": status,
-            "stdout": self._output.text(),
-            "num_output_bytes": self._output.num_bytes,
-            "output_truncated": self._output.truncated,
-            "error": without_addresses(error[:_MAX_ERROR_CHARS]).encode("utf-8", "backslashreplace").decode(),
+        result = self._result(status, error, state)
+        return result | {
             "error_line": line,
             "value": value,
             "exit_status": exit_status,
             "cpu_time_s": cpu_time_s,
             "wall_time_s": wall_time_s,
             "peak_memory_bytes": peak_bytes,
+        }
+
+    def _result(self, status: str, error: str, state: str) -> dict[str, Any]:
+        return {
+            "status": status,
+            "stdout": self._output.text(),
+            "num_output_bytes": self._output.num_bytes,
+            "output_truncated": self._output.truncated,
+            "error": without_addresses(error[:_MAX_ERROR_CHARS]).encode("utf-8", "backslashreplace").decode(),
+            "error_line": None,
+            "value": None,
+            "exit_status": None,
+            "cpu_time_s": self._processes.seen_cpu_s,
+            "wall_time_s": time.monotonic() - self._wall_start,
+            "peak_memory_bytes": 0,
             "state": state,
         }
 
@@ -199,11 +239,9 @@ class Keeper:
             raise ValueError("not a call")
         if name not in request.get("tools", ()) or self._call_start is not None:
             raise ValueError("no tool can be called so")
-        try:
-            frame = frames.encode({"call": {"name": name, "arguments": arguments}})
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
-        self._host.sendall(frame)
+        if not _nests_at_most(arguments, _MAX_CALL_LEVELS):
+            raise ValueError("nested too deeply")
+        self._host.sendall(frames.encode({"call": {"name": name, "arguments": arguments}}))
         self._call_start = time.monotonic()
 
     def _pass_answer(self, request: dict[str, Any]) -> bool:
@@ -263,7 +301,7 @@ class Keeper:
                 line, value = message.get("line"), message.get("value")
                 if not isinstance(message.get("error"), str) or not (line is None or type(line) is int):
                     raise ValueError("not an answer")
-                if not (value is None or isinstance(value, str)):
+                if not (value is None or (request["op"] == "get" and _is_piece(value))):
                     raise ValueError("not an answer")
                 return {"line": None, "value": None} | message
         except ValueError:
@@ -319,7 +357,27 @@ class Keeper:
                 return
 
 
+def _nests_at_most(value: object, levels: int) -> bool:
+    """Whether no list or object lies more than `levels` deep in `value`.
+
+    >>> _nests_at_most({"a": [1]}, 2), _nests_at_most({"a": [[]]}, 2)
+    (True, False)
+    """
+    if not isinstance(value, list | dict):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_nests_at_most(item, levels - 1) for item in inner)
+
+
+def _is_piece(value: object) -> bool:
+    """Whether `value` may be bytes of a file in base 64, as many as go into a message."""
+    return isinstance(value, str) and len(value) <= _MAX_PIECE_CHARS and value.isascii() and value.isprintable()
+
+
 def _describe_exit(wait_status: int) -> str:
     if os.WIFEXITED(wait_status):
         return f"the interpreter exited with status {os.WEXITSTATUS(wait_status)}"
-    return f"the interpreter was killed by {signal.Signals(os.WTERMSIG(wait_status)).name}"
+    number = os.WTERMSIG(wait_status)
+    # Most of the real-time signals have no name.
+    named = number in set(signal.Signals)
+    return f"the interpreter was killed by {signal.Signals(number).name if named else f'signal {number}'}"

@@ -43,13 +43,13 @@ class SessionProcesses:
         self._cpu_start = self._cpu_time_s()
         self._orphans_start = _reaped_cpu_s()
         # CPU seconds of the cell, and of the processes that it started, as of the last look.
-        self._seen_cpu_s = self._children_cpu_s = 0.0
+        self.seen_cpu_s = self._children_cpu_s = 0.0
         self._waited_start: float | None = None
 
     def cell_cpu_s(self) -> float:
         """CPU seconds since the clocks were started: of the interpreter, and of its children as of the last look."""
-        self._seen_cpu_s = max(self._cpu_time_s() - self._cpu_start, 0.0) + self._children_cpu_s
-        return self._seen_cpu_s
+        self.seen_cpu_s = max(self._cpu_time_s() - self._cpu_start, 0.0) + self._children_cpu_s
+        return self.seen_cpu_s
 
     def _cpu_time_s(self) -> float:
         try:
@@ -154,7 +154,7 @@ class SessionProcesses:
         if self._tree is not None:
             self._end_leftovers(self._tree)
         # Of the interpreter and the children that it waited for; of all of them as of the last look.
-        cpu_time_s = max(usage.ru_utime + usage.ru_stime - self._cpu_start, self._seen_cpu_s)
+        cpu_time_s = max(usage.ru_utime + usage.ru_stime - self._cpu_start, self.seen_cpu_s)
         os.close(self.pidfd)
         return wait_status, cpu_time_s, usage.ru_maxrss * 1024
 

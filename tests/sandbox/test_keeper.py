@@ -1,15 +1,19 @@
 """The keeper's reading of what an interpreter says, which can be anything."""
 
+import fcntl
+import io
 import json
 import os
+import selectors
 import socket
 import subprocess
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gtpo.sandbox import frames
+from gtpo.sandbox import CellResult, CellStatus, SandboxLimits, SessionState, confinement, frames
 from gtpo.sandbox.keeper import InterpreterGone, Keeper
 from gtpo.sandbox.output import Output
 from gtpo.sandbox.session_processes import SessionProcesses
@@ -22,6 +26,12 @@ JSON = st.recursive(
 NEARLY_ANSWERS = st.fixed_dictionaries(
     {"cell": st.sampled_from([1, 1, 1, 2, "1", None]), "status": st.sampled_from(["ok", "error", "infra_error", 1])},
     optional={"error": st.text(max_size=4) | JSON, "line": JSON, "value": JSON, "snapshot": JSON},
+)
+
+
+ANSWERS = st.fixed_dictionaries(
+    {"cell": st.just(1), "status": st.sampled_from(["ok", "error"]), "error": st.text(max_size=4)},
+    optional={"line": st.integers(), "value": st.sampled_from(["", "x" * 87_000, "\0" * 20_000])},
 )
 
 
@@ -53,23 +63,113 @@ class Listener(Keeper):
         os.close(self._processes.pidfd)
 
 
-@given(PIECES, st.integers(1, 40), st.booleans())
-def test_whatever_an_interpreter_says_is_an_answer_or_its_end(data, piece, snapshot):
+@given(PIECES, st.integers(1, 40), st.booleans(), st.sampled_from(["run", "put", "get"]))
+def test_whatever_an_interpreter_says_is_an_answer_or_its_end(data, piece, snapshot, op):
     with Listener() as keeper:
         for start in range(0, len(data), piece):
             keeper.interpreter.send(data[start : start + piece])
             try:
-                answer = keeper._receive({"cell": 1, "snapshot": snapshot})
+                answer = keeper._receive({"op": op, "cell": 1, "snapshot": snapshot})
             except InterpreterGone:
                 return
             if answer is not None:
                 assert answer["cell"] == 1 and answer["status"] in ("ok", "error")
                 assert isinstance(answer["error"], str)
                 assert answer["line"] is None or type(answer["line"]) is int
-                assert answer["value"] is None or isinstance(answer["value"], str)
+                assert answer["value"] is None or (op == "get" and isinstance(answer["value"], str))
                 return
         # Nobody is made a snapshot, let alone stopped, who is not a child of the keeper.
         assert keeper._processes.snapshot is None
+
+
+class Served(Listener):
+    """A keeper whose interpreter, not a process at all, says `said`, prints `printed` and ends as `end` tells."""
+
+    def __init__(self, said: bytes, printed: bytes, end: "FakeProcesses") -> None:
+        super().__init__()
+        os.close(self._processes.pidfd)
+        self._host, self.trainer = socket.socketpair()
+        self._limits = SandboxLimits(output_bytes=2**14)
+        self._plan = confinement.Plan(self._limits, "namespaces", "", -1, ())
+        self._remote = self.interpreter
+        self._output_fd, self._output_end = os.pipe()
+        os.set_blocking(self._output_fd, False)
+        fcntl.fcntl(self._output_end, fcntl.F_SETPIPE_SZ, 2**17)
+        self._said, self._printed = said, printed
+        self._processes = end
+        self._selector = selectors.DefaultSelector()
+        for fileobj in (self._control, self._output_fd, end.pidfd):
+            self._selector.register(fileobj, selectors.EVENT_READ)
+
+    def _send(self, message: dict) -> None:
+        self.interpreter.sendall(self._said)
+        os.write(self._output_end, self._printed)
+        self._processes.say_end()
+
+    def __exit__(self, *details: object) -> None:
+        super().__exit__(*details)
+        self._host.close()
+        self.trainer.close()
+        self._selector.close()
+        os.close(self._output_fd)
+        os.close(self._output_end)
+
+
+class FakeProcesses:
+    """Ends at once with `wait_status`; a look at the processes raises `failure`."""
+
+    snapshot = None
+    seen_cpu_s = 0.0
+
+    def __init__(self, wait_status: int, failure: Exception | None) -> None:
+        self._wait_status, self._failure = wait_status, failure
+        self.pidfd, self._end = os.pipe()
+
+    def say_end(self) -> None:
+        os.write(self._end, b"x")
+
+    def __getattr__(self, name: str) -> Callable[[], float]:
+        assert name in ("reap_orphans", "start_clocks", "resume", "cell_cpu_s")
+        return lambda: 0.0
+
+    def settle(self) -> tuple[str, int]:
+        if self._failure is not None:
+            raise self._failure
+        return "kept", 0
+
+    def end_interpreter(self) -> tuple[int, float, int]:
+        return self._wait_status, 0.0, 0
+
+
+@given(
+    PIECES | ANSWERS.map(framed),
+    st.binary(max_size=40).map(lambda data: data * 2**9),
+    st.integers(1, 127) | st.integers(0, 255).map(lambda status: status << 8),
+    st.sampled_from([None, ValueError("no number"), KeyError("NSpid"), OSError(24, "too many")]),
+    st.sampled_from(["run", "put", "get"]),
+)
+def test_whatever_a_cell_does_its_keeper_answers_and_never_for_the_sandbox(said, printed, wait_status, failure, op):
+    processes = FakeProcesses(wait_status, failure)
+    with Served(said, printed, processes) as keeper:
+        request = {"op": op, "cell": 1, "snapshot": False, "discard": False}
+        frame, alive = keeper._answer(request, {"layers": ["x"] * 20, "missing": {}})
+        answer = frames.read_frame(io.BytesIO(frame).read)
+    os.close(processes._end)
+    assert answer["status"] in ("ok", "error", "crash") and alive == (answer["state"] == "kept")
+    assert isinstance(answer["error"], str) and isinstance(answer["stdout"], str)
+    CellResult(CellStatus(answer["status"]), state=SessionState(answer["state"]))
+
+
+def test_a_call_that_the_trainer_could_not_decode_is_the_end_of_the_cell():
+    nested: object = "x"
+    for _ in range(80):
+        nested = [nested]
+    call = {"name": "look", "arguments": {"a": nested}}
+    with Listener() as keeper:
+        keeper._call_start = None
+        keeper.interpreter.send(framed({"cell": 1, "call": call}))
+        with pytest.raises(InterpreterGone, match="control channel"):
+            keeper._receive({"op": "run", "cell": 1, "snapshot": False, "tools": {"look": ["a"]}})
 
 
 # names for the ids of processes: the processes that tests are spread over must collect the same
@@ -85,7 +185,7 @@ def test_only_a_child_can_be_a_snapshot(pid):
     with Listener() as keeper:
         keeper.interpreter.send(framed({"cell": 1, "snapshot": pid}))
         with pytest.raises(InterpreterGone, match="control channel"):
-            keeper._receive({"cell": 1, "snapshot": True})
+            keeper._receive({"op": "run", "cell": 1, "snapshot": True})
         assert keeper._processes.snapshot is None
 
 
@@ -93,9 +193,12 @@ def test_an_answer_may_come_in_pieces_after_the_snapshot_of_a_child():
     with subprocess.Popen(["sleep", "60"]) as child, Listener() as keeper:
         answer = framed({"cell": 1, "status": "error", "error": "E", "line": 3})
         keeper.interpreter.send(framed({"cell": 1, "snapshot": child.pid}) + answer[:5])
-        assert keeper._receive({"cell": 1, "snapshot": True}) is None and keeper._processes.snapshot == child.pid
+        assert (
+            keeper._receive({"op": "run", "cell": 1, "snapshot": True}) is None
+            and keeper._processes.snapshot == child.pid
+        )
         keeper.interpreter.send(answer[5:])
-        said = keeper._receive({"cell": 1, "snapshot": True})
+        said = keeper._receive({"op": "run", "cell": 1, "snapshot": True})
         child.kill()
     assert said == {"cell": 1, "status": "error", "error": "E", "line": 3, "value": None}
 

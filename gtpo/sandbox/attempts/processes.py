@@ -41,6 +41,13 @@ ATTEMPTS = ends(
             (TIMEOUT, CRASH, ERROR),
             (),
         ),
+        "name_that_poses_as_a_line": (
+            "import ctypes, os\npid = os.fork()\nif pid == 0:\n"
+            "    ctypes.CDLL(None).prctl(15, b'\\rRssAnon:\\tx', 0, 0, 0)\n    os._exit(0)\n"
+            "os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)",
+            (OK, ERROR),
+            ("", "PermissionError"),
+        ),
         "vfork": (
             "import ctypes\nassert ctypes.CDLL(None, use_errno=True).syscall(58) == -1",
             (OK, ERROR),

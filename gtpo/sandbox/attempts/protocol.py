@@ -36,6 +36,12 @@ ATTEMPTS = ends(
             (CRASH,),
             _CHANNEL,
         ),
+        "answer_too_long_for_the_trainer": (
+            FRAME + 'b = b\'{"cell":2,"status":"ok","error":"","value":"\' + b\'x\' * 130_900 + b\'"}\'\n'
+            "b = len(b).to_bytes(4, 'big') + b\nwhile b: b = b[os.write(3, b):]\nwhile True: pass",
+            (CRASH,),
+            _CHANNEL,
+        ),
         "two_answers": (
             FRAME + 'b = b\'{"cell":2,"status":"ok","error":""}\'\n'
             "os.write(3, (len(b).to_bytes(4, 'big') + b) * 2)\nwhile True: pass",

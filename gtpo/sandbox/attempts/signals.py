@@ -25,6 +25,11 @@ ATTEMPTS += ends(
         ),
         "kill_parents_group": ("import os\nos.killpg(os.getppid(), 9)\nraise OSError", (ERROR, CRASH), ()),
         "kill_self": ("import os\nos.kill(os.getpid(), 9)\nwhile True: pass", (CRASH, ERROR), ()),
+        "kill_self_without_a_name": (
+            "import os\nos.kill(os.getpid(), 40)\nwhile True: pass",
+            (CRASH, ERROR),
+            ("the interpreter was killed by", "PermissionError"),
+        ),
         "stop_self": ("import os\nos.kill(os.getpid(), 19)", (TIMEOUT, ERROR), (*WALL, "PermissionError")),
         "kill_every_number": (
             "import os\nfor pid in range(2, 300):\n    try: os.kill(pid, 9)\n    except OSError: pass",
