@@ -71,6 +71,14 @@ ATTEMPTS = ends(
             (TIMEOUT, ERROR),
             (*CPU, "PermissionError"),
         ),
+        "children_that_nobody_waits_for": (
+            "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nfor _ in range(50):\n"
+            "    if os.fork() == 0:\n        end = time.process_time() + 0.03\n"
+            "        while time.process_time() < end: pass\n        os._exit(0)\n"
+            "    try: os.wait()\n    except ChildProcessError: pass\nprint('ESCAPED')",
+            (TIMEOUT, ERROR),
+            (*CPU, "PermissionError"),
+        ),
         "clone_with_a_user_namespace": (
             "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
             "number = {'x86_64': 56, 'aarch64': 220}[__import__('os').uname().machine]\n"

@@ -9,7 +9,8 @@ ATTEMPTS = ends(
     {
         "endless_loop": ("while True: pass", (TIMEOUT,), CPU),
         "ignores_signals": (
-            "import signal\nfor s in set(signal.Signals) - {9, 19}: signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+            "import signal\nfor s in set(signal.Signals) - {9, 17, 19}: signal.signal(s, signal.SIG_IGN)\n"
+            "while True: pass",
             (TIMEOUT,),
             CPU,
         ),
