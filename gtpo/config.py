@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from gtpo.methods import METHODS, Method, Term
+from gtpo.methods import METHODS, Method, Term, check_method
 
 
 @dataclass(frozen=True)
@@ -230,6 +230,12 @@ def _check(config: Config) -> None:
     for number, environment in enumerate(config.environments):
         if not 0 < environment.weight < math.inf:
             raise ValueError(f"environments.{number}.weight must be above 0, got {environment.weight}")
+    check_method(config.credit)
+    if config.credit.surrogate == "reinforce" and config.train.updates_per_rollout > 1:
+        raise ValueError(
+            'train.updates_per_rollout must be 1 with credit.surrogate = "reinforce", which has no ratio to correct '
+            f"later updates by, got {config.train.updates_per_rollout}"
+        )
     shaping = ("format_penalty", "similarity_alpha", "execution_bonus", "execution_penalty")
     unused = {name: value for name in shaping if (value := getattr(config.credit, name)) != 0}
     if config.credit.reward == "outcome" and unused:

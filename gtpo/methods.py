@@ -241,7 +241,6 @@ PRESETS: dict[str, Preset] = {
         _turns(
             **_CLIP,
             quantity="outcome",
-            gamma=1.0,
             population="trajectories",
             eps=1e-4,
             extra_terms=(Term(turns="with_calls", quantity="turn_reward", scope="group_turn", eps=1e-4),),
@@ -337,31 +336,58 @@ NAMESAKES = {
 }
 
 
-def check_loss(method: Method) -> None:
-    """Raises ValueError for fields of the loss of which one would be ignored.
+# Where a field has one of these values, the fields named after it have no effect.
+_IDLE_IN_LOSS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("kl", ("none",), "kl_coef"),
+    ("surrogate", ("reinforce",), "ratio_level clip_low clip_high"),
+    ("surrogate", ("reinforce", "cispo"), "dual_clip"),
+    ("aggregation", ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"), "aggregation_constant"),
+    (
+        "rollout_correction",
+        ("none",),
+        "rollout_correction_level rollout_correction_low rollout_correction_high",
+    ),
+    ("rollout_correction", ("truncated",), "rollout_correction_low"),
+)
+_IDLE_IN_TERM: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("quantity", ("outcome", "turn_reward"), "gamma"),
+    ("scope", ("none",), "population centre scale ddof eps singleton"),
+    ("scale", ("none",), "ddof eps"),
+)
 
-    >>> check_loss(Method(kl_coef=0.1))
+
+def check_method(method: Method) -> None:
+    """Raises ValueError for a field that would be ignored: one without effect must have its default, or be "none".
+
+    >>> check_method(Method(kl_coef=0.1))
     Traceback (most recent call last):
         ...
-    ValueError: credit.kl_coef needs credit.kl = "k1", "k2" or "k3", got 0.1 with credit.kl = "none"
+    ValueError: credit.kl_coef has no effect with credit.kl = 'none': it must be 0.0, got 0.1
     """
-    if method.kl_coef and method.kl == "none":
-        raise ValueError(
-            f'credit.kl_coef needs credit.kl = "k1", "k2" or "k3", got {method.kl_coef} with credit.kl = "none"'
-        )
-    if method.dual_clip is not None and method.surrogate != "ppo":
-        raise ValueError(f'credit.dual_clip needs credit.surrogate = "ppo", got "{method.surrogate}"')
-    if method.ratio_level != "token" and method.surrogate == "reinforce":
-        raise ValueError(f'credit.ratio_level = "{method.ratio_level}" needs a surrogate with a ratio, got "reinforce"')
-    if method.aggregation_constant is not None and method.aggregation != "constant":
-        raise ValueError(
-            f'credit.aggregation_constant needs credit.aggregation = "constant", got "{method.aggregation}"'
-        )
-    if method.rollout_correction_low > method.rollout_correction_high:
+    _check_idle(method, "credit", (*_IDLE_IN_LOSS, *_IDLE_IN_TERM))
+    for number, term in enumerate(method.extra_terms):
+        _check_idle(term, f"credit.extra_terms.{number}", _IDLE_IN_TERM)
+    if method.kl != "none" and method.kl_coef == 0:
+        raise ValueError(f"credit.kl_coef must be above 0 with credit.kl = {method.kl!r}, got {method.kl_coef}")
+    if method.rollout_correction == "masked" and method.rollout_correction_low > method.rollout_correction_high:
         raise ValueError(
             "credit.rollout_correction_low must be at most credit.rollout_correction_high, "
             f"got {method.rollout_correction_low} and {method.rollout_correction_high}"
         )
+
+
+def _check_idle(record: Method | Term, where: str, table: tuple[tuple[str, tuple[str, ...], str], ...]) -> None:
+    for cause, values, names in table:
+        if getattr(record, cause) not in values:
+            continue
+        idle = [name for name in names.split() if getattr(record, name) not in (getattr(type(record), name), "none")]
+        if idle:
+            raise ValueError(
+                f"{', '.join(f'{where}.{name}' for name in idle)} has no effect with "
+                f"{where}.{cause} = {getattr(record, cause)!r}: it must be "
+                f"{', '.join(repr(getattr(type(record), name)) for name in idle)}, "
+                f"got {', '.join(repr(getattr(record, name)) for name in idle)}"
+            )
 
 
 def describe_credit(method: Method) -> str:

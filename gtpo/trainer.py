@@ -30,7 +30,6 @@ from gtpo.credit import Credit, assign_credit, check_credit, to_sequence
 from gtpo.environments.base import refuse_leaks
 from gtpo.evaluation import Evaluation, evaluate_groups
 from gtpo.learner import Learner
-from gtpo.methods import check_loss
 from gtpo.metrics import lost_turn_rows, rollout_metrics, tool_metrics, turn_rows
 from gtpo.policy import load_policy
 from gtpo.report.progress import Progress
@@ -60,7 +59,6 @@ class Trainer:
 
     def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
         refuse_unusable_model(config)
-        check_loss(config.credit)
         check_credit(config.credit)
         if config.num_threads:
             torch.set_num_threads(config.num_threads)

@@ -95,8 +95,9 @@ def rollout_weights(
     With w_i = exp(clamp(old_logprobs_i - rollout_logprobs_i, -20, 20)):
         "truncated": min(w_i, high);   "masked": w_i where low <= w_i <= high, else 0.
 
-    All [N].  ratio_ids: tokens of one id in the loss mask share one w, the geometric mean of theirs: that of a turn, or
-        of a sequence (a product would leave no long sequence within the bounds).  None for a w a token.
+    All [N].  low: used by "masked" alone.
+    ratio_ids: tokens of one id in the loss mask share one w, the geometric mean of theirs: that of a turn, or of a
+        sequence (a product would leave no long sequence within the bounds).  None for a w a token.
     Returns [N], of the dtype of old_logprobs: multiply the advantages by them, which leaves a KL or entropy term as it
         is.  0 outside the loss mask, and where a log-probability is infinite.
     Raises ValueError for other shapes, dtypes, devices or values.
@@ -113,7 +114,7 @@ def rollout_weights(
     check_tensor("rollout_logprobs", rollout_logprobs, layout="[N]", shape=shape, kind="float", device=device)
     check_tensor("loss_mask", loss_mask, layout="[N]", shape=shape, kind="bool", device=device)
     check_choice("correction", correction, get_args(Correction))
-    if not 0.0 <= low <= high < float("inf"):
+    if not 0.0 <= (low if correction == "masked" else 0.0) <= high < float("inf"):
         raise ValueError(f"low and high must be 0 <= low <= high < inf, got {low} and {high}")
     live = loss_mask & ~old_logprobs.isinf() & ~rollout_logprobs.isinf()
     log_ratio = (old_logprobs.detach() - rollout_logprobs.detach()).masked_fill(~live, 0.0)

@@ -282,6 +282,7 @@ def test_rollout_weights_by_hand() -> None:
 
     high = math.exp(2.0)
     assert weights(correction="truncated", high=5.0) == pytest.approx([1.0, 5.0, 1 / high, 0.0])
+    assert weights(correction="truncated", high=0.3) == pytest.approx([0.3, 0.3, 1 / high, 0.0])
     assert weights(correction="masked", low=0.5, high=5.0) == [1.0, 0.0, 0.0, 0.0]
     ids = torch.tensor([0, 0, 1, 1])
     assert weights(correction="truncated", high=5.0, ratio_ids=ids) == pytest.approx([math.e, math.e, 1 / high, 0.0])

@@ -13,7 +13,7 @@ import torch
 from gtpo.__main__ import main
 from gtpo.config import config_from_dict, load_config
 from gtpo.credit import anchor_ids, assign_credit, check_credit, credit_rules, method_advantages
-from gtpo.methods import METHODS, PRESETS, Method, Term, check_loss, describe_credit, describe_loss
+from gtpo.methods import METHODS, PRESETS, Method, Term, check_method, describe_credit, describe_loss
 from gtpo.rewards import turn_rewards
 from gtpo.types import ToolResult, ToolStatus
 from gtpo_kernels import CreditRule, turn_advantages
@@ -198,7 +198,7 @@ def test_a_preset_is_chosen_by_name_and_any_field_overridden(name: str) -> None:
     config = config_from_dict({"method": name})
     assert config.credit == METHODS[name]
     check_credit(config.credit)
-    changed = {"gamma": 0.25, "eps": 0.5, "aggregation": "constant", "kl": "k2", "mask_truncated": True}
+    changed = {"weight": 0.25, "aggregation": "constant", "kl": "k2", "kl_coef": 0.5, "mask_truncated": True}
     config = config_from_dict({"method": name, "credit": changed})
     assert config.credit == dataclasses.replace(METHODS[name], **changed)  # type: ignore[arg-type]
 
@@ -277,19 +277,59 @@ def test_the_trainer_gives_every_method_what_it_needs() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kl_coef": 0.1}, r"credit.kl_coef needs credit.kl = .*, got 0.1"),
-        ({"surrogate": "cispo", "dual_clip": 3.0}, r'credit.dual_clip needs credit.surrogate = "ppo", got "cispo"'),
+        ({"kl_coef": 0.1}, "credit.kl_coef has no effect with credit.kl = 'none': it must be 0.0, got 0.1"),
+        ({"kl": "k3"}, "credit.kl_coef must be above 0 with credit.kl = 'k3', got 0.0"),
+        ({"surrogate": "cispo", "dual_clip": 3.0}, "credit.dual_clip has no effect with credit.surrogate = 'cispo'"),
+        ({"surrogate": "reinforce", "dual_clip": 3.0}, "credit.dual_clip has no effect with"),
+        ({"surrogate": "reinforce", "ratio_level": "turn"}, "credit.ratio_level has no effect with"),
         (
-            {"surrogate": "reinforce", "ratio_level": "turn"},
-            r'credit.ratio_level = "turn" needs a surrogate with a ratio',
+            {"surrogate": "reinforce", "clip_low": 0.5, "clip_high": 0.3},
+            "credit.clip_low, credit.clip_high has no effect .*: it must be 0.2, 0.28, got 0.5, 0.3",
         ),
-        ({"aggregation_constant": 100.0}, r'credit.aggregation_constant needs credit.aggregation = "constant"'),
-        ({"rollout_correction_low": 3.0}, r"credit.rollout_correction_low must be at most .*, got 3.0 and 2.0"),
+        ({"aggregation_constant": 9.0}, "credit.aggregation_constant has no effect with credit.aggregation = 'token"),
+        ({"rollout_correction_low": 0.1}, "credit.rollout_correction_low has no effect with"),
+        ({"rollout_correction_high": 3.0}, "credit.rollout_correction_high has no effect with"),
+        ({"rollout_correction_level": "turn"}, "credit.rollout_correction_level has no effect with"),
+        (
+            {"rollout_correction": "truncated", "rollout_correction_low": 0.1},
+            "credit.rollout_correction_low has no effect with credit.rollout_correction = 'truncated'",
+        ),
+        (
+            {"rollout_correction": "masked", "rollout_correction_low": 3.0},
+            "credit.rollout_correction_low must be at most .*, got 3.0 and 2.0",
+        ),
+        ({"scale": "none", "eps": 0.1}, "credit.eps has no effect with credit.scale = 'none'"),
+        ({"scale": "none", "ddof": 0}, "credit.ddof has no effect with"),
+        ({"scope": "none", "centre": "leave_one_out"}, "credit.centre has no effect with credit.scope = 'none'"),
+        ({"scope": "none", "population": "tokens"}, "credit.population has no effect with"),
+        ({"scope": "none", "singleton": "keep"}, "credit.singleton has no effect with"),
+        ({"quantity": "outcome", "gamma": 0.5}, "credit.gamma has no effect with credit.quantity = 'outcome'"),
+        (
+            {"extra_terms": (Term(), Term(quantity="turn_reward", gamma=0.5))},
+            "credit.extra_terms.1.gamma has no effect with credit.extra_terms.1.quantity = 'turn_reward'",
+        ),
     ],
 )
-def test_a_field_of_the_loss_that_would_be_ignored_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_a_field_that_would_be_ignored_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_loss(dataclasses.replace(METHODS["gtpo"], **fields))
+        check_method(dataclasses.replace(METHODS["gtpo"], **fields))
+    with pytest.raises(ValueError, match=message):
+        config_from_dict({"method": "gtpo", "credit": dataclasses.asdict(Method(**fields))})
+
+
+def test_a_field_that_has_an_effect_is_taken() -> None:
+    for fields in (
+        {"rollout_correction": "truncated", "rollout_correction_level": "turn", "rollout_correction_high": 0.3},
+        {"scope": "none", "centre": "none", "scale": "none", "gamma": 0.5},
+        {"scale": "none", "singleton": "keep", "population": "tokens"},
+        {"order": "normalise_first", "gamma": 0.5},
+    ):
+        assert config_from_dict({"credit": fields}).credit == Method(**fields)  # type: ignore[arg-type]
+
+
+def test_without_a_ratio_a_rollout_is_good_for_one_update() -> None:
+    with pytest.raises(ValueError, match=r"train.updates_per_rollout must be 1 with credit.surrogate = .*, got 4"):
+        config_from_dict({"method": "rloo", "train": {"updates_per_rollout": 4}})
 
 
 def test_methods_are_listed_with_formula_and_source(capsys: pytest.CaptureFixture[str]) -> None:
