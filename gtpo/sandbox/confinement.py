@@ -35,7 +35,7 @@ NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
 )
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
 _MNT_DETACH = 2
-_CAP_DAC_OVERRIDE, _CAP_KILL = 1, 5
+_CAP_DAC_OVERRIDE, _CAP_KILL, _CAP_SYS_PTRACE = 1, 5, 19
 # Keepers enforce the CPU limit of a cell; this many of them end an interpreter whose keeper hangs.
 _BACKSTOP_CELLS = 100
 
@@ -270,9 +270,11 @@ def keep_capabilities(*capabilities: int) -> None:
     _checked(_libc.capset(header, data), "capset")
 
 
-def confine_keeper() -> None:
-    """Leave a keeper what it needs to kill an interpreter of another user and to delete its box."""
-    keep_capabilities(*((_CAP_KILL, _CAP_DAC_OVERRIDE) if os.geteuid() == 0 else ()))
+def confine_keeper(plan: Plan) -> None:
+    """Leave a keeper what it needs: kill an interpreter of another user, delete its box, see what memory is shared."""
+    needed = [_CAP_KILL, _CAP_DAC_OVERRIDE] if os.geteuid() == 0 else []
+    # Where cells have processes we are root or have a user namespace.
+    keep_capabilities(*needed, *([_CAP_SYS_PTRACE] if plan.processes else []))
     set_process(dies_with_parent=True, no_new_privs=True)
 
 

@@ -14,7 +14,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 class Descendant:
     """A process: its id in the /proc that was read and in its own namespace, whether it has not ended, its threads.
 
-    `memory_bytes` is what it does not share with a file, `peak_bytes` the most that it had, shared or not.
+    `memory_bytes` is what it shares with no file, `peak_bytes` the most that it had, shared or not.
     """
 
     pid: int
@@ -57,17 +57,26 @@ class ProcessTree:
             return 0.0
         return sum(map(int, ticks)) / _TICKS_PER_S
 
+    def memory_share_bytes(self, process: Descendant) -> int:
+        """Of what `process` shares with no file, its share: a page that n processes have counts as 1/n of one.
+
+        All of it where we may not look: that takes CAP_SYS_PTRACE.
+        """
+        try:
+            fields = self._fields(f"{process.pid}/smaps_rollup")
+        except PermissionError:
+            return process.memory_bytes
+        except (FileNotFoundError, ProcessLookupError):
+            return 0
+        return _bytes(fields, "Pss_Anon") + _bytes(fields, "Pss_Shmem")
+
     def own_memory(self) -> tuple[int, int]:
         """Of this process: the size of its address space and what of its memory it shares with no file, in bytes."""
         size, resident, shared = (int(field) * _PAGE_BYTES for field in self._read("self/statm").split()[:3])
         return size, resident - shared
 
     def _look(self, pid: int) -> Descendant:
-        # The name of a process may hold any character but this one: the kernel escapes it.
-        lines = self._read(f"{pid}/status").split("\n")
-        fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-        # A process that is ending has no memory lines any more.
-        anonymous, shared, peak = (int(fields.get(k, "0").split()[0]) * 1024 for k in ("RssAnon", "RssShmem", "VmHWM"))
+        fields = self._fields(f"{pid}/status")
         return Descendant(
             pid=pid,
             namespace_pid=int(fields["NSpid"].split()[-1]),
@@ -75,8 +84,9 @@ class ProcessTree:
             alive=fields["State"][0] not in "ZX" or fields["Threads"] != "1",
             stopped=fields["State"][0] == "T",
             num_threads=int(fields["Threads"]),
-            memory_bytes=anonymous + shared,
-            peak_bytes=peak,
+            # A process that is ending has no memory lines any more.
+            memory_bytes=_bytes(fields, "RssAnon") + _bytes(fields, "RssShmem"),
+            peak_bytes=_bytes(fields, "VmHWM"),
         )
 
     def _threads(self, pid: int) -> list[int]:
@@ -89,9 +99,19 @@ class ProcessTree:
     def _children(self, pid: int, thread: int) -> list[int]:
         return [int(child) for child in self._read(f"{pid}/task/{thread}/children").split()]
 
+    def _fields(self, path: str) -> dict[str, str]:
+        # The name of a process may hold any character but the newline: the kernel escapes it.
+        lines = self._read(path).split("\n")
+        return {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+
     def _read(self, path: str) -> str:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc_fd)
         try:
             return os.read(fd, 65536).decode("ascii", "replace")
         finally:
             os.close(fd)
+
+
+def _bytes(fields: dict[str, str], name: str) -> int:
+    """The size of that name, which is given in kilobytes; 0 where there is none."""
+    return int(fields.get(name, "0").split()[0]) * 1024

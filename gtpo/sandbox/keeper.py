@@ -66,7 +66,7 @@ class Keeper:
         if pid == 0:
             cell.run_interpreter(plan, self._remote.fileno(), self._output_end)
         os.chdir("/")
-        confinement.confine_keeper()
+        confinement.confine_keeper(plan)
         os.set_blocking(self._output_fd, False)
         self._processes = SessionProcesses(pid, plan.proc_fd if plan.processes else None)
         self._received = b""
@@ -228,9 +228,11 @@ class Keeper:
                 raise TimeoutError(f"CPU time limit of {self._limits.cpu_time_s:g} s exceeded")
             if wall_left <= 0:
                 raise TimeoutError(f"wall time limit of {self._limits.wall_time_s:g} s exceeded")
-            if self._plan.processes and time.monotonic() >= self._next_watch:
+            if self._plan.processes and (start := time.monotonic()) >= self._next_watch:
                 self._watch()
-                self._next_watch = time.monotonic() + _WATCH_S
+                now = time.monotonic()
+                # Of much memory a look takes long: not more than half of the time.
+                self._next_watch = now + max(_WATCH_S, now - start)
 
     def _pass_call(self, request: dict[str, Any], call: object) -> None:
         """Tell the trainer which tool the cell calls. ValueError for anything but a call that it may make."""
@@ -270,7 +272,8 @@ class Keeper:
 
     def _watch(self) -> None:
         """Look at the memory and the CPU time of all processes of the session."""
-        if self._processes.look() > self._limits.memory_bytes + self._plan.library_memory_bytes:
+        limit = self._limits.memory_bytes + self._plan.library_memory_bytes
+        if self._processes.look() > limit and self._processes.memory_bytes() > limit:
             raise InterpreterGone(f"memory limit of {self._limits.memory_bytes >> 20} MB exceeded")
 
     def _receive(self, request: dict[str, Any]) -> dict[str, Any] | None:
