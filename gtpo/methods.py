@@ -113,7 +113,8 @@ def _per_trajectory() -> dict[str, Any]:
 
 # Loss of the methods that state no other than PPO's: the symmetric clip of the paper.
 _CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}
-_KL: dict[str, Any] = {"kl": "k3", "kl_coef": 0.001}
+# What trainers made from verl add to it where they do not say otherwise.
+_VERL: dict[str, Any] = {**_CLIP, "dual_clip": 3.0, "kl": "k3", "kl_coef": 0.001, "entropy_coef": 0.001}
 
 PRESETS: dict[str, Preset] = {
     "gtpo": Preset(
@@ -143,7 +144,8 @@ PRESETS: dict[str, Preset] = {
         "the GRPO baseline of arXiv 2511.14846; credit of arXiv 2402.03300",
         """
         One number a trajectory, that of its outcome. By hand: outcomes 1, 0, 0; mean 1/3, deviation 0.5774. The loss is
-        GTPO's (clip 0.2 / 0.28, token-mean, no KL), so that the two differ in their credit alone.
+        GTPO's (clip 0.2 / 0.28, token-mean, no KL), so that the two differ in their credit alone; with the loss of the
+        paper that named GRPO it is deepseek_grpo.
 
         >>> group_advantages(method, [[0.0, 1.0], [0.0], [0.0, 0.0, 0.0]])
         [[1.1547, 1.1547], [-0.5773], [-0.5773, -0.5773, -0.5773]]
@@ -153,7 +155,8 @@ PRESETS: dict[str, Preset] = {
         _outcome(**_CLIP, aggregation="seq-mean-token-mean", kl="k3", kl_coef=0.04),
         "Group Relative Policy Optimization, arXiv 2402.03300 (outcome supervision)",
         """
-        By hand: outcomes 1 and 0; mean 1/2, deviation 0.7071.
+        KL 0.04 is the paper's; it gives no number for its clip: 0.2 is PPO's. By hand: outcomes 1 and 0; mean 1/2,
+        deviation 0.7071.
 
         >>> group_advantages(method, [[0.0, 1.0], [0.0]])
         [[0.7071, 0.7071], [-0.7071]]
@@ -163,7 +166,7 @@ PRESETS: dict[str, Preset] = {
         _outcome(**_CLIP, scale="none", aggregation="constant"),
         "Dr. GRPO, arXiv 2503.20783",
         """
-        No deviation, no length: outcome minus the group's mean. By hand: 1 - 1/4 and 0 - 1/4.
+        No deviation, no length: outcome minus the group's mean; clip 0.2 is PPO's. By hand: 1 - 1/4 and 0 - 1/4.
 
         >>> group_advantages(method, [[0.0, 1.0], [0.0], [0.0], [0.0]])
         [[0.75, 0.75], [-0.25], [-0.25], [-0.25]]
@@ -205,11 +208,13 @@ PRESETS: dict[str, Preset] = {
         """,
     ),
     "reinforce_pp": Preset(
-        _outcome(**_CLIP, scale="none", whiten=True),
+        _outcome(**_CLIP, scale="none", whiten=True, kl="k2", kl_coef=0.001),
         "REINFORCE++, its baseline form, arXiv 2501.03262",
         """
         Outcome minus the group's mean, then whitened over all tokens of the batch. By hand: 1/2 on two turns of a token
-        each, -1/2 on one; mean 1/6, deviation 0.5774. Its KL penalty is part of its reward, and not here.
+        each, -1/2 on one; mean 1/6, deviation 0.5774. The KL loss is that of the script of its authors' OpenRLHF,
+        train_reinforce_baseline_llama_ray_agent_async.sh (k2, 0.001); other trainers (ms-swift, NeMo-RL) put the KL
+        into the reward.
 
         >>> group_advantages(method, [[0.0, 1.0], [0.0]])
         [[0.5774, 0.5774], [-1.1547]]
@@ -219,7 +224,8 @@ PRESETS: dict[str, Preset] = {
         _outcome(ratio_level="sequence", clip_low=3e-4, clip_high=4e-4, aggregation="seq-mean-token-mean"),
         "Group Sequence Policy Optimization, arXiv 2507.18071",
         """
-        GRPO's credit; the ratio is the geometric mean over the sequence. By hand: as for deepseek_grpo.
+        GRPO's credit; the ratio is the geometric mean over the sequence, clips of the paper's section 5.1. Where
+        advantages differ within a sequence each token keeps its own (GSPO-token). By hand: as for deepseek_grpo.
 
         >>> group_advantages(method, [[0.0], [0.0, 1.0]])
         [[-0.7071], [0.7071, 0.7071]]
@@ -244,16 +250,16 @@ PRESETS: dict[str, Preset] = {
             population="trajectories",
             eps=1e-4,
             extra_terms=(Term(turns="with_calls", quantity="turn_reward", scope="group_turn", eps=1e-4),),
-            aggregation="seq-mean-token-mean",
-            kl="k3",
-            kl_coef=0.04,
         ),
         "MT-GRPO, arXiv 2505.11821",
         """
         All turns get the normalised outcome; those that call a tool also their reward, normalised among the calls at
         the same turn. The paper has two turns, a call and an answer. Its turn rewards are of search
-        results, ours of format and execution. By hand: outcomes 1, 0 give 0.7070 and -0.7070 (eps 1e-4), first turns of
-        0.2 and 0 another 0.7066 and -0.7066.
+        results, ours of format and execution. Loss and eps are of the authors' mt_grpo_env_trainer.py and
+        run_mt_grpo.sh (github.com/SiliangZeng/Multi-Turn-RL-Agent): token-mean, TRL's clip 0.2, beta 0; their
+        example has KL 0.01 by default. There the turn's statistics also count a 0 for every rollout that made no call,
+        and such a rollout gets its normalised sum of both rewards; here it gets its outcome. By hand: outcomes 1, 0
+        give 0.7070 and -0.7070 (eps 1e-4), first turns of 0.2 and 0 another 0.7066 and -0.7066.
 
         >>> group_advantages(method, [[0.2, 1.0], [0.0, 0.0]], outcomes=[1.0, 0.0], calls=[[True, False]] * 2)
         [[1.4136, 0.707], [-1.4136, -0.707]]
@@ -261,7 +267,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "matchtir": Preset(
         _turns(
-            **_CLIP,
+            **_VERL,
             **_per_trajectory(),
             weight=0.5,
             extra_terms=(Term(weight=0.5, gamma=0.9, scope="group_turn"),),
@@ -270,8 +276,10 @@ PRESETS: dict[str, Preset] = {
         "MatchTIR, arXiv 2601.10712",
         """
         Half the normalised sum of rewards, half the discounted returns normalised at the same turn. Its rewards match
-        calls with those of a known solution; ours are of format and execution. By hand: sums 1, 0 give 0.7071, -0.7071;
-        first turns 0.9, 0 the same, and so do the second.
+        calls with those of a known solution; ours are of format and execution. Halves, discount and loss are those of
+        the authors' core_algos.py and run.sh (github.com/CyberSculptor96/MatchTIR); there what is alone at its turn
+        keeps its return, as with singleton "keep". By hand: sums 1, 0 give 0.7071, -0.7071; first turns 0.9, 0 the
+        same, and so do the second.
 
         >>> group_advantages(method, [[0.0, 1.0], [0.0, 0.0]])
         [[0.7071, 0.7071], [-0.7071, -0.7071]]
@@ -281,40 +289,45 @@ PRESETS: dict[str, Preset] = {
     ),
     "gigpo": Preset(
         _turns(
-            **_CLIP,
+            **_VERL | {"kl_coef": 0.01},
             **_per_trajectory(),
-            **_KL,
             extra_terms=(Term(gamma=0.95, scope="group_anchor"),),
-            aggregation="seq-mean-token-mean",
         ),
         "Group-in-Group Policy Optimization, arXiv 2505.10978",
         """
         The normalised sum of rewards, and the discounted returns normalised among turns taken in the same state. The
-        trainer takes what the tools last said for the state. By hand: sums 1, 0 give 0.7071, -0.7071; first turns share
-        the state 0 and returns 0.95, 0: the same again; the last turns are each alone in theirs.
+        trainer takes what the tools last said for the state. Credit and loss are of the authors' run_alfworld.sh and
+        ppo_trainer.yaml (github.com/langfengQ/DrMAS): mean_std_norm, discount 0.95, KL 0.01, token-mean. Their WebShop
+        has no deviation and discount 0.985; they take 0.1 off an invalid action in the reward, and train on each turn
+        as a sample of its own. By hand: sums 1, 0 give 0.7071, -0.7071; first turns share the state 0 and returns
+        0.95, 0: the same again; the last turns are each alone in theirs.
 
         >>> group_advantages(method, [[0.0, 1.0], [0.0, 0.0]], anchors=[[0, 1], [0, 2]])
         [[1.4142, 0.7071], [-1.4142, -0.7071]]
         """,
     ),
     "igpo": Preset(
-        _turns(**_CLIP, **_KL, order="normalise_first", gamma=1.0, aggregation="seq-mean-token-mean"),
+        _turns(**_VERL, order="normalise_first", gamma=1.0, ddof=0),
         "Information Gain-based Policy Optimization, arXiv 2510.14967",
         """
         Rewards of all turns of the group are normalised together, then summed to returns. Its rewards are gains of
-        information, which need the policy's probability of the truth; ours are of format and execution. By hand:
-        rewards 0, 1, 0; mean 1/3, deviation 0.5774: -0.5773, 1.1547, -0.5773.
+        information, which need the policy's probability of the truth; ours are of format and execution. Deviation and
+        loss are of the authors' core_algos.py and ppo_trainer.yaml (github.com/GuoqingWang1/IGPO), which names no
+        aggregation: token-mean is the default of their functions. There a turn of reward 0 is none; here it counts. By
+        hand: rewards 0, 1, 0; mean 1/3, deviation 0.4714: -0.7071, 1.4142, -0.7071.
 
         >>> group_advantages(method, [[0.0, 1.0], [0.0]])
-        [[0.5773, 1.1547], [-0.5773]]
+        [[0.7071, 1.4142], [-0.7071]]
         """,
     ),
     "simpletir": Preset(
-        _outcome(**_CLIP, aggregation="seq-mean-token-mean", mask_void_turns=True),
+        _outcome(dual_clip=3.0, aggregation="seq-mean-token-mean", mask_void_turns=True),
         "SimpleTIR, arXiv 2509.02479",
         """
-        GRPO, with trajectories that have a void turn (no call and no answer) out of the loss but in the statistics. By
-        hand: outcomes 1, 0; mean 1/2, deviation 0.7071.
+        GRPO, with trajectories that have a void turn (no call and no answer) out of the loss but in the statistics.
+        Clips 0.2 / 0.28, dual clip 3 and no KL are of the authors' simpletir_trainer.yaml
+        (github.com/ltzheng/SimpleTIR). It leaves the aggregation to verl, whose default is token-mean; ours is GRPO's.
+        By hand: outcomes 1, 0; mean 1/2, deviation 0.7071.
 
         >>> group_advantages(method, [[0.0, 1.0], [0.0]])
         [[0.7071, 0.7071], [-0.7071]]

@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import pytest
 import torch
@@ -72,12 +72,13 @@ def mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def std(values: list[float]) -> float:
-    return math.sqrt(math.fsum((x - mean(values)) ** 2 for x in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+def std(values: list[float], ddof: int = 1) -> float:
+    squares = math.fsum((x - mean(values)) ** 2 for x in values)
+    return math.sqrt(squares / (len(values) - ddof)) if len(values) > 1 else 0.0
 
 
-def normalised(x: float, values: list[float], eps: float = 1e-6) -> float:
-    return 0.0 if max(values) == min(values) else (x - mean(values)) / (std(values) + eps)
+def normalised(x: float, values: list[float], eps: float = 1e-6, ddof: int = 1) -> float:
+    return 0.0 if max(values) == min(values) else (x - mean(values)) / (std(values, ddof) + eps)
 
 
 def returns(rewards: list[float], gamma: float) -> list[float]:
@@ -141,7 +142,7 @@ def gigpo(trial: Trial, i: int, j: int) -> float:
 
 def igpo(trial: Trial, i: int, j: int) -> float:
     pool = [x for p in trial.peers(i) for x in trial.rewards[p]]
-    return math.fsum(normalised(x, pool) for x in trial.rewards[i][j:])
+    return math.fsum(normalised(x, pool, ddof=0) for x in trial.rewards[i][j:])
 
 
 FORMULAS: dict[str, Formula] = {
@@ -171,6 +172,61 @@ def test_a_preset_is_its_formula(name: str) -> None:
         expected = [[FORMULAS[name](trial, i, j) for j in range(len(turns))] for i, turns in enumerate(trial.rewards)]
         for ours, theirs in zip(by_method(METHODS[name], trial), expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-9)
+
+
+class Loss(NamedTuple):
+    """The loss half of a preset, as its source has it; what no row names is off."""
+
+    aggregation: str
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    surrogate: str = "ppo"
+    ratio_level: str = "token"
+    dual_clip: float | None = None
+    kl: str = "none"
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    mask_truncated: bool = False
+    mask_void_turns: bool = False
+    rollout_correction: str = "none"
+
+
+# of the paper that the preset names where nothing else is said
+LOSSES = {
+    # no source has a loss for arXiv 2511.14846: that of DAPO, for the baseline of its paper too
+    "gtpo": Loss("token-mean", 0.2, 0.28),
+    "gtpo_dense": Loss("token-mean", 0.2, 0.28),
+    "turn_rloo": Loss("token-mean", 0.2, 0.28),
+    "grpo": Loss("token-mean", 0.2, 0.28),
+    # the paper gives no clip
+    "deepseek_grpo": Loss("seq-mean-token-mean", kl="k3", kl_coef=0.04),
+    "dr_grpo": Loss("constant"),
+    # clip-higher, token-level loss, no KL, overlong filtering
+    "dapo": Loss("token-mean", 0.2, 0.28, mask_truncated=True),
+    # without a ratio nothing is clipped: the clips are the defaults
+    "rloo": Loss("seq-mean-token-sum", 0.2, 0.28, "reinforce"),
+    # OpenRLHF, examples/scripts/train_reinforce_baseline_llama_ray_agent_async.sh
+    "reinforce_pp": Loss("token-mean", kl="k2", kl_coef=1e-3),
+    # section 5.1; no KL, as in TRL's paper index (huggingface.co/docs/trl/paper_index)
+    "gspo": Loss("seq-mean-token-mean", 3e-4, 4e-4, ratio_level="sequence"),
+    # no lower bound; the number of the upper one is ours
+    "cispo": Loss("token-mean", 1.0, 4.0, "cispo"),
+    # SiliangZeng/Multi-Turn-RL-Agent, mt_grpo_env_trainer.py and run_mt_grpo.sh (BETA 0)
+    "mt_grpo": Loss("token-mean"),
+    # CyberSculptor96/MatchTIR, Scripts/run.sh and ppo_trainer.yaml
+    "matchtir": Loss("seq-mean-token-mean", dual_clip=3.0, kl="k3", kl_coef=1e-3, entropy_coef=1e-3),
+    # langfengQ/DrMAS, examples/gigpo_trainer/run_alfworld.sh and ppo_trainer.yaml
+    "gigpo": Loss("token-mean", dual_clip=3.0, kl="k3", kl_coef=0.01, entropy_coef=1e-3),
+    # GuoqingWang1/IGPO, ppo_trainer.yaml and core_algos.py
+    "igpo": Loss("token-mean", dual_clip=3.0, kl="k3", kl_coef=1e-3, entropy_coef=1e-3),
+    # ltzheng/SimpleTIR, simpletir_trainer.yaml; the aggregation is GRPO's
+    "simpletir": Loss("seq-mean-token-mean", 0.2, 0.28, dual_clip=3.0, mask_void_turns=True),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_of_a_preset_is_that_of_its_source(name: str) -> None:
+    assert Loss(*(getattr(METHODS[name], field) for field in Loss._fields)) == LOSSES[name]
 
 
 def test_gtpo_and_grpo_are_the_short_call_bit_for_bit() -> None:
