@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
 
+from gtpo.sandbox.code_tools import CodeTools
 from gtpo.sandbox.contract import CellResult, SandboxReport
 from gtpo.sandbox.pool import SandboxPool
 from gtpo.sandbox.session import SandboxSession
@@ -16,7 +17,8 @@ T = TypeVar("T")
 
 
 class BlockingSandboxPool:
-    """`pool`, not started, driven by an event loop in a thread of its own. Any thread may call it.
+    """`pool`, not started, driven by an event loop in a thread of its own. Any thread may call it, between `start` and
+    `close` or inside `with`.
 
     >>> with BlockingSandboxPool(SandboxPool(min_tier="landlock")) as pool, pool.open("x = 40") as session:
     ...     session.run("x += 2\\nprint(x)").stdout
@@ -25,33 +27,69 @@ class BlockingSandboxPool:
 
     def __init__(self, pool: SandboxPool) -> None:
         self._pool = pool
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="gtpo-sandbox", daemon=True)
+        # Held while a call is handed to the loop, so that none is handed to a loop that ends.
+        self._door = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> BlockingSandboxPool:
-        self._thread.start()
+    def start(self) -> None:
+        """See `SandboxPool.start`."""
+        with self._door:
+            if self._loop is not None:
+                raise RuntimeError("the sandbox pool is already started")
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._live, args=(self._loop,), name="gtpo-sandbox", daemon=True)
+            self._thread.start()
         try:
             self._wait(self._pool.start())
         except BaseException:
-            self._end_loop()
+            self.close()
             raise
+
+    def close(self) -> None:
+        """See `SandboxPool.close`. Calls of other threads that still run get a RuntimeError."""
+        with self._door:
+            loop, self._loop = self._loop, None
+        if loop is not None and self._thread is not None:
+            asyncio.run_coroutine_threadsafe(self._end(), loop).result()
+            self._thread.join()
+
+    async def _end(self) -> None:
+        try:
+            await self._pool.close()
+        finally:
+            # Those whose call was ended are still to be told.
+            callers = asyncio.all_tasks() - {asyncio.current_task()}
+            await asyncio.gather(*callers, return_exceptions=True)
+            asyncio.get_running_loop().stop()
+
+    @staticmethod
+    def _live(loop: asyncio.AbstractEventLoop) -> None:
+        loop.run_forever()
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+    def __enter__(self) -> BlockingSandboxPool:
+        self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._wait(self._pool.close())
-        finally:
-            self._end_loop()
-
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self.close()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        with self._door:
+            if self._loop is None:
+                work.close()
+                raise RuntimeError("the sandbox pool is not started or closed")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            # Ctrl-C: nobody waits for it any more.
+            future.cancel()
+            raise
 
     @property
     def report(self) -> SandboxReport:
@@ -86,9 +124,9 @@ class BlockingSession:
     ) -> None:
         self.close()
 
-    def run(self, code: str, *, stdin: str = "", rollback: bool = True) -> CellResult:
-        """See `SandboxSession.run`."""
-        return self._pool._wait(self._session.run(code, stdin=stdin, rollback=rollback))
+    def run(self, code: str, *, stdin: str = "", rollback: bool = True, tools: CodeTools | None = None) -> CellResult:
+        """See `SandboxSession.run`. `tools.call` runs in the pool's thread: what blocks belongs into a thread."""
+        return self._pool._wait(self._session.run(code, stdin=stdin, rollback=rollback, tools=tools))
 
     def put(self, name: str, data: bytes) -> None:
         """See `SandboxSession.put`."""
@@ -104,4 +142,5 @@ class BlockingSession:
 
     def close(self) -> None:
         """See `SandboxSession.close`."""
-        self._pool._wait(self._session.close())
+        if self._pool._loop is not None:
+            self._pool._wait(self._session.close())

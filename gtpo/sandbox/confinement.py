@@ -17,14 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gtpo.sandbox import removal, syscall_filter
+from gtpo.sandbox import removal, session_users, syscall_filter
 from gtpo.sandbox.contract import SandboxLimits
 from gtpo.sandbox.layout import BOX, DEVICES, LIBRARIES, LINKS_TO_BOX, NOBODY
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-# Started as root, session i has the user id FIRST_SESSION_UID + i: beyond what systems give to users and containers.
-FIRST_SESSION_UID, NUM_SESSION_UIDS = 0x7000_0000, 2**16
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
     0x00020000,
     0x04000000,
@@ -126,9 +124,12 @@ def readable_paths() -> tuple[str, ...]:
     return tuple(path for path in sorted(wanted) if os.path.exists(path))
 
 
-def session_uid(paths: Iterable[str], proc_fd: int, *, own_root: bool) -> int | None:
-    """The first user id of sessions when we are root and others can read `paths` (or the root will be ours)."""
-    if os.geteuid() != 0:
+def session_uid(paths: Iterable[str], proc_fd: int, first_user: int | None, *, own_root: bool) -> int | None:
+    """The first user id of sessions when we are root and others can read `paths` (or the root will be ours).
+
+    `first_user` where all ids from it on exist, NOBODY elsewhere.
+    """
+    if os.geteuid() != 0 or first_user is None:
         return None
     real = [Path(path).resolve() for path in paths]
     directories = {directory for path in real for directory in (path, *path.parents) if directory.is_dir()}
@@ -136,8 +137,8 @@ def session_uid(paths: Iterable[str], proc_fd: int, *, own_root: bool) -> int | 
         return None
     with open(os.open("self/uid_map", os.O_RDONLY, dir_fd=proc_fd)) as uid_map:
         ranges = [map(int, line.split()) for line in uid_map]
-    all_exist = any(first <= FIRST_SESSION_UID < first + count - NUM_SESSION_UIDS for first, _, count in ranges)
-    return FIRST_SESSION_UID if all_exist else NOBODY
+    all_exist = any(first <= first_user <= first + count - session_users.NUM_USERS for first, _, count in ranges)
+    return first_user if all_exist else NOBODY
 
 
 def enter_namespaces(proc_fd: int) -> bool:

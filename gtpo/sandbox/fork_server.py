@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gtpo.sandbox import bubblewrap, frames, profiles, removal
+from gtpo.sandbox import bubblewrap, frames, profiles, removal, session_users
 from gtpo.sandbox.cgroup import MemoryCgroup
 from gtpo.sandbox.contract import SandboxLimits, SandboxUnavailable
 
@@ -36,17 +37,20 @@ _PASSED_ON = ("LD_LIBRARY_PATH",)
 
 @dataclass
 class ForkServer:
-    """A running fork server. `missing` maps what its sessions cannot have to the reason."""
+    """A running fork server. `missing` maps what its sessions cannot have to the reason; `held` is what it occupies."""
 
     process: subprocess.Popen[bytes]
     control: socket.socket
     scratch: str
     cgroup: MemoryCgroup | None
     missing: dict[str, str]
+    held: contextlib.ExitStack
 
     async def spawn(self, end: socket.socket) -> None:
         """Have it start a session's keeper, which will serve `end`. ConnectionError where the server is dead."""
         while True:
+            if self.control.fileno() < 0:
+                raise ConnectionResetError("the fork server was stopped")
             try:
                 socket.send_fds(self.control, [b"spawn"], [end.fileno()])
                 return
@@ -56,6 +60,9 @@ class ForkServer:
 
     async def stop(self) -> None:
         """End it with all of its sessions, and wait for that."""
+        with contextlib.suppress(OSError):
+            # Closing is not enough where a process that the trainer has forked holds the socket, too.
+            self.control.shutdown(socket.SHUT_RDWR)
         self.control.close()
         try:
             await asyncio.to_thread(self.process.wait, 10)
@@ -67,6 +74,7 @@ class ForkServer:
             removal.remove_tree(self.scratch)
         if self.cgroup is not None:
             await asyncio.to_thread(self.cgroup.remove)
+        self.held.close()
 
 
 JAILS = ("bubblewrap", "namespaces", "none")
@@ -96,40 +104,54 @@ async def launch(
         cgroup = None if total_memory_bytes is None else MemoryCgroup(total_memory_bytes)
     except OSError as failure:
         raise SandboxUnavailable(f"total_memory_bytes needs a memory cgroup that we may make: {failure}") from failure
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    # bubblewrap needs none, and nobody would delete it if we are killed.
-    scratch = "" if jail == "bubblewrap" else tempfile.mkdtemp(prefix="gtpo-sandbox-")
-    proc_fd = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    config = {
-        "control_fd": theirs.fileno(),
-        "proc_fd": proc_fd,
-        "scratch": scratch,
-        "jail": jail,
-        "own_users": os.geteuid() != 0,
-        "cgroup": cgroup is not None,
-        "limits": asdict(limits),
-        "libraries": libraries,
-        "modules": profiles.modules(profile),
-        "warm_up": profiles.warm_up(profile),
-    }
-    command = [*prefix, interpreter, *_FLAGS, "-c", _BOOTSTRAP, parent, package, json.dumps(config)]
-    with tempfile.TemporaryFile() as log:
+    scratch, first_user = "", None
+    with contextlib.ExitStack() as held, tempfile.TemporaryFile() as log:
+        # bubblewrap needs none.
+        if jail != "bubblewrap":
+            # Linux only, as this.
+            from gtpo.sandbox.scratch import make_scratch
+
+            scratch, lock = make_scratch()
+            held.callback(os.close, lock)
+        if os.geteuid() == 0:
+            first_user, holder = session_users.claim()
+            held.enter_context(holder)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        held.enter_context(ours)
+        proc_fd = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Tells it that we are gone, also while a process that we forked holds a copy of our socket.
+        trainer_fd = os.pidfd_open(os.getpid())
+        config = {
+            "control_fd": theirs.fileno(),
+            "trainer_fd": trainer_fd,
+            "proc_fd": proc_fd,
+            "scratch": scratch,
+            "first_user": first_user,
+            "jail": jail,
+            "own_users": os.geteuid() != 0,
+            "cgroup": cgroup is not None,
+            "limits": asdict(limits),
+            "libraries": libraries,
+            "modules": profiles.modules(profile),
+            "warm_up": profiles.warm_up(profile),
+        }
         try:
             process = subprocess.Popen(
-                command,
+                [*prefix, interpreter, *_FLAGS, "-c", _BOOTSTRAP, parent, package, json.dumps(config)],
                 env=_ENVIRONMENT | {name: os.environ[name] for name in _PASSED_ON if name in os.environ},
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
-                pass_fds=[theirs.fileno(), proc_fd],
+                pass_fds=[theirs.fileno(), trainer_fd, proc_fd],
                 start_new_session=True,
             )
         finally:
             theirs.close()
             os.close(proc_fd)
-        server = ForkServer(process, ours, scratch, cgroup, {})
+            os.close(trainer_fd)
+        server = ForkServer(process, ours, scratch, cgroup, {}, held.pop_all())
         try:
             hello = await asyncio.get_running_loop().sock_recv(ours, frames.MAX_FRAME_BYTES)
         except ConnectionError:

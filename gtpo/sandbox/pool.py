@@ -9,8 +9,7 @@ import logging
 import os
 import socket
 import sys
-import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 
 from gtpo.sandbox import fork_server, selftest
@@ -24,6 +23,8 @@ from gtpo.sandbox.contract import (
 )
 from gtpo.sandbox.profiles import check_profile
 from gtpo.sandbox.session import SandboxSession, end_stream
+from gtpo.sandbox.slot import Slot
+from gtpo.sandbox.work import Work
 
 _log = logging.getLogger(__name__)
 _Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -76,8 +77,10 @@ class SandboxPool:
         self._places = asyncio.Semaphore(max_sessions)
         self._num_prewarmed = num_prewarmed
         self._total_memory_bytes = total_memory_bytes
-        self._starting = asyncio.Lock()
+        self._num_waiting = 0
+        self._work = Work("pool", ready=False)
         self._server: fork_server.ForkServer | None = None
+        self._restart: asyncio.Task[None] | None = None
         self._jail = fork_server.JAILS[0]
         self._report: SandboxReport | None = None
         self._sessions: set[SandboxSession] = set()
@@ -128,6 +131,7 @@ class SandboxPool:
             raise RuntimeError("the sandbox pool is already started")
         if not sys.platform.startswith("linux"):
             raise SandboxUnavailable(f"running model-written code needs Linux, this is {sys.platform}")
+        self._work.open = True
         try:
             missing: dict[str, str] = {}
             for self._jail in fork_server.JAILS:
@@ -137,7 +141,7 @@ class SandboxPool:
                 except SandboxUnavailable as failure:
                     if self._jail == fork_server.JAILS[-1]:
                         raise
-                    await self.close()
+                    await self._end()
                     missing[self._jail] = str(failure)
             assert self._report is not None
             if self._report.tier < self._min_tier:
@@ -159,21 +163,35 @@ class SandboxPool:
         )
 
     async def close(self) -> None:
-        """Close every session and end the fork server; nothing is left running. Closing twice is harmless."""
-        if self._warming is not None:
-            self._warming.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._warming
-            self._warming = None
+        """Close every session and end the fork server; nothing is left running. Closing twice is harmless.
+
+        What runs is cancelled, and its callers get a RuntimeError.
+        """
+        try:
+            await self._work.close()
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
+        """Close every session and end the fork server."""
+        warming, self._warming = self._warming, None
+        if warming is not None:
+            warming.cancel()
         warm, self._warm = self._warm, collections.deque()
-        await asyncio.gather(
-            *(session.close() for session in list(self._sessions)), *(end_stream(*stream) for stream in warm)
-        )
+        sessions = [session.close() for session in self._sessions]
         self._idle.clear()
-        self._report = None
-        if self._server is not None:
+        try:
+            await asyncio.gather(
+                *filter(None, [warming, self._restart]),
+                *sessions,
+                *(end_stream(*stream) for stream in warm),
+                return_exceptions=True,
+            )
+        finally:
+            self._report = None
             server, self._server = self._server, None
-            await server.stop()
+            if server is not None:
+                await server.stop()
 
     async def open(self, setup_code: str = "") -> SandboxSession:
         """A new session whose variables are those that `setup_code` (trusted) leaves.
@@ -181,15 +199,23 @@ class SandboxPool:
         Waits while `max_sessions` are open.  Raises RuntimeError when the setup code fails and SandboxUnavailable
         when no session can be started.
         """
-        await self._places.acquire()
-        session = SandboxSession(self, setup_code)
+        return await self._work.do(self._open(setup_code))
+
+    async def _open(self, setup_code: str = "") -> SandboxSession:
+        if self._places.locked() and self._idle:
+            await self._idle.pop().close()
+        self._num_waiting += 1
         try:
-            async with self._slot():
-                await session._start()
-        except BaseException:
-            self._places.release()
-            raise
+            await self._places.acquire()
+        finally:
+            self._num_waiting -= 1
+        session = SandboxSession(self, setup_code)
         self._sessions.add(session)
+        try:
+            await session._open()
+        except BaseException:
+            await session.close()
+            raise
         self._num_opened += 1
         return session
 
@@ -198,28 +224,29 @@ class SandboxPool:
 
         The jail is used again for later calls, without the process and the files.
         """
-        session = self._idle.pop() if self._idle else await self.open()
+        return await self._work.do(self._run(code, stdin, files or {}))
+
+    async def _run(self, code: str, stdin: str, files: Mapping[str, bytes]) -> CellResult:
+        session = self._idle.pop() if self._idle else await self._open()
         try:
-            for name, data in (files or {}).items():
+            for name, data in files.items():
                 await session.put(name, data)
             result = await session._run(code, stdin, rollback=True, discard=True)
             session._forget()
         except BaseException:
             await session.close()
             raise
-        if len(self._idle) < self._num_slots:
+        if len(self._idle) < self._num_slots and not self._num_waiting:
             self._idle.append(session)
         else:
             await session.close()
         return result
 
-    @contextlib.asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        """A permission to run something; how long it took to get is counted."""
-        asked = time.monotonic()
-        async with self._slots:
-            self._queue_time_s += time.monotonic() - asked
-            yield
+    def _slot(self) -> Slot:
+        return Slot(self._slots, self._count_queue_time)
+
+    def _count_queue_time(self, seconds: float) -> None:
+        self._queue_time_s += seconds
 
     def _count(self, result: CellResult) -> None:
         self._statuses[result.status] += 1
@@ -238,7 +265,7 @@ class SandboxPool:
         return stream
 
     def _warm_up(self) -> None:
-        missing = self._report is not None and len(self._warm) < self._num_prewarmed
+        missing = self._work.open and self._report is not None and len(self._warm) < self._num_prewarmed
         if missing and (self._warming is None or self._warming.done()):
             self._warming = asyncio.ensure_future(self._fill())
 
@@ -249,26 +276,43 @@ class SandboxPool:
 
     async def _fork(self) -> _Stream:
         """Have the fork server start a session's keeper; starts a new server when it died."""
-        async with self._starting:
+        for attempt in range(2):
             if self._server is None:
-                raise RuntimeError("the sandbox pool is not started")
-            for attempt in range(2):
-                ours, theirs = socket.socketpair()
-                with theirs:
-                    try:
-                        await self._server.spawn(theirs)
-                        return await asyncio.open_unix_connection(sock=ours)
-                    except ConnectionError as failure:
-                        ours.close()
-                        if attempt:
-                            raise SandboxUnavailable(f"the fork server died twice: {failure}") from failure
-                    except BaseException:
-                        ours.close()
-                        raise
-                await self._server.stop()
-                # The keepers that were ready died with it.
-                while self._warm:
-                    await end_stream(*self._warm.popleft())
-                self._num_restarts += 1
-                self._server = await self._launch()
+                await self._replace(None)
+            server = self._server
+            assert server is not None
+            ours, theirs = socket.socketpair()
+            with theirs:
+                try:
+                    await server.spawn(theirs)
+                    return await asyncio.open_unix_connection(sock=ours)
+                except ConnectionError as failure:
+                    ours.close()
+                    if attempt:
+                        raise SandboxUnavailable(f"the fork server died twice: {failure}") from failure
+                except BaseException:
+                    ours.close()
+                    raise
+            await self._replace(server)
         raise AssertionError("unreachable")
+
+    async def _replace(self, dead: fork_server.ForkServer | None) -> None:
+        """Have a new fork server in the place of `dead`, or of none."""
+        if self._restart is None and self._server is dead:
+            self._restart = asyncio.ensure_future(self._start_again())
+        if self._restart is not None:
+            # One who stops waiting does not stop it for the others, nor leaves the pool without a server.
+            await asyncio.shield(self._restart)
+
+    async def _start_again(self) -> None:
+        try:
+            dead, self._server = self._server, None
+            if dead is not None:
+                await dead.stop()
+            # The keepers that were ready died with it.
+            while self._warm:
+                await end_stream(*self._warm.popleft())
+            self._num_restarts += 1
+            self._server = await self._launch()
+        finally:
+            self._restart = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gtpo.sandbox import frames
 from gtpo.sandbox.code_tools import CodeTools, ToolCalls
 from gtpo.sandbox.contract import CellResult, CellStatus, SandboxUnavailable, SessionState
+from gtpo.sandbox.work import Work
 
 if TYPE_CHECKING:
     from gtpo.sandbox.pool import SandboxPool
@@ -31,9 +32,10 @@ class SandboxSession:
     def __init__(self, pool: SandboxPool, setup_code: str) -> None:
         self._pool = pool
         self._setup_code = setup_code
+        self._work = Work("session")
         self._turn = asyncio.Lock()
+        self._slot = pool._slot()
         self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._closed = False
         self.layers: tuple[str, ...] = ()
         self.missing: dict[str, str] = {}
         self._forget()
@@ -60,11 +62,14 @@ class SandboxSession:
         After a TIMEOUT or CRASH the variables are as before the cell (its files stay); without `rollback`, which
         saves the snapshot, they are lost.  A cell under which the sandbox failed is tried once more.
         """
-        return await self._run(code, stdin, rollback=rollback, discard=False, tools=tools)
+        return await self._work.do(self._run(code, stdin, rollback=rollback, discard=False, tools=tools))
 
     async def put(self, name: str, data: bytes) -> None:
         """Write the file `name` of the session's directory; OSError when the session cannot."""
         self._check_name(name)
+        await self._work.do(self._put(name, data))
+
+    async def _put(self, name: str, data: bytes) -> None:
         for offset in range(0, max(len(data), 1), frames.MAX_PIECE_BYTES):
             piece = base64.b64encode(data[offset : offset + frames.MAX_PIECE_BYTES]).decode()
             await self._move({"op": "put", "name": name, "offset": offset, "data": piece})
@@ -72,6 +77,9 @@ class SandboxSession:
     async def get(self, name: str, *, max_bytes: int = 16 * 2**20) -> bytes:
         """What the file `name` of the session's directory holds; OSError when it cannot be read or is larger."""
         self._check_name(name)
+        return await self._work.do(self._get(name, max_bytes))
+
+    async def _get(self, name: str, max_bytes: int) -> bytes:
         data = b""
         while True:
             piece = base64.b64decode(await self._move({"op": "get", "name": name, "offset": len(data)}))
@@ -83,21 +91,28 @@ class SandboxSession:
 
     async def reset(self) -> None:
         """Forget variables and files: the next cell is the first one after the setup code."""
+        await self._work.do(self._reset())
+
+    async def _reset(self) -> None:
         async with self._turn:
             await self._drop()
             self._forget()
 
     async def close(self) -> None:
-        """End the session's processes and wait until they are gone. Closing twice is harmless."""
-        if not self._closed:
-            self._closed = True
+        """End the session's processes and wait until they are gone. Closing twice is harmless.
+
+        What runs in it is cancelled, and its callers get a RuntimeError.
+        """
+        try:
+            await self._work.close()
+            await self._drop()
+        finally:
             self._pool._release(self)
-        await self._drop()
 
     async def _run(
         self, code: str, stdin: str, *, rollback: bool, discard: bool, tools: CodeTools | None = None
     ) -> CellResult:
-        async with self._turn, self._pool._slot():
+        async with self._turn, self._slot:
             self._num_cells += 1
             parameters = {} if tools is None else {name: list(names) for name, names in tools.parameters.items()}
             request = {"op": "run", "number": self._num_cells, "code": code, "stdin": stdin, "tools": parameters}
@@ -107,7 +122,7 @@ class SandboxSession:
         return result
 
     async def _move(self, request: dict[str, Any]) -> str:
-        async with self._turn, self._pool._slot():
+        async with self._turn, self._slot:
             self._calls = ToolCalls(None)
             result, value = await self._request(request, rollback=True, discard=False)
         if result.status is not CellStatus.OK or (value is None and request["op"] == "get"):
@@ -118,8 +133,6 @@ class SandboxSession:
         self, request: dict[str, Any], *, rollback: bool, discard: bool
     ) -> tuple[CellResult, str | None]:
         """Have `request` done, twice if the sandbox fails the first time; the result, and what a file held."""
-        if self._closed:
-            raise RuntimeError("the sandbox session is closed")
         self._num_requests += 1
         snapshot = discard or (rollback and self._pool.snapshots)
         request |= {"cell": self._num_requests, "snapshot": snapshot, "discard": discard}
@@ -206,6 +219,10 @@ class SandboxSession:
             await self._start()
         return replayed
 
+    async def _open(self) -> None:
+        async with self._slot:
+            await self._start()
+
     async def _start(self) -> None:
         """Start the process and run the setup code as cell 0."""
         request = {"op": "run", "number": 0, "code": self._setup_code, "stdin": "", "tools": {}}
@@ -244,7 +261,11 @@ class SandboxSession:
                     answer = frames.decode(await reader.readexactly(length))
                 if "call" not in answer:
                     return answer
-                request = frames.encode(await calls.answer(answer["call"]))
+                # other cells may run while a tool works for this one
+                self._slot.give_back()
+                reply = await calls.answer(answer["call"])
+                await self._slot.take()
+                request = frames.encode(reply)
         except TimeoutError:
             raise EOFError("the keeper does not answer") from None
         except BaseException:

@@ -11,14 +11,16 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import sys
 from typing import Any, NoReturn
 
-from gtpo.sandbox import confinement, keeper, removal
+from gtpo.sandbox import confinement, keeper, removal, session_users
 from gtpo.sandbox.contract import SandboxLimits
 from gtpo.sandbox.descendants import ProcessTree
+from gtpo.sandbox.layout import NOBODY
 
 # What cells import most; importing more makes every fork slower.
 _PRELOADED = """
@@ -46,7 +48,9 @@ def main(config_json: str) -> None:
             proc_fd=proc_fd,
             readable=readable,
             libraries=libraries,
-            uid=confinement.session_uid([*readable, *libraries.values()], proc_fd, own_root=jail != "none"),
+            uid=confinement.session_uid(
+                [*readable, *libraries.values()], proc_fd, config["first_user"], own_root=jail != "none"
+            ),
             own_users=own_users,
             cgroup=config["cgroup"],
         )
@@ -54,10 +58,10 @@ def main(config_json: str) -> None:
         confinement.set_process(undumpable=True)
         if jail == "bubblewrap":
             # It is the launcher, and this the first process of the jail.
-            _run_zygote(control, plan, config["modules"], config["warm_up"])
+            _run_zygote(control, plan, config)
         zygote = os.fork()
         if zygote == 0:
-            _run_zygote(control, plan, config["modules"], config["warm_up"])
+            _run_zygote(control, plan, config)
     except OSError as failure:
         _report(control, failed=confinement.describe_failure(failure))
         return
@@ -70,7 +74,7 @@ def _report(control: socket.socket, **message: object) -> None:
     control.send(json.dumps(message).encode())
 
 
-def _run_zygote(control: socket.socket, plan: confinement.Plan, modules: list[str], warm_up: str) -> NoReturn:
+def _run_zygote(control: socket.socket, plan: confinement.Plan, config: dict[str, Any]) -> NoReturn:
     try:
         confinement.set_process(dies_with_parent=True)
         own_namespace = -1
@@ -83,15 +87,15 @@ def _run_zygote(control: socket.socket, plan: confinement.Plan, modules: list[st
             confinement.link_libraries(plan)
         if plan.libraries:
             sys.path.append(plan.library_root)
-        for name in (*_PRELOADED.split(), *modules):
+        for name in (*_PRELOADED.split(), *config["modules"]):
             importlib.import_module(name)
-        exec(warm_up, {})
+        exec(config["warm_up"], {})
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         gc.collect()
         gc.freeze()
         plan, missing = _measured(plan)
         _report(control, ready=True, missing=missing)
-        _serve(control, plan, own_namespace)
+        _serve(control, config["trainer_fd"], plan, own_namespace)
     except (OSError, ImportError) as failure:
         error = confinement.describe_failure(failure) if isinstance(failure, OSError) else str(failure)
         _report(control, failed=error)
@@ -116,28 +120,33 @@ def _measured(plan: confinement.Plan) -> tuple[confinement.Plan, dict[str, str]]
     plan = dataclasses.replace(plan, library_address_bytes=address_bytes, library_memory_bytes=memory_bytes)
     if not plan.namespaces:
         missing["snapshots"] = "cells can start no processes without namespaces, so none can be kept as a snapshot"
-    elif not plan.own_users and plan.uid != confinement.FIRST_SESSION_UID:
+    elif not plan.own_users and plan.uid in (None, NOBODY):
         missing["snapshots"] = "sessions have no user of their own, so the number of their processes is not bounded"
     return dataclasses.replace(plan, processes=not missing), missing
 
 
-def _serve(control: socket.socket, plan: confinement.Plan, own_namespace: int) -> None:
-    """Fork one keeper for every socket that arrives, until the trainer is gone."""
+def _serve(control: socket.socket, trainer_fd: int, plan: confinement.Plan, own_namespace: int) -> None:
+    """Fork one keeper for every socket that arrives, until the trainer closes `control` or is gone."""
     slot = 0
-    while True:
+    # Processes that the trainer has forked hold its end of `control` open when it is killed.
+    events = select.poll()
+    events.register(control, select.POLLIN)
+    events.register(trainer_fd, select.POLLIN)
+    while all(fd != trainer_fd for fd, _ in events.poll()):
         data, descriptors, _, _ = socket.recv_fds(control, 16, 1)
         if not data:
             return
         host = socket.socket(fileno=descriptors[0])
-        slot = (slot + 1) % confinement.NUM_SESSION_UIDS
+        slot = (slot + 1) % session_users.NUM_USERS
         own = plan
-        if plan.uid == confinement.FIRST_SESSION_UID:
+        if plan.uid not in (None, NOBODY):
             own = dataclasses.replace(plan, uid=plan.uid + slot)
         try:
             if plan.namespaces:
                 confinement.unshare(confinement.NEW_PID)
             if os.fork() == 0:
                 control.close()
+                os.close(trainer_fd)
                 keeper.keep(host, own)
         except OSError as failure:
             keeper.report_failure(host, confinement.describe_failure(failure))

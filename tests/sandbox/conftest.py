@@ -1,14 +1,16 @@
 """One started pool per tier, driven from plain synchronous tests."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
 from gtpo.sandbox import CellResult, SandboxLimits, SandboxPool, SandboxUnavailable, fork_server
+from gtpo.sandbox.code_tools import CodeTools
 
 T = TypeVar("T")
 LIMITS = SandboxLimits(cpu_time_s=0.3, wall_time_s=5.0, memory_bytes=256 * 2**20, file_bytes=2**20, max_processes=8)
@@ -37,6 +39,26 @@ class Cage:
                 await session.close()
 
         return self.runner.run(run_all())
+
+
+class Place:
+    """A tool by which a cell, calling `here()`, says how far it is; it goes on when `leave` is set."""
+
+    def __init__(self) -> None:
+        self.reached, self.leave = asyncio.Event(), asyncio.Event()
+        self.tools = CodeTools({"here": ()}, self._call)
+
+    async def _call(self, *_: object) -> tuple[bool, str]:
+        self.reached.set()
+        await self.leave.wait()
+        return True, ""
+
+
+@contextlib.asynccontextmanager
+async def soon() -> AsyncIterator[None]:
+    """What would hang fails instead."""
+    async with asyncio.timeout(60):
+        yield
 
 
 TIERS = {"bubblewrap": "namespaces", "namespaces": "namespaces", "none": "landlock"}
@@ -88,6 +110,11 @@ def process_states(root: int) -> dict[int, str]:
     while grown := {pid for pid, parent in parents.items() if parent in family} - family:
         family |= grown
     return {pid: states[pid] for pid in family if pid in states}
+
+
+def children(pid: int) -> list[int]:
+    """Its child processes, in the order in which it has started them."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def is_alive(pid: int) -> bool:

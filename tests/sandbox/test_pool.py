@@ -8,7 +8,8 @@ import pytest
 
 from gtpo.sandbox import CellStatus, SandboxLimits, SandboxPool, SandboxUnavailable, SessionState, profiles
 from gtpo.sandbox.blocking import BlockingSandboxPool
-from tests.sandbox.conftest import LIMITS, eventually, process_states
+from gtpo.sandbox.code_tools import CodeTools
+from tests.sandbox.conftest import LIMITS, Place, children, eventually, is_alive, process_states, soon
 
 
 def test_a_stateless_call_sees_nothing_of_another(cage):
@@ -165,15 +166,20 @@ def test_sessions_in_reserve_are_handed_out_and_replaced():
 
 
 def test_a_keeper_that_hangs_is_given_up(monkeypatch):
-    monkeypatch.setattr("gtpo.sandbox.session._KEEPER_TIMEOUT_S", 0.2)
-
     async def run():
-        async with SandboxPool(SandboxLimits(wall_time_s=0.2), min_tier="landlock") as pool:
+        async with SandboxPool(LIMITS, min_tier="landlock") as pool:
             session = await pool.open("x = 1")
-            keeper = max(sorted(process_states(pool._server.process.pid))[:3])
+            (zygote,) = children(pool._server.process.pid)
+            (keeper,) = (pid for pid in children(zygote) if is_alive(pid))
             os.kill(keeper, signal.SIGSTOP)
-            result = await session.run("print(x)")
+            # long since over, so that the first answer is not waited for
+            monkeypatch.setattr("gtpo.sandbox.session._KEEPER_TIMEOUT_S", -2 * LIMITS.wall_time_s)
+            running = asyncio.ensure_future(session.run("print(x)"))
+            while session._stream is not None:
+                await asyncio.sleep(0)
+            monkeypatch.undo()
             os.kill(keeper, signal.SIGKILL)
+            result = await running
             return result.stdout, result.num_tries, pool.metrics()["sandbox/faults"]
 
     assert asyncio.run(run()) == ("1\n", 2, 1.0)
@@ -194,6 +200,39 @@ def test_open_waits_while_all_places_are_taken():
     assert asyncio.run(run()) == ("3\n", 2.0)
 
 
+def test_an_idle_session_makes_place_for_one_that_is_opened():
+    async def run():
+        async with soon(), SandboxPool(LIMITS, min_tier="landlock", max_sessions=1) as pool:
+            outputs = [(await pool.run("print(1)")).stdout]
+            async with asyncio.TaskGroup() as group:
+                session = await pool.open()
+                outputs.append((await session.run("print(2)")).stdout)
+                # these wait for the place; the first to get it must not keep it
+                stateless = group.create_task(pool.run("print(3)"))
+                opened = group.create_task(pool.open())
+                await asyncio.sleep(0)
+                await session.close()
+            return [*outputs, stateless.result().stdout, (await opened.result().run("print(4)")).stdout]
+
+    assert asyncio.run(run()) == ["1\n", "2\n", "3\n", "4\n"]
+
+
+def test_a_cell_that_waits_for_a_tool_lets_others_run():
+    async def run():
+        async with soon(), SandboxPool(LIMITS, min_tier="landlock", max_concurrent=1) as pool:
+            session, other = await pool.open("x = 1"), await pool.open()
+            place = Place()
+            waiting = asyncio.ensure_future(session.run("here()\nprint(x)", tools=place.tools))
+            await place.reached.wait()
+            outputs = [(await other.run("print(2)")).stdout, (await pool.run("print(3)")).stdout]
+            place.leave.set()
+            result = await waiting
+            assert not pool._slots.locked()
+            return [*outputs, result.stdout]
+
+    assert asyncio.run(run()) == ["2\n", "3\n", "1\n"]
+
+
 @pytest.fixture(scope="module", params=["namespaces", "landlock"])
 def mathematician(request):
     from tests.sandbox.conftest import without_namespaces
@@ -203,9 +242,9 @@ def mathematician(request):
         if request.param == "landlock":
             without_namespaces(patch)
         blocking = BlockingSandboxPool(pool)
-        blocking.__enter__()
+        blocking.start()
     yield blocking
-    blocking.__exit__(None, None, None)
+    blocking.close()
 
 
 def test_the_math_profile_has_numpy_and_sympy_and_nothing_else(mathematician):
@@ -227,6 +266,12 @@ def test_the_blocking_pool_does_what_the_other_does(mathematician):
         assert crash.state is SessionState.ROLLED_BACK and session.run("print(x)").stdout == "1\n"
         session.reset()
         assert session.run("print(input())", stdin="hi").stdout == "hi\n"
+
+        async def call(name, arguments):
+            return True, f"{name} {arguments['place']}"
+
+        tools = CodeTools({"weather": ["place"]}, call)
+        assert session.run("print(weather('Ulm'))", tools=tools).stdout == "weather Ulm\n"
     assert mathematician.run("print(1)").stdout == "1\n"
     assert mathematician.metrics()["sandbox/cells_crash"] == 1.0
     assert "seccomp" in mathematician.report.layers
@@ -262,7 +307,7 @@ def test_no_isolation_is_asked_for_by_name_and_said_loudly(caplog, monkeypatch):
 
 def test_the_memory_of_all_sessions_together_is_bounded_by_a_cgroup():
     """The kernel then takes an interpreter, whose session goes on from before its cell; the others do not notice."""
-    hold = "import time\nx = bytearray(b'x') * (90 << 20)\ntime.sleep(0.3)"
+    hold = "x = bytearray(b'x') * (90 << 20)\nhere()"
     limits = SandboxLimits(memory_bytes=200 * 2**20)
 
     async def run():
@@ -271,7 +316,19 @@ def test_the_memory_of_all_sessions_together_is_bounded_by_a_cgroup():
             path = pool._server.cgroup.path
             good = await pool.open("kept = 1")
             greedy = [await pool.open("kept = 2") for _ in range(4)]
-            results = await asyncio.gather(*(session.run(hold) for session in greedy))
+            places = [Place() for _ in greedy]
+            cells = [
+                asyncio.ensure_future(session.run(hold, tools=place.tools))
+                for session, place in zip(greedy, places, strict=True)
+            ]
+            # each holds what it has until all have it, or have died of it
+            for cell, place in zip(cells, places, strict=True):
+                there = asyncio.ensure_future(place.reached.wait())
+                await asyncio.wait([cell, there], return_when=asyncio.FIRST_COMPLETED)
+                there.cancel()
+            for place in places:
+                place.leave.set()
+            results = await asyncio.gather(*cells)
             after = [(await session.run("print(kept)")).stdout for session in (good, *greedy)]
         return results, after, path.exists()
 
