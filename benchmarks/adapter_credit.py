@@ -17,6 +17,7 @@ from benchmarks.credit import EPS, GROUP_SIZE, verl_grpo_advantages
 from benchmarks.measure import Contestant, Outputs, Row, compare, find, set_ratios
 from gtpo.adapters import nemo_rl, openrlhf, rllm, skyrl, slime, verl
 from gtpo.adapters.layouts import GRPO, list_turn_advantages, packed_turn_advantages, padded_turn_advantages
+from gtpo.adapters.trl_turns import ScoredRow, advantages_by_token, group_advantages, padded_turn_ids, turn_lengths
 
 NUM_TURNS = 8
 OPTIONS = {**GRPO, "eps": EPS}
@@ -180,7 +181,7 @@ def _skyrl(rollout: Rollout) -> Callable[[], Outputs]:
     class Trainer:
         def compute_advantages_and_returns(self, data: dict[str, Any]) -> dict[str, Any]:
             data["advantages"] = skyrl.gtpo_advantages(
-                data["rewards"], data["response_mask"], rollout.uids, config={"gtpo": OPTIONS}
+                data["rewards"], data["response_mask"], rollout.uids, credit=OPTIONS
             )[0]
             return data
 
@@ -190,13 +191,15 @@ def _skyrl(rollout: Rollout) -> Callable[[], Outputs]:
 
 
 def _trl(rollout: Rollout) -> Callable[[], Outputs]:
-    from gtpo.adapters.trl import ScoredRow, advantages_by_token, group_advantages
-
-    rewards, turn_ids = rollout.turn_rewards.tolist(), rollout.turn_ids.tolist()
-    rows = [ScoredRow(*row) for row in zip(rewards, rollout.num_tokens, strict=True)]
+    rewards, width = rollout.turn_rewards.tolist(), rollout.turn_ids.shape[1]
+    completion_ids = [range(width)] * rollout.num_trajectories
+    sampled = rollout.mask.int().tolist()
 
     def call() -> Outputs:
-        return {"advantages": advantages_by_token(group_advantages(rows, GROUP_SIZE, OPTIONS), turn_ids, rollout.mask)}
+        """All that `GTPOTrainer` does between TRL's lists and its advantages."""
+        turn_ids = padded_turn_ids(completion_ids, sampled)
+        rows = [ScoredRow(*row) for row in zip(rewards, turn_lengths(turn_ids), strict=True)]
+        return {"advantages": advantages_by_token(group_advantages(rows, GROUP_SIZE, OPTIONS), turn_ids)}
 
     return call
 

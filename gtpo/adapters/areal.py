@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gtpo.adapters.layouts import list_turn_advantages
+from gtpo.adapters.options import credit_settings
 
 
 class GroupTurnCreditWorkflow:
@@ -19,13 +20,14 @@ class GroupTurnCreditWorkflow:
 
     workflow: its `arun_episode` returns interactions by id, in the order of turns, or None for a rejected trajectory.
     group_size: AReaL's own group size must then be 1, or it would make groups of groups.
-    options: keywords of `gtpo_kernels.turn_advantages`.
+    options: those of `gtpo.adapters.layouts`.
     Source: the signature of `arun_episode` is that of `RolloutWorkflow` in areal/api/workflow_api.py.
     """
 
     def __init__(self, workflow: Any, group_size: int, **options: Any) -> None:
         if group_size < 2:
             raise ValueError(f"group_size must be at least 2 to compare attempts, got {group_size}")
+        credit_settings(options, given=())
         self.workflow, self.group_size, self.options = workflow, group_size, options
 
     async def arun_episode(self, engine: Any, data: dict[str, Any]) -> dict[str, Any] | None:
@@ -40,7 +42,7 @@ def set_turn_advantages(group: Sequence[Mapping[str, Any]], **options: Any) -> d
     group: for each trajectory of one task its interactions by id, in the order of turns, as AReaL's client exports
         them; `interaction.reward` is the turn's own reward (None: 0), `interaction.model_response.output_tokens` its
         tokens.
-    options: keywords of `gtpo_kernels.turn_advantages`.
+    options: those of `gtpo.adapters.layouts`.
     Raises ValueError for an id that two trajectories share, and for tensors in the place of interactions.
     Source: arXiv 2511.14846; `InteractionWithTokenLogpReward` in areal/experimental/openai/types.py.
     """

@@ -3,27 +3,34 @@
 One call each, and no trainer is needed.  All entries stand at the place of their token (nothing is shifted), and every
 call takes whole groups: before micro-batches, before rows are shuffled, and from all ranks.
 
-`options` are the keywords of `gtpo_kernels.turn_advantages`: gamma, scope, population, ddof, eps, backend; left out,
-they are GTPO's.  Or `method` names a preset that `gtpo methods` lists, and the others are fields of it: method="rloo".
+`options` are fields of a credit: gamma, scope, population, ddof, eps and the others of `gtpo.methods.Method` from
+`quantity` to `whiten`; left out, they are GTPO's.  Or `method` names a preset that `gtpo methods` lists, and the others
+change it: method="rloo".  Its rewards and its loss are the trainer's.  `backend` is that of `turn_advantages`.
+With the fields come what some credits need of the batch, and no other takes:
+    outcomes: B numbers, for quantity="outcome" (MT-GRPO).
+    anchor_ids: for each trajectory one label a turn, equal for turns taken in one state, for scope="group_anchor"
+        (GiGPO).
+    turns_with_calls: for each trajectory one bool a turn, for terms of turns="with_calls" (MT-GRPO).
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gtpo.adapters.options import PER_BATCH, CreditSettings, credit_settings
 from gtpo.credit import method_advantages
-from gtpo.methods import METHODS, Method
-from gtpo_kernels import TurnAdvantages, turn_advantages
+from gtpo_kernels import TurnAdvantages
 from gtpo_kernels.checks import check_tensor
 
 GRPO: dict[str, Any] = {"gamma": 1.0, "population": "trajectories"}
 """Options under which a trajectory's rewards are summed and normalised in its group: arXiv 2402.03300."""
 
 RaggedRewards = Sequence[Sequence[float]] | Tensor
+Labels = Iterable[Hashable] | Tensor
 
 
 class TokenCredit(NamedTuple):
@@ -36,11 +43,12 @@ class TokenCredit(NamedTuple):
 def padded_turn_advantages(
     turn_rewards: RaggedRewards,
     turn_ids: Tensor,
-    group_ids: Iterable[Hashable] | Tensor,
+    group_ids: Labels,
     *,
     num_turns: Tensor | None = None,
     loss_mask: Tensor | None = None,
     group_size: int | None = None,
+    allow_empty_turns: bool = False,
     **options: Any,
 ) -> TokenCredit:
     """Advantages of a padded batch: `turn_advantages` of each token's turn.
@@ -51,6 +59,8 @@ def padded_turn_advantages(
     loss_mask: [B, T] bool or 0 / 1; only compared: it must mark no token without a turn.  TRL's `tool_mask`, for one,
         is padded with 1: multiply it by `completion_mask` first.
     group_size: if given, every group must have this many trajectories: a group that is split over ranks has fewer.
+    allow_empty_turns: take rewards of turns that no token has.  They flow into the returns of the turns before them,
+        and leave the statistics; else they are refused, since what is meant is mostly another number of turns.
     Raises ValueError for shapes, numbers and masks that do not fit each other.
     Source: arXiv 2511.14846.
 
@@ -66,6 +76,8 @@ def padded_turn_advantages(
     first_turns = cu_turns[:-1, None]
     _check_turn_numbers(turn_ids, cu_turns.diff()[:, None])
     flat_ids = torch.where(turn_ids >= 0, turn_ids + first_turns, -1).flatten()
+    if not allow_empty_turns:
+        _check_all_turns_have_tokens(flat_ids, cu_turns)
     return _by_token(_advantages(rewards, cu_turns, groups, flat_ids, options), flat_ids, turn_ids.shape)
 
 
@@ -73,11 +85,12 @@ def packed_turn_advantages(
     turn_rewards: RaggedRewards,
     turn_ids: Tensor,
     cu_seqlens: Tensor,
-    group_ids: Iterable[Hashable] | Tensor,
+    group_ids: Labels,
     *,
     num_turns: Tensor | None = None,
     loss_mask: Tensor | None = None,
     group_size: int | None = None,
+    allow_empty_turns: bool = False,
     **options: Any,
 ) -> TokenCredit:
     """Advantages of a packed batch: as `padded_turn_advantages`, with turn_ids [N] and cu_seqlens [B+1] int.
@@ -101,13 +114,15 @@ def packed_turn_advantages(
         _check_mask(loss_mask, turn_ids)
     _check_turn_numbers(turn_ids, cu_turns.diff().repeat_interleave(lengths))
     flat_ids = torch.where(turn_ids >= 0, turn_ids + cu_turns[:-1].repeat_interleave(lengths), -1)
+    if not allow_empty_turns:
+        _check_all_turns_have_tokens(flat_ids, cu_turns)
     return _by_token(_advantages(rewards, cu_turns, groups, flat_ids, options), flat_ids, turn_ids.shape)
 
 
 def token_reward_advantages(
     token_level_rewards: Tensor,
     response_mask: Tensor,
-    group_ids: Iterable[Hashable] | Tensor,
+    group_ids: Labels,
     *,
     turn_ids: Tensor | None = None,
     group_size: int | None = None,
@@ -158,7 +173,7 @@ def token_reward_advantages(
 
 def list_turn_advantages(
     turn_rewards: Sequence[Sequence[float]],
-    group_ids: Iterable[Hashable],
+    group_ids: Labels,
     *,
     num_tokens: Sequence[Sequence[int]] | None = None,
     group_size: int | None = None,
@@ -171,20 +186,26 @@ def list_turn_advantages(
     >>> [[round(a, 3) for a in row] for row in list_turn_advantages([[0.0, 1.0], [0.0]], ["a", "a"], gamma=1.0)]
     [[0.577, 0.577], [-1.155]]
     """
-    counts = [len(row) for row in turn_rewards]
-    rewards, cu_turns = _flat_turns(turn_rewards, None, len(counts), torch.device("cpu"))
+    rewards, cu_turns = _flat_turns(turn_rewards, None, len(turn_rewards), torch.device("cpu"))
+    counts = cu_turns.diff().tolist()
+    settings, of_batch = _settings(options)
     turn_ids = torch.arange(rewards.shape[0])
     if num_tokens is not None:
         if [len(row) for row in num_tokens] != counts:
             raise ValueError("num_tokens must have one entry for every turn of turn_rewards, got other lengths")
-        turn_ids = turn_ids.repeat_interleave(torch.tensor([n for row in num_tokens for n in row], dtype=torch.long))
+        lengths = torch.tensor([*chain.from_iterable(num_tokens)], dtype=torch.long)
+        if (lengths < 0).any():
+            raise ValueError(f"num_tokens must be 0 or more, got {int(lengths.min())}")
+        # only whether there are any counts elsewhere, and one token says so
+        turn_ids = turn_ids.repeat_interleave(lengths if settings.counts_tokens else lengths.clamp(max=1))
     groups = number_groups(group_ids, len(counts), group_size=group_size)
-    values = _advantages(rewards, cu_turns, groups, turn_ids, options).turn_advantages
-    return [row.tolist() for row in values.split(counts)]
+    values = _of_settings(settings, of_batch, rewards, cu_turns, groups, turn_ids).turn_advantages.tolist()
+    ends = cu_turns.tolist()
+    return [values[first:end] for first, end in pairwise(ends)]
 
 
 def number_groups(
-    group_ids: Iterable[Hashable] | Tensor,
+    group_ids: Labels,
     num_trajectories: int,
     *,
     group_size: int | None = None,
@@ -201,7 +222,7 @@ def number_groups(
     ...
     ValueError: group_ids: every group must have group_size=2 trajectories, but 'y' has 1: was it split over ranks?
     """
-    labels: list[Hashable] = group_ids.tolist() if isinstance(group_ids, Tensor) else list(group_ids)
+    labels = _labels("group_ids", group_ids)
     if len(labels) != num_trajectories:
         raise ValueError(
             f"group_ids must have one label for each of {num_trajectories} trajectories, got {len(labels)}"
@@ -226,6 +247,9 @@ def turn_ids_of_runs(loss_mask: Tensor) -> Tensor:
     >>> turn_ids_of_runs(torch.tensor([[1, 1, 0, 1, 0]])).tolist()
     [[0, 0, -1, 1, -1]]
     """
+    if not isinstance(loss_mask, Tensor) or loss_mask.dim() != 2:
+        got = f"shape {tuple(loss_mask.shape)}" if isinstance(loss_mask, Tensor) else type(loss_mask).__name__
+        raise ValueError(f"loss_mask must be a tensor [B, T], got {got}")
     mask = _as_bool("loss_mask", loss_mask, loss_mask.shape, loss_mask.device)
     return (_run_starts(mask).cumsum(1, dtype=torch.int32) - 1).masked_fill(~mask, -1)
 
@@ -233,18 +257,66 @@ def turn_ids_of_runs(loss_mask: Tensor) -> Tensor:
 def _advantages(
     turn_rewards: Tensor, cu_turns: Tensor, group_ids: Tensor, turn_ids: Tensor, options: Mapping[str, Any]
 ) -> TurnAdvantages:
-    """`turn_advantages` with these keywords, or the credit of a preset with these fields."""
-    if "method" not in options:
-        return turn_advantages(turn_rewards, cu_turns, group_ids, turn_ids, **options)
-    fields = dict(options)
-    name = fields.pop("method")
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    unknown = sorted(fields.keys() - Method.__dataclass_fields__.keys())
-    if unknown:
-        raise ValueError(f"a method has no field {', '.join(unknown)}")
-    method = dataclasses.replace(METHODS[name], **fields)
-    return method_advantages(method, turn_rewards, cu_turns, group_ids, turn_ids)
+    settings, of_batch = _settings(options)
+    return _of_settings(settings, of_batch, turn_rewards, cu_turns, group_ids, turn_ids)
+
+
+def _settings(options: Mapping[str, Any]) -> tuple[CreditSettings, dict[str, Any]]:
+    """The credit, and what of the batch it takes."""
+    of_batch = {name: options[name] for name in PER_BATCH if options.get(name) is not None}
+    settings = credit_settings({k: v for k, v in options.items() if k not in PER_BATCH}, given=of_batch)
+    unused = sorted(of_batch.keys() - settings.needs)
+    if unused:
+        raise ValueError(f"{', '.join(unused)} must be left out: no term of this credit takes them")
+    return settings, of_batch
+
+
+def _of_settings(
+    settings: CreditSettings,
+    of_batch: Mapping[str, Any],
+    turn_rewards: Tensor,
+    cu_turns: Tensor,
+    group_ids: Tensor,
+    turn_ids: Tensor,
+) -> TurnAdvantages:
+    tensors: dict[str, Tensor] = {}
+    device, counts = turn_rewards.device, cu_turns.diff().tolist() if of_batch else []
+    if "outcomes" in of_batch:
+        outcomes = torch.as_tensor(of_batch["outcomes"], device=device)
+        tensors["outcomes"] = outcomes.to(turn_rewards.dtype)
+    if "anchor_ids" in of_batch:
+        numbers: dict[Hashable, int] = {}
+        labels = _flat_by_turn("anchor_ids", of_batch["anchor_ids"], counts)
+        tensors["anchor_ids"] = torch.tensor(
+            [numbers.setdefault(label, len(numbers)) for label in labels], dtype=torch.long, device=device
+        )
+    if "turns_with_calls" in of_batch:
+        calls = _flat_by_turn("turns_with_calls", of_batch["turns_with_calls"], counts)
+        tensors["turns_with_calls"] = torch.tensor(calls, dtype=torch.bool, device=device)
+    return method_advantages(
+        settings.method, turn_rewards, cu_turns, group_ids, turn_ids, backend=settings.backend, **tensors
+    )
+
+
+def _flat_by_turn(name: str, rows: Any, counts: Sequence[int]) -> list[Any]:
+    """The entries of ragged lists, one a turn."""
+    lists = [row.tolist() if hasattr(row, "tolist") else list(row) for row in rows]
+    found = [len(row) for row in lists]
+    if found != list(counts):
+        raise ValueError(f"{name} must have one list for each trajectory, one entry a turn: {counts}, got {found}")
+    return [*chain.from_iterable(lists)]
+
+
+def _labels(name: str, labels: Any) -> list[Hashable]:
+    """Labels as a list; refuses what cannot be told apart."""
+    if not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) != 1:
+        got = f"shape {tuple(labels.shape)}" if hasattr(labels, "shape") else repr(labels)
+        raise ValueError(f"{name} must be a list, an array [B] or a tensor [B] of labels, got {got}")
+    found: list[Any] = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    for label in found:
+        if not isinstance(label, Hashable) or label != label:
+            raise ValueError(f"{name} must have labels that can be told apart, got {label!r}")
+    return found
 
 
 def _run_starts(mask: Tensor) -> Tensor:
@@ -290,11 +362,17 @@ def _flat_turns(
             raise ValueError(
                 f"turn_rewards must have one list for each of {num_trajectories} trajectories, got {len(turn_rewards)}"
             )
-        scalars = [row for row in turn_rewards if not isinstance(row, Sequence | Tensor)]
-        if scalars:
-            raise ValueError(f"turn_rewards must have a list of floats for each trajectory, got {scalars[0]!r}")
-        flat = torch.tensor([float(reward) for row in turn_rewards for reward in row], dtype=torch.float32)
-        num_turns = torch.tensor([len(row) for row in turn_rewards], dtype=torch.long)
+        rows = [row.tolist() if hasattr(row, "tolist") else row for row in turn_rewards]
+        for row in rows:
+            if not isinstance(row, Sequence) or isinstance(row, str):
+                raise ValueError(f"turn_rewards must have a list of floats for each trajectory, got {row!r}")
+        try:
+            flat = torch.tensor([*chain.from_iterable(rows)], dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"turn_rewards must have a list of floats for each trajectory: {error}") from None
+        if flat.dim() != 1:
+            raise ValueError("turn_rewards must have a list of floats for each trajectory, got lists of lists")
+        num_turns = torch.tensor([len(row) for row in rows], dtype=torch.long)
     cu_turns = torch.nn.functional.pad(num_turns.cumsum(0), (1, 0))
     return flat.to(device), cu_turns.to(device)
 
@@ -332,4 +410,18 @@ def _check_turn_numbers(turn_ids: Tensor, num_turns: Tensor) -> None:
         raise ValueError(
             f"turn_ids must number the turns of each trajectory from 0 (-1: not sampled), but at {list(place)} it is "
             f"{int(turn_ids[place])} where turn_rewards has {allowed} turns"
+        )
+
+
+def _check_all_turns_have_tokens(turn_ids: Tensor, cu_turns: Tensor) -> None:
+    """Refuse rewards of turns that are not there.  turn_ids: [N], of the whole batch."""
+    has_tokens = turn_ids.new_zeros(int(cu_turns[-1]) + 1, dtype=torch.bool)
+    has_tokens[turn_ids.long()] = True
+    missing = (~has_tokens[:-1]).nonzero()
+    if len(missing):
+        turn = int(missing[0])
+        row = int(torch.searchsorted(cu_turns, turn, right=True)) - 1
+        raise ValueError(
+            f"turn_rewards must be of turns that have tokens, but turn {turn - int(cu_turns[row])} of trajectory {row} "
+            f"has none in turn_ids, and {len(missing) - 1} more: pass allow_empty_turns=True if that is meant"
         )

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from gtpo.adapters.layouts import padded_turn_advantages, turn_ids_of_runs
+from gtpo.adapters.options import credit_settings
 
 
 class GTPOAdvantageEstimator:
     """Turn-level credit for NeMo-RL.
 
-    estimator_config: a mapping; what stands under "gtpo" are keywords of `gtpo_kernels.turn_advantages`.
+    estimator_config: a mapping; what stands under "gtpo" are options of `gtpo.adapters.layouts`.
     loss_config: NeMo-RL's, unused.
+    Raises ValueError for options that are no credit, or need more than NeMo-RL hands over.
     """
 
     def __init__(self, estimator_config: Any = None, loss_config: Any = None) -> None:
         self.options = dict((estimator_config or {}).get("gtpo") or {})
+        credit_settings(self.options, given=())
 
     def compute_advantage(
         self, prompt_ids: Tensor, rewards: Tensor, mask: Tensor, repeated_batch: Any = None, **kwargs: Any
@@ -41,6 +44,10 @@ class GTPOAdvantageEstimator:
         turn_ids = turn_ids_of_runs(mask)
         num_turns = (turn_ids.max(dim=1).values + 1).tolist()
         given = None if repeated_batch is None else repeated_batch.get("turn_rewards")
+        if given is not None and len(given) != len(num_turns):
+            raise ValueError(
+                f"repeated_batch['turn_rewards'] must have one list for each of {len(num_turns)} rows, got {len(given)}"
+            )
         turn_rewards = []
         for row, count in enumerate(num_turns):
             turns = [0.0] * count if given is None else [float(reward) for reward in given[row]]

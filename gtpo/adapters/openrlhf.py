@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from gtpo.adapters.layouts import padded_turn_advantages, turn_ids_of_runs
+from gtpo.adapters.options import credit_settings
 
 PREFIX = "turn_reward_"
 OPTIONS = "GTPO_OPENRLHF"
@@ -43,10 +44,13 @@ def set_turn_advantages(experiences: Sequence[Any], group_size: int, **options: 
     experiences: OpenRLHF's `Experience`s, all those of a rollout; `index` is the place of each row in the order of
         prompts, `group_size` rows a prompt.  A turn is a run of 1s in `action_mask`.  Where `info` has no rewards of
         turns, `rewards` is paid on the last turn.
-    options: keywords of `gtpo_kernels.turn_advantages`.
-    Raises ValueError where fewer rewards of turns are there than turns, or a group has another size.
+    options: those of `gtpo.adapters.layouts`.
+    Raises ValueError where fewer rewards of turns are there than turns, where one is past the last turn, and where a
+        group has another size.
     Source: arXiv 2511.14846; `Experience` in openrlhf/trainer/ppo_utils/experience.py.
     """
+    if not experiences:
+        raise ValueError("experiences must hold at least one Experience, got none")
     widest = max(experience.action_mask.shape[1] for experience in experiences)
     masks, rewards, groups = [], [], []
     for experience in experiences:
@@ -63,6 +67,12 @@ def set_turn_advantages(experiences: Sequence[Any], group_size: int, **options: 
                 rewards.append([0.0] * (count - 1) + [float(experience.rewards[row])] * (count > 0))
             elif count > len(names):
                 raise ValueError(f"info must hold a reward of each turn: a row has {count} turns, got {len(names)}")
+            elif any(column[row] for column in columns[count:]):
+                raise ValueError(
+                    f"info must hold rewards of as many turns as action_mask shows: a row has {count}, but a reward at "
+                    f"turn {max(turn for turn, column in enumerate(columns) if column[row])}: two turns that touch are "
+                    "one run of the mask, so let the feedback have a token at least"
+                )
             else:
                 rewards.append([column[row] for column in columns[:count]])
     credit = padded_turn_advantages(
@@ -83,6 +93,7 @@ def experience_maker_class(base: Any, **options: Any) -> Any:
     `rewards` and therefore reach the credit only where `info` has no rewards of turns.
     Raises ValueError where a KL penalty is part of the reward: use OpenRLHF's KL loss.
     """
+    credit_settings(options, given=())
 
     class TurnCreditExperienceMaker(base):
         @torch.no_grad()
@@ -111,8 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import ray
 
     parser = argparse.ArgumentParser(prog="python -m gtpo.adapters.openrlhf", description=main.__doc__)
-    parser.add_argument("--gtpo", type=json.loads, default={}, help="JSON of keywords of turn_advantages")
+    parser.add_argument("--gtpo", type=json.loads, default={}, help="JSON of options of gtpo.adapters.layouts")
     parsed, rest = parser.parse_known_args(arguments)
+    credit_settings(parsed.gtpo, given=())
     variables = {OPTIONS: json.dumps(parsed.gtpo)}
     for name, default in (
         ("TOKENIZERS_PARALLELISM", "true"),

@@ -23,7 +23,7 @@ def assign_turn_advantages(
 
     traces: the group's `vf.Trace`s, from prime-rl's `iter_trainable_traces(episodes)`; nodes with any `mask` are turns.
     assign_advantages: prime-rl's function of that name.
-    options: keywords of `gtpo_kernels.turn_advantages`.
+    options: those of `gtpo.adapters.layouts`.
     Raises ValueError for another number of turn rewards than of turns.
     Source: arXiv 2511.14846; `Algorithm.score_group` and `assign_advantages` in src/prime_rl/orchestrator/algo.
     """

@@ -23,7 +23,7 @@ def gtpo_advantages(
 
     rewards: one array of trajectory rewards for each group.  A trajectory's reward is its total: what its steps' own
         rewards leave of it lies on the last step.
-    algorithm_config: rLLM's; a mapping `algorithm_config.gtpo` holds keywords of `turn_advantages`, if it is there.
+    algorithm_config: rLLM's; `algorithm_config.gtpo`, if it is there, maps options of `gtpo.adapters.layouts`.
     kwargs["traj_groups"]: the `TrajectoryGroup`s, as rLLM passes them.
     Returns (advantages, returns) by group, for rLLM's metrics: of each trajectory the mean over its tokens, its reward.
     Source: arXiv 2511.14846; the signature is that of `register_adv_estimator` in rllm/trainer/algorithms/advantage.py.

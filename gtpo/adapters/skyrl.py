@@ -3,7 +3,7 @@
 SkyRL gives estimators a `response_mask` of all response tokens, tool output included, so turns cannot be seen in it.
 `trainer_class` therefore passes the loss mask in its place.  In the script that starts SkyRL:
 
-    register()
+    register(scope="group")  # any option of the credit
 
     class Experiment(BasePPOExp):
         def get_trainer(self, *args, **kwargs):
@@ -15,6 +15,7 @@ Written against SkyRL 0.3.0.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,9 @@ import torch
 from torch import Tensor
 
 from gtpo.adapters.layouts import token_reward_advantages
-from gtpo_kernels import clipped_loss
+from gtpo.adapters.options import credit_settings
+from gtpo.methods import METHODS
+from gtpo_kernels import LossRule, clipped_loss
 
 NAME = "gtpo"
 CORRECTIONS = (
@@ -45,6 +48,7 @@ def gtpo_advantages(
     gamma: float = 1.0,
     lambd: float = 1.0,
     config: Any = None,
+    credit: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """SkyRL's `advantage_estimator=gtpo`: `token_reward_advantages`, where each run of trained tokens is a turn.
@@ -52,10 +56,12 @@ def gtpo_advantages(
     token_level_rewards: [B, T]; SkyRL lays a turn's reward on the last token of its assistant message.
     response_mask: [B, T], the loss mask, as the trainer of `trainer_class` passes it.
     index: the uid of each row's prompt.  gamma: `trainer.algorithm.gamma`, a discount from turn to turn (its default
-        is 1.0, GTPO's 0.9).  config: `trainer.algorithm`; a mapping
-        `gtpo` in it holds keywords of `gtpo_kernels.turn_advantages`.  values, grpo_norm_by_std, lambd: unused.
+        is 1.0, GTPO's 0.9); with a `method` in `credit` the discount is the preset's, or `credit`'s own.
+    credit: options of `gtpo.adapters.layouts`, as `register` was given them.  values, grpo_norm_by_std, lambd, config:
+        unused.
     Returns (advantages, returns), [B, T] each.
-    Raises RuntimeError under another trainer, which would show whole responses as one turn.
+    Raises RuntimeError under another trainer, which would show whole responses as one turn; ValueError for a
+        `trainer.algorithm.gamma` that is neither SkyRL's default nor the method's.
     Source: arXiv 2511.14846; the signature is that of `compute_advantages_and_returns` in
         skyrl/backends/skyrl_train/utils/ppo_utils.py.
     """
@@ -64,14 +70,15 @@ def gtpo_advantages(
             "SkyRL's own trainer hides the turns from its estimators: return gtpo.adapters.skyrl.trainer_class()(...) "
             "from BasePPOExp.get_trainer"
         )
-    options = {"gamma": gamma, **_options(config)}
-    credit = token_reward_advantages(token_level_rewards, response_mask, index, **options)
-    return credit.advantages, credit.returns
-
-
-def _options(config: Any) -> dict[str, Any]:
-    found = config.get(NAME) if isinstance(config, Mapping) else getattr(config, NAME, None)
-    return dict(found or {})
+    options = dict(credit or {})
+    if "method" not in options:
+        options.setdefault("gamma", gamma)
+    elif gamma not in (1.0, options.get("gamma", METHODS[options["method"]].gamma)):
+        raise ValueError(
+            f"trainer.algorithm.gamma={gamma} is not that of the method {options['method']!r}: pass gamma to register()"
+        )
+    result = token_reward_advantages(token_level_rewards, response_mask, index, **options)
+    return result.advantages, result.returns
 
 
 def gtpo_policy_loss(
@@ -81,11 +88,12 @@ def gtpo_policy_loss(
     config: Any,
     loss_mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """SkyRL's `policy_loss_type=gtpo`: `clipped_loss` with `config.eps_clip_low` and `config.eps_clip_high`.
 
     advantages: [B, T], which SkyRL has divided by what its `loss_reduction` asks for, so that the loss is their sum.
-    rollout_logprobs: unused.
+    rollout_logprobs: unused.  dual_clip: as `register` was given it.
     Returns (loss, metrics under SkyRL's names).
     Raises ValueError where `config.off_policy_correction` asks for a correction, which this loss does not apply.
     Source: arXiv 2511.14846; the signature is that of `ppo_policy_loss` in the same file.
@@ -101,6 +109,7 @@ def gtpo_policy_loss(
         old_logprobs=old_log_probs.reshape(-1),
         clip_low=float(config.eps_clip_low),
         clip_high=float(config.eps_clip_high),
+        rule=LossRule(dual_clip=dual_clip),
         num_loss_tokens=1.0,
         metrics="all",
     )
@@ -135,9 +144,16 @@ def _loss_mask_shown(data: Any) -> Any:
         data["response_mask"] = response_mask
 
 
-def register() -> None:
-    """Put `gtpo` into SkyRL's registries.  Call it before `ray.init`, in the process that starts the run."""
+def register(*, dual_clip: float | None = None, **options: Any) -> None:
+    """Put `gtpo` into SkyRL's registries.  Call it before `ray.init`, in the process that starts the run.
+
+    dual_clip: more than 1, for the loss: where the advantage is negative no ratio above it counts.  None for none.
+    options: of the credit, those of `gtpo.adapters.layouts`; SkyRL's configuration takes no keys of its own.
+    Raises ValueError for options that are no credit, or need more than SkyRL hands over.
+    """
     from skyrl.backends.skyrl_train.utils.ppo_utils import AdvantageEstimatorRegistry, PolicyLossRegistry
 
-    AdvantageEstimatorRegistry.register(NAME, gtpo_advantages)
-    PolicyLossRegistry.register(NAME, gtpo_policy_loss)
+    credit_settings(options, given=())
+    # what the registries pickle for other processes has to hold the options itself
+    AdvantageEstimatorRegistry.register(NAME, functools.partial(gtpo_advantages, credit=options))
+    PolicyLossRegistry.register(NAME, functools.partial(gtpo_policy_loss, dual_clip=dual_clip))

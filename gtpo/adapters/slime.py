@@ -20,7 +20,7 @@ def reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float],
 
     samples: slime's `Sample`s of a whole rollout.  A turn is a run of 1s in `loss_mask`; `group_index` is the group;
         the sample's own reward is paid on its last turn, `metadata["turn_rewards"]` on each.
-    args: slime's; a dictionary `args.gtpo` holds keywords of `gtpo_kernels.turn_advantages`, if it is there.
+    args: slime's; a dictionary `args.gtpo` holds options of `gtpo.adapters.layouts`, if it is there.
     Returns tensors of one dimension, which slime carries through to `compute_advantages` with the rewards.
     Raises ValueError for samples without a group, or with another number of turn rewards than of turns.
     Source: arXiv 2511.14846; the signature is that of docs/en/get_started/customization.md in THUDM/slime.

@@ -18,7 +18,7 @@ def compute_advantages(trajectory_groups_P: Sequence[Any], **options: Any) -> li
 
     trajectory_groups_P: `TrajectoryGroup`s.  A transition's own reward is that of its turn; the trajectory's reward in
         `final_rewards_G` is paid on its last turn.
-    options: keywords of `gtpo_kernels.turn_advantages`.
+    options: those of `gtpo.adapters.layouts`.
     Source: arXiv 2511.14846; the name and first argument are those of `compute_advantages` in
         tinker_cookbook/rl/data_processing.py, which returns one [group_size] tensor for each group.
     """

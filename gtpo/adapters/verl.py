@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gtpo.adapters.layouts import token_reward_advantages
+from gtpo.adapters.options import credit_settings
 from gtpo_kernels import clipped_loss
 
 NAME = "gtpo"
@@ -30,9 +31,12 @@ def gtpo_advantages(
     """verl's `adv_estimator=gtpo`: `token_reward_advantages`, where each run of sampled tokens is a turn.
 
     token_level_rewards, response_mask: [bs, response_length].  index: the uid of each row's prompt.
-    config: verl's `algorithm`.  `algorithm.gamma` is the discount from turn to turn (verl: 1.0, GTPO: 0.9); any
-        keyword of `gtpo_kernels.turn_advantages` can stand under `+algorithm.gtpo.<keyword>=<value>`.
+    config: verl's `algorithm`.  `algorithm.gamma` is the discount from turn to turn (verl: 1.0, GTPO: 0.9); any option
+        of `gtpo.adapters.layouts` can stand under `+algorithm.gtpo.<keyword>=<value>`.  With `+algorithm.gtpo.method`
+        the discount is the preset's, or that of `+algorithm.gtpo.gamma`.
     Returns (advantages, returns), [bs, response_length] each.
+    Raises ValueError for a rejection by verl's rollout correction (`rollout_rs` outside bypass mode), which takes
+        tokens out of the mask, and with them turns; and for credits that need more than verl hands over.
     Source: arXiv 2511.14846; the signature is that of `verl.trainer.ppo.core_algos.register_adv_est`.
 
     >>> rewards, mask = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]), torch.tensor([[1, 0, 1], [1, 1, 0]])
@@ -48,12 +52,27 @@ def gtpo_advantages(
 
 
 def _credit_options(config: Any) -> dict[str, Any]:
+    """What verl's `algorithm` says about the credit."""
     if config is None:
         return {}
     options = dict(config.get(NAME, None) or {})
     gamma = config.get("gamma", None)
-    if gamma is not None:
+    if "method" not in options and gamma is not None:
         options.setdefault("gamma", float(gamma))
+    settings = credit_settings(options, given=())
+    # 1.0 is verl's default, which says nothing about a preset
+    if gamma not in (None, 1.0, settings.method.gamma) and "gamma" not in options:
+        raise ValueError(
+            f"algorithm.gamma={gamma} is not that of the method {options['method']!r}, {settings.method.gamma}: "
+            "set algorithm.gtpo.gamma to change the preset"
+        )
+    correction = config.get("rollout_correction", None) or {}
+    if correction.get("rollout_rs", None) and not correction.get("bypass_mode", False):
+        raise ValueError(
+            f"algorithm.rollout_correction.rollout_rs={correction.get('rollout_rs')!r} cuts tokens out of "
+            "response_mask before advantages are made, so that turns cannot be told from it: use rollout_is, or "
+            "bypass_mode"
+        )
     return options
 
 

@@ -16,6 +16,8 @@ from gtpo.adapters.layouts import (
     token_reward_advantages,
     turn_ids_of_runs,
 )
+from gtpo.credit import group_advantages
+from gtpo.methods import METHODS
 from tests.adapters.attempts import ATTEMPTS, Attempts, by_the_formula, turn_ids_of
 from tests.adapters.conftest import ROOT, run_python_blocks
 
@@ -102,6 +104,12 @@ def test_options_reach_the_op() -> None:
         assert row == pytest.approx([value] * len(row), rel=1e-5)
 
 
+@pytest.mark.parametrize("rows", [[np.array([0.0, 1.0]), np.array([0.5])], [torch.tensor([0.0, 1.0]), (0.5,)]])
+def test_rewards_may_be_arrays_and_tensors(rows: list[object]) -> None:
+    expected = list_turn_advantages([[0.0, 1.0], [0.5]], "aa")
+    assert list_turn_advantages(rows, np.array(["a", "a"])) == expected  # type: ignore[arg-type]
+
+
 def test_a_preset_can_be_named_and_changed() -> None:
     """RLOO: the reward of a trajectory less the mean of the others' in its group, on all of its turns."""
     rewards, groups = [[0.0, 1.0], [0.5], [0.0, 0.0]], ["a"] * 3
@@ -111,8 +119,49 @@ def test_a_preset_can_be_named_and_changed() -> None:
         assert row == pytest.approx(values, rel=1e-6)
     with pytest.raises(ValueError, match=r"method must be one of gtpo, .*, got 'ppo'"):
         list_turn_advantages(rewards, groups, method="ppo")
-    with pytest.raises(ValueError, match="a method has no field lam"):
+    with pytest.raises(ValueError, match="a credit has no field lam"):
         list_turn_advantages(rewards, groups, method="rloo", lam=0.9)
+
+
+def test_credits_take_what_they_need_of_the_batch() -> None:
+    """MT-GRPO by hand in `gtpo methods`, and GiGPO; in every layout, whatever its labels are."""
+    rewards, tokens = [[0.2, 1.0], [0.0, 0.0]], torch.tensor([[0, -1, 1], [0, -1, 1]])
+    mt_grpo = {"method": "mt_grpo", "outcomes": [1.0, 0.0], "turns_with_calls": [[True, False]] * 2}
+    gigpo = {"method": "gigpo", "anchor_ids": [["start", "page"], ["start", "end"]]}
+    for options in (mt_grpo, gigpo):
+        lists = list_turn_advantages(rewards, "aa", **options)
+        assert lists[0][0] != lists[0][1]
+        padded_ = padded_turn_advantages(rewards, tokens, "aa", **options).advantages
+        packed = packed_turn_advantages(rewards, tokens.flatten(), torch.tensor([0, 3, 6]), "aa", **options).advantages
+        laid = torch.tensor([[0.2, 0.0, 1.0], [0.0, 0.0, 0.0]])
+        on_tokens = token_reward_advantages(laid, (tokens >= 0).int(), "aa", **options).advantages
+        for found in (padded_, packed.view(2, 3), on_tokens):
+            assert found[:, [0, 2]].tolist() == [pytest.approx(row, rel=1e-6) for row in lists]
+    by_hand = group_advantages(METHODS["mt_grpo"], rewards, outcomes=[1.0, 0.0], calls=[[True, False]] * 2)
+    assert list_turn_advantages(rewards, "aa", **mt_grpo) == [pytest.approx(row, abs=1e-4) for row in by_hand]
+
+
+def test_terms_may_be_mappings_and_the_backend_is_passed_on() -> None:
+    term = {"weight": 0.5, "gamma": 0.9, "scope": "group_turn"}
+    given = list_turn_advantages(ATTEMPTS.rewards, ATTEMPTS.groups, method="matchtir", extra_terms=[term])
+    assert given == list_turn_advantages(ATTEMPTS.rewards, ATTEMPTS.groups, method="matchtir", backend="reference")
+    with pytest.raises(ValueError, match="backend"):
+        list_turn_advantages(ATTEMPTS.rewards, ATTEMPTS.groups, method="matchtir", backend="fortran")
+
+
+def test_turns_without_tokens_may_be_allowed() -> None:
+    """Their reward reaches the turns before them, and they leave the statistics."""
+    credit = padded_turn_advantages([[0.0, 1.0, 5.0], [0.0]], IDS, "aa", gamma=1.0, allow_empty_turns=True)
+    assert credit.returns.tolist() == [[6.0, 0.0, 6.0], [0.0, 0.0, 0.0]]
+    kept = list_turn_advantages([[0.0, 1.0, 5.0], [0.0]], "aa", num_tokens=[[1, 1, 0], [2]], gamma=1.0)
+    assert credit.advantages[0, [0, 2]].tolist() == pytest.approx(kept[0][:2])
+    assert kept[0][2] == 0.0
+
+
+def test_lists_weigh_turns_by_their_tokens_where_the_population_says_so() -> None:
+    rewards, tokens = [[1.0], [0.0]], [[3], [1]]
+    found = list_turn_advantages(rewards, "aa", num_tokens=tokens, population="tokens", eps=0.0)
+    assert found == [pytest.approx([0.25 / 0.5]), pytest.approx([-0.75 / 0.5])]
 
 
 def test_turns_that_touch_need_explicit_ids() -> None:
@@ -234,6 +283,37 @@ IDS, REWARDS = torch.tensor([[0, -1, 1], [0, 0, -1]]), [[0.0, 1.0], [0.0]]
             lambda: list_turn_advantages(REWARDS, "aa", num_tokens=[[1], [1]]),
             "num_tokens must have one entry for every",
         ),
+        (
+            lambda: padded_turn_advantages([[0.0, 1.0, 5.0], [0.0]], IDS, "aa"),
+            "turn 2 of trajectory 0 has none in turn_ids, and 0 more: pass allow_empty_turns=True",
+        ),
+        (
+            lambda: packed_turn_advantages([[0.0, 1.0], [0.0, 1.0]], IDS.flatten(), torch.tensor([0, 3, 6]), "aa"),
+            "turn 1 of trajectory 1 has none",
+        ),
+        (lambda: list_turn_advantages(REWARDS, "aa", num_tokens=[[1, 1], [-1]]), "num_tokens must be 0 or more"),
+        (lambda: list_turn_advantages([["a"], [0.0]], "aa"), "turn_rewards must have a list of floats"),
+        (lambda: list_turn_advantages([[[0.0]], [[1.0]]], "aa"), "got lists of lists"),
+        (lambda: list_turn_advantages(REWARDS, None), r"group_ids must be a list, .* of labels, got None"),
+        (lambda: padded_turn_advantages(REWARDS, IDS, torch.zeros(2, 1)), r"group_ids must be .*, got shape \(2, 1\)"),
+        (lambda: number_groups([float("nan")] * 2, 2), "labels that can be told apart, got nan"),
+        (lambda: number_groups([["a"], ["b"]], 2), r"labels that can be told apart, got \['a'\]"),
+        (lambda: turn_ids_of_runs(torch.ones(3)), r"loss_mask must be a tensor \[B, T\], got shape \(3,\)"),
+        (lambda: list_turn_advantages(REWARDS, "aa", method="rloo", clip_low=0.9), "a credit has no clip_low"),
+        (lambda: list_turn_advantages(REWARDS, "aa", method="mt_grpo"), "'mt_grpo' needs outcomes, turns_with_calls"),
+        (lambda: list_turn_advantages(REWARDS, "aa", scope="group_anchor"), "this credit needs anchor_ids"),
+        (lambda: list_turn_advantages(REWARDS, "aa", outcomes=[1.0, 0.0]), "outcomes must be left out: no term"),
+        (
+            lambda: list_turn_advantages(REWARDS, "aa", method="gigpo", anchor_ids=[[0], [0]]),
+            r"anchor_ids must have one list for each trajectory, one entry a turn: \[2, 1\], got \[1, 1\]",
+        ),
+        (
+            lambda: list_turn_advantages(
+                REWARDS, "aa", method="mt_grpo", turns_with_calls=[[True, True], [True]], outcomes=[1.0]
+            ),
+            "outcomes must be",
+        ),
+        (lambda: list_turn_advantages(REWARDS, "aa", extra_terms=[3]), "extra_terms must hold Terms or mappings"),
         (lambda: number_groups(["a"], 1, group_size=2), "group_size=2 trajectories, but 'a' has 1"),
     ],
 )

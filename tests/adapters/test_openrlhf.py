@@ -78,3 +78,17 @@ def test_openrlhf_refusals() -> None:
         openrlhf.set_turn_advantages(openrlhf_experiences()[:1], 2)
     with pytest.raises(ValueError, match="at most max_turns=1 rewards, got 2"):
         openrlhf.turn_reward_logs([0.0, 1.0], max_turns=1)
+
+
+def test_openrlhf_turns_that_touch_are_refused() -> None:
+    """Two turns without a token between are one run of the mask; the second one's reward would be lost."""
+    experience = SimpleNamespace(
+        index=[0, 1],
+        action_mask=torch.ones(2, 4),
+        rewards=torch.tensor([1.0, 0.0]),
+        info={"turn_reward_0": torch.zeros(2), "turn_reward_1": torch.tensor([1.0, 0.0])},
+    )
+    with pytest.raises(ValueError, match="a row has 1, but a reward at turn 1: two turns that touch"):
+        openrlhf.set_turn_advantages([experience], 2)
+    with pytest.raises(ValueError, match="experiences must hold at least one"):
+        openrlhf.set_turn_advantages([], 2)

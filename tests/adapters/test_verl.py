@@ -27,6 +27,45 @@ def test_verl_estimator() -> None:
         verl.gtpo_advantages(token_rewards(), MASK)
 
 
+def test_verl_preset_keeps_its_discount() -> None:
+    """verl's default for algorithm.gamma is 1, which says nothing about a preset that was asked for by name."""
+    arguments = (token_rewards(), MASK, ATTEMPTS.groups)
+    by_name = verl.gtpo_advantages(*arguments, {"gamma": 1.0, "gtpo": {"method": "gtpo"}})[0]
+    assert_close(by_name, padded(BY_TOKEN))
+    changed = verl.gtpo_advantages(*arguments, {"gamma": 1.0, "gtpo": {"method": "gtpo", "gamma": 0.5}})[0]
+    assert_close(changed, verl.gtpo_advantages(*arguments, {"gamma": 0.5})[0])
+    with pytest.raises(ValueError, match=r"algorithm.gamma=0.5 is not that of the method 'gtpo', 0.9"):
+        verl.gtpo_advantages(*arguments, {"gamma": 0.5, "gtpo": {"method": "gtpo"}})
+
+
+def test_verl_rejection_is_refused() -> None:
+    """It rewrites `response_mask` before advantages are made: a token out of a turn would make two of it."""
+    arguments = (token_rewards(), MASK, ATTEMPTS.groups)
+    with pytest.raises(ValueError, match=r"rollout_correction.rollout_rs='token_k1' cuts tokens out"):
+        verl.gtpo_advantages(*arguments, {"gamma": 0.9, "rollout_correction": {"rollout_rs": "token_k1"}})
+    for harmless in (
+        {"rollout_is": "token", "rollout_rs": None},
+        {"rollout_rs": "seq_mean_k1", "bypass_mode": True},
+        None,
+    ):
+        found = verl.gtpo_advantages(*arguments, {"gamma": 0.9, "rollout_correction": harmless})[0]
+        assert_close(found, padded(BY_TOKEN))
+
+
+def test_verl_options_are_those_of_a_credit() -> None:
+    arguments = (token_rewards(), MASK, ATTEMPTS.groups)
+    half = {"method": "matchtir", "extra_terms": [{"weight": 0.3, "scope": "group_turn"}]}
+    assert verl.gtpo_advantages(*arguments, {"gtpo": half})[0].isfinite().all()
+    for options, message in (
+        ({"gama": 1}, "a credit has no field gama"),
+        ({"method": "gspo", "clip_low": 0.1}, "a credit has no clip_low: rewards and loss are the trainer's"),
+        ({"method": "mt_grpo"}, "'mt_grpo' needs outcomes, turns_with_calls, which is not given here"),
+        ({"extra_terms": [{"wait": 0.3}]}, "extra_terms.0 has no field wait"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            verl.gtpo_advantages(*arguments, {"gtpo": options})
+
+
 class ActorConfig(SimpleNamespace):
     def get(self, name: str, default: object = None) -> Any:
         return getattr(self, name, default)
