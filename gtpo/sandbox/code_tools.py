@@ -8,6 +8,9 @@ from typing import Any
 
 from gtpo.sandbox import frames
 
+# of an answer: a character may take four bytes, and a JSON escape takes six
+_MAX_ANSWER_CHARS = frames.MAX_FRAME_BYTES // 8
+
 
 @dataclass(frozen=True)
 class CodeTools:
@@ -41,8 +44,9 @@ class ToolCalls:
         if self._position == len(self._answered) or self._answered[self._position][0] != call:
             del self._answered[self._position :]
             ok, text = await self._tools.call(call["name"], call["arguments"])
-            # a character may take four bytes, and JSON escapes take six
-            answer = {"ok": ok, "text": text[: frames.MAX_FRAME_BYTES // 8]}
+            if len(text) > _MAX_ANSWER_CHARS:
+                text = f"{text[:_MAX_ANSWER_CHARS]}\n[cut after {_MAX_ANSWER_CHARS} characters]"
+            answer = {"ok": ok, "text": text}
             self._answered.append((call, answer))
             self.num_bytes += len(text)
         self._position += 1

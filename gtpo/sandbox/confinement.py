@@ -33,7 +33,7 @@ NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
 )
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
 _MNT_DETACH = 2
-_CAP_DAC_OVERRIDE, _CAP_KILL, _CAP_SYS_PTRACE = 1, 5, 19
+_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_KILL, _CAP_SYS_PTRACE = 1, 2, 5, 19
 # Keepers enforce the CPU limit of a cell; this many of them end an interpreter whose keeper hangs.
 _BACKSTOP_CELLS = 100
 
@@ -279,6 +279,20 @@ def confine_keeper(plan: Plan) -> None:
     set_process(dies_with_parent=True, no_new_privs=True)
 
 
+def confine_reader(readable: Iterable[str]) -> dict[str, str]:
+    """Leave this process and its children nothing but to read `readable`, as far as the kernel can; what is missing,
+    with the reason."""
+    keep_capabilities(*((_CAP_DAC_READ_SEARCH,) if os.geteuid() == 0 else ()))
+    set_process(no_new_privs=True)
+    try:
+        ruleset = _landlock_ruleset(tuple(readable), box=None)
+    except OSError as failure:
+        return {"landlock": describe_failure(failure)}
+    _checked(_libc.syscall(446, ruleset, 0), "landlock_restrict_self")
+    os.close(ruleset)
+    return {}
+
+
 def confine(plan: Plan) -> tuple[list[str], dict[str, str]]:
     """Lock this process in, as far as the kernel can; the layers that are on, and the others with their reason."""
     layers = {"bubblewrap": ["namespaces", "bubblewrap"], "namespaces": ["namespaces"], "none": []}[plan.jail]
@@ -334,8 +348,8 @@ def _set_rlimits(plan: Plan) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def _landlock_ruleset(readable: tuple[str, ...]) -> int:
-    """A ruleset: read `readable` and the devices, change the working directory, connect to nothing, signal nobody."""
+def _landlock_ruleset(readable: tuple[str, ...], *, box: str | None = ".") -> int:
+    """A ruleset: read `readable` and the devices, change the directory `box`, connect to nothing, signal nobody."""
     abi = _checked(_libc.syscall(444, None, ctypes.c_size_t(0), 1), "landlock_create_ruleset")
     write, read, read_dir, truncate = 1 << 1, 1 << 2, 1 << 3, 1 << 14
     remove_dir, remove_file, make_dir, make_file = 1 << 4, 1 << 5, 1 << 7, 1 << 8
@@ -345,7 +359,7 @@ def _landlock_ruleset(readable: tuple[str, ...]) -> int:
     ruleset = _checked(_libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset")
     in_box = write | read | read_dir | truncate | remove_dir | remove_file | make_dir | make_file
     rules = [(path, read | (read_dir if os.path.isdir(path) else 0)) for path in readable]
-    rules += [(path, read | write) for path in DEVICES] + [(".", in_box)]
+    rules += [(path, read | write) for path in DEVICES] + ([] if box is None else [(box, in_box)])
     for path, rights in rules:
         parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = struct.pack("=Qi", rights & handled, parent)

@@ -1,6 +1,8 @@
 """Calls of an HTTP API, made by the trainer: only endpoints that the configuration declares, on one server."""
 
 import asyncio
+import contextlib
+import http.cookiejar
 import json
 import os
 import re
@@ -19,6 +21,10 @@ from gtpo.types import ToolResult, ToolStatus
 _UNAVAILABLE = frozenset({429, 502, 503, 504})
 _TEXT_TYPES = ("text/", "application/json", "application/xml", "application/problem+json")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+# Servers refuse longer addresses, some by closing the connection: that would be a fault of theirs, and not of the call.
+_MAX_URL_CHARS = 8000
+# Requests of all trajectories at once, where the table does not say: each takes a descriptor here and on the server.
+_MAX_CONCURRENT = 100
 
 
 @dataclass(frozen=True)
@@ -103,19 +109,32 @@ class _Server:
 
     async def request(self, method: str, path: str, values: Mapping[str, Any]) -> tuple[ToolStatus, str]:
         if self._client is None:
-            # no proxy of the environment, no credentials of ~/.netrc, and no redirect is followed
-            self._client = self._httpx.AsyncClient(headers=self._headers, trust_env=False, timeout=self._timeout_s)
+            # no proxy of the environment, no credentials of ~/.netrc, no cookie of another trajectory; no redirect is
+            # followed, and no request waits for the connection of another
+            self._client = self._httpx.AsyncClient(
+                headers=self._headers,
+                cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=())),
+                limits=self._httpx.Limits(max_connections=None),
+                trust_env=False,
+                timeout=self._timeout_s,
+            )
         body = {"params": values} if method in ("GET", "DELETE") else {"json": values}
         try:
-            async with (
-                asyncio.timeout(self._timeout_s),
-                self._client.stream(method, self._base_url + path, **body) as response,
-            ):
-                data = b""
-                async for piece in response.aiter_bytes():
-                    data += piece
-                    if len(data) > self._max_bytes:
-                        break
+            request = self._client.build_request(method, self._base_url + path, **body)
+        except self._httpx.InvalidURL as error:
+            return ToolStatus.ERROR, f"the arguments make no valid address: {error}"
+        if (num_chars := len(str(request.url))) > _MAX_URL_CHARS:
+            text = f"the arguments make an address of {num_chars} characters, it may have {_MAX_URL_CHARS}"
+            return ToolStatus.ERROR, text
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await self._client.send(request, stream=True)
+                async with contextlib.aclosing(response):
+                    data = b""
+                    async for piece in response.aiter_bytes():
+                        data += piece
+                        if len(data) > self._max_bytes:
+                            break
         except (TimeoutError, self._httpx.TimeoutException):
             return ToolStatus.TIMEOUT, f"the API did not answer within {self._timeout_s:g} seconds"
         except self._httpx.HTTPError as error:
@@ -182,4 +201,5 @@ def http_api_source(
             tools.append(HttpTool(f"{name}_{key}", endpoint, server))
         except ValueError as error:
             raise ValueError(f"endpoints.{key}: {error}") from None
-    return ToolSource([tool.schema for tool in tools], lambda _: tools, close=server.close)
+    schemas = [tool.schema for tool in tools]
+    return ToolSource(schemas, lambda _: tools, max_concurrent=_MAX_CONCURRENT, close=server.close)

@@ -63,8 +63,8 @@ class McpServer:
             if not (cursor := page.next_cursor):
                 return found
 
-    async def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        """The server's result. Raises ConnectionError where it died; the next call starts it again."""
+    async def ready(self) -> None:
+        """Start the server again where it died. Raises ConnectionError where that fails."""
         async with self._starting:
             if self._client is None:
                 await asyncio.to_thread(self._disconnect)
@@ -72,7 +72,12 @@ class McpServer:
                     self._client = await asyncio.to_thread(self._connect)
                 except (ValueError, OSError) as error:
                     raise ConnectionError(str(error)) from error
+
+    async def call(self, name: str, arguments: Mapping[str, Any]) -> Any:
+        """The server's result. Raises ConnectionError where it died, until it is `ready` again."""
         client = self._client
+        if client is None:
+            raise ConnectionError("the MCP server ended")
         try:
             return await asyncio.wrap_future(self._portal.start_task_soon(client.call_tool, name, dict(arguments)))
         except self._mcp.MCPError as error:
@@ -116,6 +121,7 @@ class McpTool:
             return ToolResult(ToolStatus.ERROR, str(fault))
         started = time.perf_counter()
         try:
+            await self._server.ready()
             async with asyncio.timeout(self._timeout_s):
                 result = await self._server.call(self._remote_name, parsed)
             status = ToolStatus.ERROR if result.is_error else ToolStatus.OK

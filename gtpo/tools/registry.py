@@ -1,7 +1,9 @@
 """The kinds of tools that a configuration can name, and the tools that a run builds from it."""
 
 import asyncio
+import builtins
 import dataclasses
+import keyword
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -61,6 +63,7 @@ class ToolSet:
 
     names: the entries of `rollout.tools`. tables: for an entry its table `[tools.NAME]`: `kind` (the name, if left
     out), the limits of `CallLimits`, and the options of the kind.
+    In code mode a tool must have a name that code can call and that is not one of Python's builtins.
     Raises ValueError, and ImportError where a package is missing, with the table's name; nothing is left running then.
 
     >>> tools = ToolSet(["sums"], {"sums": {"kind": "calculator", "max_calls": 2}})
@@ -79,10 +82,13 @@ class ToolSet:
         try:
             for name in names:
                 source, limits = _build(name, tables.get(name, {}))
-                slots = None if limits.max_concurrent is None else asyncio.Semaphore(limits.max_concurrent)
+                num_slots = limits.max_concurrent or source.max_concurrent
+                slots = None if num_slots is None else asyncio.Semaphore(num_slots)
                 self._sources.append((source, limits, slots))
             if twice := sorted({tool for tool in self.names if self.names.count(tool) > 1}):
                 raise ValueError(f"tools must have different names, got {', '.join(twice)} twice")
+            if self.code_mode:
+                _check_callable(self.names)
         except BaseException:
             self.stop()
             raise
@@ -140,6 +146,15 @@ class ToolSet:
         closing = threading.Thread(target=lambda: asyncio.run(self.close()))
         closing.start()
         closing.join()
+
+
+def _check_callable(names: Sequence[str]) -> None:
+    """Raises ValueError for a tool that code could not call by its name, or whose name means something else there."""
+    for name in names:
+        if name != "python" and (not name.isidentifier() or keyword.iskeyword(name)):
+            raise ValueError(f"tools.python.code_mode: a tool's name must be one that code can call, got {name!r}")
+        if hasattr(builtins, name) or name in ("ToolError", "__cell__"):
+            raise ValueError(f"tools.python.code_mode: a tool must not have the name of a Python builtin, got {name!r}")
 
 
 def _build(name: str, table: Mapping[str, Any]) -> tuple[ToolSource, CallLimits]:

@@ -21,6 +21,7 @@ class ToolSource:
 
     schemas: what the model reads of them. make: those of one trajectory, with its session in the sandbox.
     needs_session: the tools run code; `make` of any other takes None. code_mode: that code may call all other tools.
+    max_concurrent: calls of all trajectories at once where the table does not say; None: no bound.
     close: gives back what the source holds.
     """
 
@@ -28,6 +29,7 @@ class ToolSource:
     make: Callable[["Session | None"], Sequence[Tool]]
     needs_session: bool = False
     code_mode: bool = False
+    max_concurrent: int | None = None
     close: Callable[[], Awaitable[None]] = _nothing
 
     @property
@@ -36,9 +38,11 @@ class ToolSource:
         return [schema["function"]["name"] for schema in self.schemas]
 
 
-def shared(*tools: Tool, close: Callable[[], Awaitable[None]] = _nothing) -> ToolSource:
+def shared(
+    *tools: Tool, max_concurrent: int | None = None, close: Callable[[], Awaitable[None]] = _nothing
+) -> ToolSource:
     """The source of tools that keep nothing of a trajectory: all trajectories call the same ones."""
-    return ToolSource([tool.schema for tool in tools], lambda _: tools, close=close)
+    return ToolSource([tool.schema for tool in tools], lambda _: tools, max_concurrent=max_concurrent, close=close)
 
 
 def optional_package(module: str, *, tool: str) -> Any:

@@ -1,6 +1,7 @@
 """The sql tool: one read-only query a call, on a SQLite database or, through DuckDB, on files of data."""
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -12,20 +13,22 @@ from typing import Any
 from gtpo.tools.base import ToolTimeout, ToolUnavailable
 from gtpo.tools.function import FunctionTool
 from gtpo.tools.source import ToolSource, optional_package, shared
+from gtpo.tools.sql_worker import WALL_PER_CPU_S
 
+_log = logging.getLogger(__name__)
 # Stand-ins for the packages, so that the worker imports its own modules and not the trainer's.
 _BOOTSTRAP = """
 import json, sys, types
 sys.path[:] = json.loads(sys.argv[1])
-for name, path in (("gtpo", sys.argv[2]), ("gtpo.tools", sys.argv[3])):
+for name in ("gtpo", "gtpo.tools", "gtpo.sandbox"):
     module = sys.modules[name] = types.ModuleType(name)
-    module.__path__ = [path]
+    module.__path__ = [sys.argv[2] + name.removeprefix("gtpo").replace(".", "/")]
 from gtpo.tools import sql_worker
 sql_worker.run_from_argument()
 """
 _MAX_QUERY_CHARS = 10_000
 # how long after its deadline a query is waited for: the kernel ends it at the deadline
-_GRACE_S = 5.0
+_GRACE_S = 10.0
 _START_TIMEOUT_S = 120.0
 _KINDS: dict[str, type[Exception]] = {"FileNotFoundError": FileNotFoundError, "ImportError": ImportError}
 
@@ -42,13 +45,13 @@ class SqlWorker:
         self.tables = self._start()
 
     def _start(self) -> dict[str, list[str]]:
-        package = Path(__file__).parent
+        package = Path(__file__).parents[1]
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            config = json.dumps(self._config | {"control_fd": theirs.fileno()})
+            config = json.dumps(self._config | {"control_fd": theirs.fileno(), "trainer_pid": os.getpid()})
             path = json.dumps([entry for entry in sys.path if entry])
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-s", "-B", "-c", _BOOTSTRAP, path, package.parent, package, config],
+                [sys.executable, "-P", "-s", "-B", "-c", _BOOTSTRAP, path, package, config],
                 env={"PYTHONUTF8": "1"} | {key: os.environ[key] for key in ("LD_LIBRARY_PATH",) if key in os.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -64,11 +67,13 @@ class SqlWorker:
         if "failed" in hello:
             self.stop()
             raise _KINDS.get(hello.get("kind", ""), ValueError)(hello["failed"])
+        for layer, reason in hello["missing"].items():
+            _log.warning("sql: queries run without %s: %s", layer, reason)
         tables: dict[str, list[str]] = hello["tables"]
         return tables
 
     def stop(self) -> None:
-        """End the process; its queries end by their own deadline."""
+        """End the process, and its queries with it."""
         self._control.close()
         self._process.kill()
         self._process.wait()
@@ -77,16 +82,19 @@ class SqlWorker:
         """The answer as text. Raises ToolTimeout, ToolUnavailable, and ValueError for what is refused or fails."""
         timeout_s = self._config["timeout_s"]
         with self._send(json.dumps(sql).encode()) as reply:
-            reply.settimeout(timeout_s + _GRACE_S)
+            reply.settimeout(timeout_s * WALL_PER_CPU_S + _GRACE_S)
             data = b""
             try:
                 while piece := reply.recv(1 << 16):
                     data += piece
-            except TimeoutError:
-                pass
-        if not data:
-            raise ToolTimeout(f"the query took longer than {timeout_s:g} seconds, or too much memory, and was stopped")
-        answer = json.loads(data)
+                # the last line: what the fork answered, or how it ended
+                answer = json.loads(data.rpartition(b"\n")[2])
+            except (OSError, ValueError):
+                raise ToolUnavailable("the database's process gave no answer") from None
+        if "timeout" in answer:
+            raise ToolTimeout(f"the query took longer than {timeout_s:g} seconds and was stopped")
+        if "unavailable" in answer:
+            raise ToolUnavailable(answer["unavailable"])
         if "error" in answer:
             raise ValueError(answer["error"])
         return str(answer["text"])
@@ -121,7 +129,8 @@ def sql_source(
     """A tool of kind "sql": `database` is a SQLite file, or `tables` names the .csv, .json, .jsonl or .parquet file of
     each table, which DuckDB reads into memory. The model reads the tables and their columns in the description.
 
-    max_rows, max_chars: what a call returns at most; what was cut off is said. memory_bytes, timeout_s: of a query.
+    max_rows, max_chars: what a call returns at most; what was cut off is said. memory_bytes: of a query. timeout_s: CPU
+    time of a query, which may take ten times that on a busy machine.
     """
     bounds = (("max_rows", max_rows, 1), ("max_chars", max_chars, 1), ("memory_bytes", memory_bytes, 2**24))
     for key, value, least in bounds:
@@ -159,4 +168,6 @@ def sql_source(
 
     listing = "; ".join(f"{table}({', '.join(columns)})" for table, columns in worker.tables.items())
     text = f"{description} Tables: {listing}"
-    return shared(FunctionTool(sql, name=name, description=text, timeout_s=timeout_s + 2 * _GRACE_S), close=close)
+    tool = FunctionTool(sql, name=name, description=text, timeout_s=timeout_s * WALL_PER_CPU_S + 2 * _GRACE_S)
+    # more would only take turns
+    return shared(tool, max_concurrent=len(os.sched_getaffinity(0)), close=close)

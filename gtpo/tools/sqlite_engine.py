@@ -34,7 +34,17 @@ class SqliteEngine:
     def __init__(self, database: Path) -> None:
         if not database.is_file():
             raise FileNotFoundError(f"database must be a file, got {database}")
-        self._uri = f"file:{quote(str(database.resolve()))}?mode=ro"
+        place = database.resolve()
+        # A reader of a database in WAL mode writes files beside it, unless it is told that nobody else has it open.
+        with place.open("rb") as file:
+            in_wal_mode = file.read(20)[18:] == b"\2\2"
+        log = place.with_name(f"{place.name}-wal")
+        if in_wal_mode and log.exists() and log.stat().st_size:
+            raise ValueError(
+                f"database must be at rest, got {database} with changes in {log.name}: close what has it open, or run "
+                f'sqlite3 {database} "PRAGMA wal_checkpoint(TRUNCATE)"'
+            )
+        self._uri = f"file:{quote(str(place))}?mode=ro{'&immutable=1' if in_wal_mode else ''}"
         try:
             with closing(self._connect()) as connection:
                 self._tables = _read_tables(connection)

@@ -19,6 +19,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from gtpo.assembly import describe_sandbox, make_sandbox
 from gtpo.config import config_from_dict
 from gtpo.sandbox import CellResult, CellStatus, SandboxLimits, SandboxUnavailable
+from gtpo.sandbox.adapters import openenv as openenv_adapter
 from gtpo.sandbox.adapters.e2b import E2BSandbox
 from gtpo.sandbox.adapters.openenv import OpenEnvSandbox
 from gtpo.sandbox.adapters.remote import RemoteSandbox
@@ -28,7 +29,9 @@ from gtpo.tools import PythonTool, ToolSet
 from gtpo.types import ToolStatus
 
 GUIDE = Path(__file__).parents[2] / "docs" / "sandbox_adapters.md"
-LIMITS = SandboxLimits(wall_time_s=0.1, output_bytes=512)
+LIMITS = SandboxLimits(wall_time_s=20.0, output_bytes=512)
+# of the cell that is to time out, and of no other
+SHORT = SandboxLimits(wall_time_s=0.1, output_bytes=512)
 # Cells that the servers below do not run: one that never ends, and one under which the service fails.
 ENDLESS, FATAL = "while True: pass", "fail the service"
 
@@ -54,7 +57,7 @@ class Fusion(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/run_jupyter" and request["cell_timeout"] == LIMITS.wall_time_s
+        assert self.path == "/run_jupyter" and request["cell_timeout"] in (LIMITS.wall_time_s, SHORT.wall_time_s)
         answer: dict[str, Any] = {"status": "Success", "message": "", "driver": {"status": "Finished"}, "cells": []}
         interpreter = Interpreter()
         for cell in request["cells"]:
@@ -94,7 +97,7 @@ class E2BInterpreter(Interpreter):
     """An AsyncSandbox of e2b_code_interpreter, as far as it is used."""
 
     async def run_code(self, code: str, *, timeout: float) -> Any:
-        assert timeout == LIMITS.wall_time_s
+        assert timeout in (LIMITS.wall_time_s, SHORT.wall_time_s)
         if ENDLESS in code:
             await asyncio.sleep(timeout)
             raise TimeoutException("Execution timed out")
@@ -162,11 +165,15 @@ def run_cells(adapter: Adapter, *codes: str, setup_code: str = "") -> list[CellR
     async def run() -> list[CellResult]:
         async with adapter() as sandbox:
             session = await sandbox.open(setup_code)
+            results = []
             try:
-                return [await session.run(code) for code in codes]
+                for code in codes:
+                    sandbox.limits = SHORT if code == ENDLESS else LIMITS
+                    results.append(await session.run(code))
             finally:
                 await session.close()
                 await session.close()
+            return results
 
     return asyncio.run(run())
 
@@ -195,6 +202,63 @@ def test_a_fault_of_the_service_is_never_the_codes(adapter: Adapter) -> None:
     lost, after = run_cells(adapter, FATAL, "print(base)", setup_code="base = 7")
     assert lost.status is CellStatus.INFRA_ERROR and lost.error.startswith("sandbox: ")
     assert (after.status, after.stdout) == (CellStatus.OK, "7\n")
+
+
+def test_the_answer_to_a_cancelled_cell_is_not_taken_for_that_to_the_next() -> None:
+    asked, going_on = asyncio.Event(), asyncio.Event()
+
+    async def echo(connection: ServerConnection) -> None:
+        async for text in connection:
+            message = json.loads(text)
+            code = message["data"].get("code", "")
+            if "held" in code:
+                asked.set()
+                await going_on.wait()
+            if message["type"] != "close":
+                observation = {"stdout": code.partition("\n")[2], "stderr": "", "exit_code": 0}
+                await connection.send(json.dumps({"type": "observation", "data": {"observation": observation}}))
+
+    async def run() -> list[str]:
+        async with serve(echo, "127.0.0.1", 0) as server:
+            sandbox = OpenEnvSandbox(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws", LIMITS)
+            session = await sandbox.open()
+            cell = asyncio.ensure_future(session.run("held"))
+            await asyncio.wait_for(asked.wait(), 60)
+            cell.cancel()
+            # closing waits for the server's end of it
+            going_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await cell
+            outputs = [(await session.run(code)).stdout for code in ("first", "second")]
+            await session.close()
+            return outputs
+
+    assert asyncio.run(run()) == ["first", "second"]
+
+
+def test_a_server_that_does_not_reset_is_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = asyncio.Event()
+
+    async def answer(connection: ServerConnection) -> None:
+        async for _ in connection:
+            pass
+        left.set()
+
+    async def run() -> None:
+        async with serve(answer, "127.0.0.1", 0) as server:
+            sandbox = OpenEnvSandbox(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/ws", LIMITS)
+            exchange = openenv_adapter._OpenEnvSession._exchange
+
+            async def impatient(session: Any, message: Any, *, timeout_s: float) -> Any:
+                return await exchange(session, message, timeout_s=0.01)
+
+            monkeypatch.setattr(openenv_adapter._OpenEnvSession, "_exchange", impatient)
+            with pytest.raises(SandboxUnavailable, match="no reset within 20 seconds"):
+                await sandbox.open()
+            # the connection was given up with it
+            await asyncio.wait_for(left.wait(), 60)
+
+    asyncio.run(run())
 
 
 def test_long_output_keeps_head_and_tail(adapter: Adapter) -> None:

@@ -15,6 +15,7 @@ from tests.trainer.conftest import make_trajectory, make_turn
 
 LIMITS = SandboxLimits(cpu_time_s=1.0, wall_time_s=5.0)
 called: list[str] = []
+SLOW = {"slow": 0.3, "slower": 2.5}
 
 
 async def look(word: str, times: int = 1) -> str:
@@ -25,8 +26,8 @@ async def look(word: str, times: int = 1) -> str:
         times: How often to say it.
     """
     called.append(word)
-    if word == "slow":
-        await asyncio.sleep(0.3)
+    if word in SLOW:
+        await asyncio.sleep(SLOW[word])
     if word == "down":
         raise ToolUnavailable("the library is closed")
     if word == "none":
@@ -125,8 +126,8 @@ def test_calls_of_a_cell_and_of_a_trajectory_are_bounded() -> None:
 
 
 def test_the_time_of_a_tool_is_not_the_cells() -> None:
-    (result,) = run_cells(["print(look('slow'))"], limits=SandboxLimits(cpu_time_s=1.0, wall_time_s=0.2))
-    assert (result.status, result.text) == (ToolStatus.OK, "<slow>")
+    (result,) = run_cells(["print(look('slower'))"], limits=SandboxLimits(cpu_time_s=1.0, wall_time_s=2.0))
+    assert (result.status, result.text) == (ToolStatus.OK, "<slower>")
 
 
 def test_a_cell_that_ends_badly_is_rolled_back_and_reads_no_old_answer() -> None:

@@ -5,11 +5,12 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
-from gtpo.tools import ToolSet
+from gtpo.tools import ToolSet, http_api
 from gtpo.types import ToolCall, ToolResult, ToolStatus
 
 
@@ -18,7 +19,7 @@ class Api(BaseHTTPRequestHandler):
 
     requests: ClassVar[list[tuple[str, str, str, dict[str, str]]]] = []
     faults_left = 0
-    released = threading.Event()
+    released, held = threading.Event(), threading.Event()
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
@@ -26,6 +27,9 @@ class Api(BaseHTTPRequestHandler):
         place = self.path.partition("?")[0]
         if place == "/api/slow":
             self.released.wait(20)
+        elif place == "/api/held":
+            self.held.wait(60)
+            self.answer(200, b"let go")
         elif place == "/api/endless":
             self.answer(200, b"x" * 10_000)
         elif place == "/api/away":
@@ -48,6 +52,7 @@ class Api(BaseHTTPRequestHandler):
 
     def answer(self, code: int, body: bytes, *, kind: str = "text/plain", location: str = "") -> None:
         self.send_response(code)
+        self.send_header("Set-Cookie", "session=of the one who called; Path=/")
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         if location:
@@ -165,6 +170,51 @@ def test_a_server_that_is_not_available_is_asked_again(url: str, retries: int, s
     calls = [ToolCall("web_get", {})]
     (result,) = run_calls(url, {"get": endpoint("/flaky")}, calls, retries=retries, retry_wait_s=0.0)
     assert (result.status, result.num_retries, len(Api.requests)) == (status, retries, retries + 1)
+
+
+@pytest.mark.parametrize(("path", "argument"), [("/at/{city}", "path"), ("/at", "query")])
+@pytest.mark.parametrize("length", [10_000, 70_000])
+def test_an_address_that_is_too_long_is_the_calls_fault_and_not_sent(
+    url: str, path: str, argument: str, length: int
+) -> None:
+    (result,) = run_calls(url, {"at": endpoint(path, city=CITY)}, [ToolCall("web_at", {"city": "x" * length})])
+    assert result.status is ToolStatus.ERROR and result.text.startswith("the arguments make "), argument
+    assert not Api.requests
+
+
+def test_no_cookie_goes_from_one_trajectory_to_another(url: str) -> None:
+    results = run_calls(url, {"get": endpoint("/x")}, [ToolCall("web_get", {})] * 2)
+    assert [result.status for result in results] == [ToolStatus.OK] * 2
+    assert [headers.get("Cookie") for *_, headers in Api.requests] == [None, None]
+
+
+def test_waiting_for_a_connection_is_not_the_apis_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[float | None] = []
+
+    def timeout(delay: float | None) -> asyncio.Timeout:
+        timed.append(delay)
+        return asyncio.timeout(delay)
+
+    monkeypatch.setattr(http_api, "_MAX_CONCURRENT", 2)
+    monkeypatch.setattr(http_api, "asyncio", SimpleNamespace(timeout=timeout))
+    table = {"kind": "http_api", "base_url": url, "endpoints": {"get": endpoint("/held")}, "timeout_s": 60.0}
+    tools = ToolSet(["web"], {"web": table})
+
+    async def run() -> list[list[ToolResult]]:
+        calls = [asyncio.ensure_future(tools.toolbox(None).execute([ToolCall("web_get", {})])) for _ in range(5)]
+        while len(Api.requests) < 2:
+            await asyncio.sleep(0.01)
+        # both connections are taken; the clocks of the other calls stand still
+        assert timed == [60.0] * 2
+        Api.held.set()
+        results = await asyncio.gather(*calls)
+        await tools.close()
+        return results
+
+    Api.requests.clear()
+    Api.held.clear()
+    assert [result.status for (result,) in asyncio.run(run())] == [ToolStatus.OK] * 5
+    assert len(timed) == 5
 
 
 def test_a_server_that_is_down_is_no_fault_of_the_call() -> None:

@@ -22,7 +22,7 @@ def table(**options: Any) -> dict[str, Any]:
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ToolSet]:
     """One server for all tests: starting it takes a second."""
     stderr = tmp_path_factory.mktemp("mcp") / "stderr.txt"
-    options = {"env": {"GREETING": "hello"}, "stderr": str(stderr), "max_chars": 50, "timeout_s": 5.0, "retries": 1}
+    options = {"env": {"GREETING": "hello"}, "stderr": str(stderr), "max_chars": 50, "timeout_s": 60.0, "retries": 1}
     built = ToolSet(["m"], {"m": table(**options)})
     yield built
     asyncio.run(built.close())

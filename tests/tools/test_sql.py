@@ -4,8 +4,11 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,7 @@ def table_of(folder: Path, engine: str) -> dict[str, Any]:
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ToolSet]]:
     folder = tmp_path_factory.mktemp("sql")
     write_data(folder)
-    options = table_of(folder, request.param) | {"timeout_s": 0.5, "max_rows": 2, "max_chars": 300}
+    options = table_of(folder, request.param) | {"timeout_s": 30.0, "max_rows": 2, "max_chars": 300}
     tools = ToolSet(["sql"], {"sql": options})
     yield request.param, tools
     asyncio.run(tools.close())
@@ -132,23 +135,110 @@ def test_hostile_queries_get_a_message_and_change_nothing(engine: tuple[str, Too
     assert after.text.endswith("\n3 | 237")
 
 
+ENDLESS = "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT count(*) FROM t"
+
+
+@pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize(
     "text",
     [
-        "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT count(*) FROM t",
+        ENDLESS,
         "{sqlite: SELECT count(*) FROM cities a, cities b, cities c, cities d, cities e, cities f, cities g, cities h, "
         "cities i, cities j, cities k, cities l, cities m, cities n, cities o, cities p, cities q, cities r}"
         "{duckdb: SELECT levenshtein(repeat('a', 1000000), repeat('b', 1000000))}",
     ],
 )
-def test_endless_queries_are_stopped(engine: tuple[str, ToolSet], text: str) -> None:
-    kind, tools = engine
+def test_endless_queries_are_stopped(tmp_path: Path, kind: str, text: str) -> None:
+    write_data(tmp_path)
+    tools = ToolSet(["sql"], {"sql": table_of(tmp_path, kind) | {"timeout_s": 0.3}})
     if text.startswith("{"):
         text = text.partition(f"{{{kind}: ")[2].partition("}")[0]
     (result,) = query(tools, text)
     assert result.status is ToolStatus.TIMEOUT
-    assert result.text == "the query took longer than 0.5 seconds, or too much memory, and was stopped"
-    assert query(tools, "SELECT 1 AS one")[0].text == "one\n1"
+    assert result.text == "the query took longer than 0.3 seconds and was stopped"
+    asyncio.run(tools.close())
+
+
+def test_a_query_that_is_killed_is_no_fault_of_the_call_and_ends_with_the_tool(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    others = children()
+    tools = ToolSet(["sql"], {"sql": table_of(tmp_path, "sqlite") | {"timeout_s": 60.0, "max_concurrent": 3}})
+    (worker,) = children() - others
+
+    def start() -> asyncio.Task[list[ToolResult]]:
+        return asyncio.ensure_future(tools.toolbox(None).execute([ToolCall("sql", {"query": ENDLESS})]))
+
+    async def forks(num: int) -> set[int]:
+        async with asyncio.timeout(60):
+            while len(found := children(worker)) != num:
+                await asyncio.sleep(0.01)
+        return found
+
+    async def run() -> list[ToolResult]:
+        # the second fork is made while the first one's answer is awaited
+        first = start()
+        (pid,) = await forks(1)
+        second = start()
+        (other,) = await forks(2) - {pid}
+        os.kill(pid, signal.SIGKILL)
+        (killed,) = await first
+        left = os.pidfd_open(other)
+        await tools.close()
+        assert select.select([left], [], [], 60)[0] == [left]
+        os.close(left)
+        return [killed, *await second]
+
+    killed, closed = asyncio.run(run())
+    assert (killed.status, killed.text) == (ToolStatus.INFRA_ERROR, "the query was ended from outside: Killed")
+    assert closed.status is ToolStatus.INFRA_ERROR
+
+
+def test_no_more_queries_run_than_there_are_cores(engine: tuple[str, ToolSet]) -> None:
+    _, tools = engine
+    (source, _, slots) = tools._sources[0]
+    assert source.max_concurrent == len(os.sched_getaffinity(0)) and slots is not None
+
+
+def test_a_database_in_wal_mode_is_read_as_it_lies_there(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "cities.db")) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("INSERT INTO cities VALUES ('rom', 136, 'dome')")
+        connection.commit()
+        # its changes are not in the file yet
+        with pytest.raises(ValueError, match=r"database must be at rest, got .* with changes in cities\.db-wal"):
+            ToolSet(["sql"], {"sql": table_of(tmp_path, "sqlite")})
+    files = sorted(path.name for path in tmp_path.iterdir())
+    tools = ToolSet(["sql"], {"sql": table_of(tmp_path, "sqlite")})
+    (result,) = query(tools, "SELECT count(*) AS n FROM cities")
+    asyncio.run(tools.close())
+    assert (result.text, sorted(path.name for path in tmp_path.iterdir())) == ("n\n4", files)
+
+
+def test_a_query_that_took_over_its_process_would_reach_nothing(tmp_path: Path) -> None:
+    (tmp_path / "open.txt").write_text("data")
+    attempts = f"""
+import os, socket, sys
+from gtpo.tools import sql_worker
+assert not sql_worker._lock_in({{"readable": [{str(tmp_path / "open.txt")!r}, "/nowhere"]}})
+print(open({str(tmp_path / "open.txt")!r}).read())
+for attempt in (
+    lambda: open({str(tmp_path / "secret.txt")!r}),
+    lambda: open({str(tmp_path / "open.txt")!r}, "w"),
+    lambda: open({str(tmp_path / "new.txt")!r}, "w"),
+    socket.socket,
+    os.fork,
+    lambda: os.kill(os.getppid(), 0),
+    lambda: os.execv(sys.executable, ["python"]),
+):
+    try:
+        attempt()
+    except PermissionError:
+        print("refused")
+"""
+    (tmp_path / "secret.txt").write_text("secret")
+    done = subprocess.run([sys.executable, "-c", attempts], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["data", *["refused"] * 7]
 
 
 def test_long_answers_are_cut(engine: tuple[str, ToolSet]) -> None:
@@ -184,13 +274,14 @@ def test_a_worker_that_died_is_replaced_and_ends_with_the_tool(tmp_path: Path) -
     assert children() == others
 
 
-def children() -> set[int]:
-    """Processes of this one whose command line names the worker."""
+def children(of: int | None = None) -> set[int]:
+    """Processes of this one, or of another, whose command line names the worker."""
+    of = of or os.getpid()
     found = set()
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parent = int(path.joinpath("stat").read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid() and b"sql_worker" in path.joinpath("cmdline").read_bytes():
+            if parent == of and b"sql_worker" in path.joinpath("cmdline").read_bytes():
                 found.add(int(path.name))
     return found
 

@@ -58,7 +58,10 @@ class _OpenEnvSession(RemoteSession):
             )
         except (OSError, ValueError, TimeoutError, self._invalid) as error:
             raise RemoteFault(f"{self._server.url}: {type(error).__name__}: {error}") from error
-        await self._exchange({"type": "reset", "data": {}}, timeout_s=_CONNECT_TIMEOUT_S)
+        try:
+            await self._exchange({"type": "reset", "data": {}}, timeout_s=_CONNECT_TIMEOUT_S)
+        except RemoteTimeout:
+            raise RemoteFault(f"{self._server.url}: no reset within {_CONNECT_TIMEOUT_S:g} seconds") from None
 
     @property
     def _invalid(self) -> type[Exception]:
@@ -82,10 +85,11 @@ class _OpenEnvSession(RemoteSession):
 
     async def _exchange(self, message: Mapping[str, Any], *, timeout_s: float) -> Mapping[str, Any]:
         """The observation that the server answers with. Raises RemoteTimeout and RemoteFault."""
+        connection = self._connection
         try:
             async with asyncio.timeout(timeout_s):
-                await self._connection.send(json.dumps(message))
-                answer = json.loads(await self._connection.recv())
+                await connection.send(json.dumps(message))
+                answer = json.loads(await connection.recv())
         except TimeoutError:
             raise RemoteTimeout from None
         except (OSError, ValueError, self._invalid) as error:

@@ -55,7 +55,7 @@ class RemoteSession(ABC):
 
     @abstractmethod
     async def _stop(self) -> None:
-        """Give the interpreter up. Never raises."""
+        """Give the interpreter up, also one that is half started or none. Never raises."""
 
     async def run(self, code: str) -> CellResult:
         """Run `code` as the next cell, on whose first line `__cell__` is set. Never raises for what the code does.
@@ -63,18 +63,17 @@ class RemoteSession(ABC):
         Only wall time is known of a remote cell. After a TIMEOUT or INFRA_ERROR the next cell starts from the setup
         code, unless the state of the result says otherwise.
         """
-        if self._closed:
-            raise RuntimeError("the sandbox session is closed")
         limits = self._sandbox.limits
         async with self._turn, self._sandbox.slots:
+            if self._closed:
+                raise RuntimeError("the sandbox session is closed")
             self._num_cells += 1
             started = time.monotonic()
             try:
                 await self._ensure_started()
                 cell = await self._execute(f"__cell__ = {self._num_cells}\n{code}", timeout_s=limits.wall_time_s)
             except (RemoteTimeout, RemoteFault, RuntimeError) as failure:
-                self._started = False
-                await self._stop()
+                await self._abandon()
                 late = isinstance(failure, RemoteTimeout)
                 return CellResult(
                     CellStatus.TIMEOUT if late else CellStatus.INFRA_ERROR,
@@ -82,6 +81,10 @@ class RemoteSession(ABC):
                     wall_time_s=time.monotonic() - started,
                     state=self.after_failure,
                 )
+            except BaseException:
+                # the answer to this cell may still come: it must not be taken for that to the next
+                await self._abandon()
+                raise
         output = Output(limits.output_bytes)
         output.add(cell.output.encode("utf-8", "backslashreplace"))
         return CellResult(
@@ -110,9 +113,11 @@ class RemoteSession(ABC):
     async def close(self) -> None:
         """Give the interpreter up. Closing twice is harmless."""
         self._closed = True
-        if self._started:
-            self._started = False
-            await self._stop()
+        await self._abandon()
+
+    async def _abandon(self) -> None:
+        self._started = False
+        await self._stop()
 
 
 class RemoteSandbox(ABC):
@@ -133,11 +138,10 @@ class RemoteSandbox(ABC):
         async with self.slots:
             try:
                 await session._ensure_started()
-            except RemoteFault as fault:
+            except BaseException as failure:
                 await session.close()
-                raise SandboxUnavailable(str(fault)) from fault
-            except RuntimeError:
-                await session.close()
+                if isinstance(failure, RemoteFault):
+                    raise SandboxUnavailable(str(failure)) from failure
                 raise
         return session
 
