@@ -248,6 +248,17 @@ class Finding:
     more_turns: float
     num_batches: int
 
+    @property
+    def angle(self) -> tuple[float, float]:
+        """Between expected update and gradient, in degrees, and half its interval; above 90 it points against it."""
+        along = math.copysign(1.0, self.signal)
+        return math.degrees(math.atan2(self.bias, along)), math.degrees(self.bias_error / (1.0 + self.bias**2))
+
+    @property
+    def drift(self) -> tuple[float, float]:
+        """Where there is no gradient: the expected update in deviations, below 0 for fewer turns; half its interval."""
+        return math.copysign(self.bias, self.more_turns), self.bias_error
+
 
 def judge(process: Process, name: str, batches: Tensor, group_size: int) -> Finding:
     """batches: [n, D] from `updates`. Biased: a test at one in a thousand rejects that it is not."""
@@ -342,7 +353,7 @@ Expected update over gradient (1: unbiased without rescaling):
 |---|{"---|" * len(graded)}
 {scales}
 
-![Bias over group size]({PLOT.name})
+![Angle between expected update and gradient, or drift where there is none, over group size]({PLOT.name})
 
 The credits:
 
@@ -353,26 +364,38 @@ The credits:
 
 
 def plot(findings: Sequence[Finding], path: Path) -> None:
-    """Bias over group size, a panel a process."""
+    """Over group size, a panel a process: the angle to the gradient, or the drift where there is none."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(PROCESSES), figsize=(15, 3.0), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(PROCESSES), figsize=(14, 3.6), layout="constrained")
     for axis, process in zip(axes, PROCESSES, strict=True):
-        for name in BY_SIZE:
+        has_gradient = bool(process.gradient().norm() > 1e-9)
+        axis.axhline(90 if has_gradient else 0, color="black", linewidth=0.8, linestyle="--")
+        for number, name in enumerate(BY_SIZE):
             points = [f for f in findings if (f.method, f.process) == (name, process.name)]
-            size, bias = [f.group_size for f in points], [f.bias for f in points]
-            axis.errorbar(size, bias, [f.bias_error for f in points], label=name, marker="o", markersize=3, capsize=2)
+            # side by side: many credits have the same value
+            size = [f.group_size * 1.07 ** (number - len(BY_SIZE) // 2) for f in points]
+            values, errors = zip(*(f.angle if has_gradient else f.drift for f in points), strict=True)
+            marker = "osD^v<>"[number]
+            axis.errorbar(size, values, errors, label=name, marker=marker, markersize=4, capsize=2, linewidth=0.8)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes := sorted({f.group_size for f in findings}), [str(size) for size in sizes])
         axis.set_title(process.name)
         axis.set_xlabel("group size")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("across / along the gradient")
-    axes[3].set_ylabel("update / its deviation")
-    axes[-1].legend(fontsize=6)
-    figure.savefig(path, dpi=70)
+        if has_gradient:
+            axis.set_ylim(-10, 190)
+            axis.set_yticks(range(0, 181, 45))
+    axes[0].set_ylabel("update to gradient, degrees\n(above 90: against it)")
+    axes[[bool(process.gradient().norm() > 1e-9) for process in PROCESSES].index(False)].set_ylabel(
+        "update / its deviation\n(below 0: fewer turns)"
+    )
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(BY_SIZE), frameon=False)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 

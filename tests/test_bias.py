@@ -1,5 +1,6 @@
 """The bias study in small: exact gradients, unbiased credits found unbiased, biased ones found biased, the document."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -63,6 +64,19 @@ def test_biases_are_found(findings: dict[tuple[str, str], bias.Finding]) -> None
     assert findings["gtpo, gamma 1", "loan"].is_biased and findings["gtpo, gamma 1", "loan"].more_turns > 0
     for finding in findings.values():
         assert math.isfinite(finding.bias) and finding.bias_error > 0
+
+
+def test_a_plotted_bias_keeps_its_sign(findings: dict[tuple[str, str], bias.Finding]) -> None:
+    for process in ("search", "paid calls"):
+        angle, error = findings["igpo by turn", process].angle
+        assert angle - error > 90
+        angle, error = findings["rloo", process].angle
+        assert 0 <= angle < 45 and error < 45
+    with_gradient = dict.fromkeys(("bias", "signal"), 1.0)
+    by_hand = dataclasses.replace(findings["rloo", "search"], **with_gradient, bias_error=0.1)
+    assert by_hand.angle == pytest.approx((45.0, math.degrees(0.05)))
+    assert dataclasses.replace(by_hand, signal=-1.0).angle[0] == pytest.approx(135.0)
+    assert findings["gtpo", "luck"].drift[0] < 0 < findings["gtpo, gamma 1", "loan"].drift[0]
 
 
 def test_the_document_lists_every_preset_as_it_is() -> None:

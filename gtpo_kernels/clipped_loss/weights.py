@@ -37,6 +37,9 @@ def loss_mean(
         "seq-mean-token-sum":  1/S sum_s sum_{i in s} loss_i
         "constant":            1/(S constant) sum_i loss_i             free of lengths (Dr. GRPO)
 
+    S is verl's.  TRL 1.16 divides by all rows, those without a token in the loss too: its losses but the token means
+    are ours times S over their number.
+
     loss_mask: [N] bool.  cu_seqlens: [B+1] int, where each of the packed sequences begins, and N.
     constant: tokens a sequence is taken to have; required with, and only with, "constant".
     Raises ValueError for other shapes, dtypes or values.

@@ -43,7 +43,8 @@ class CreditRule(NamedTuple):
     centre: taken off: the "mean" of the population, that of the population without the trajectory's, turn's or turn's
         tokens' own entry ("leave_one_out"), or nothing ("none").
     scale: divides by "std" + eps, of the population with `ddof` (0 or 1); or by nothing ("none").
-    singleton: a scope whose population has one entry has advantage 0 ("zero"), or mean 0 and std 1 ("keep").
+    singleton: a scope whose population has one entry has advantage 0 ("zero"), or mean 0 and std 1 ("keep").  Entries
+        count, not trajectories: a lone trajectory of several turns is none where the population is "turns".
     Where the population has no spread (max == min), "std" gives exactly 0.
 
     >>> CreditRule(quantity="trajectory_return", gamma=1.0, population="trajectories", scale="none").scope

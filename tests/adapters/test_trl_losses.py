@@ -62,12 +62,14 @@ def trl_loss(rows: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
 
 
 def ragged(seed: int) -> dict[str, Tensor]:
-    """Padded completions of 2 to LONGEST tokens, with holes where tools spoke."""
+    """Padded completions of 2 to LONGEST tokens, with holes where tools spoke; every second batch has an empty one."""
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(6, BATCH, LONGEST, generator=generator, dtype=torch.float64)
     lengths = torch.randint(2, LONGEST + 1, (BATCH, 1), generator=generator)
     mask = (torch.arange(LONGEST) < lengths) & (uniform[5] < 0.8)
     mask[:, 0] = True
+    if seed % 2:
+        mask[seed % BATCH] = False
     return {
         "logprobs": -3 * uniform[0],
         "old_logprobs": -3 * uniform[0] + uniform[1] - 0.5,
@@ -125,6 +127,8 @@ def test_our_loss_is_that_of_trl(name: str) -> None:
         if options.get("rule", LossRule()).kl != "none":
             options["ref_logprobs"] = rows["ref_logprobs"].flatten()
         mean = loss_mean(aggregation, mask, cu_seqlens, constant=LONGEST if aggregation == "constant" else None)  # type: ignore[arg-type]
+        # TRL's means over sequences count those without a token in the loss too
+        all_rows = 1.0 if aggregation == "token-mean" else BATCH / int(rows["mask"].any(dim=1).sum())
         logprobs = rows["logprobs"].flatten().requires_grad_()
         result = clipped_loss(
             logprobs,
@@ -133,7 +137,7 @@ def test_our_loss_is_that_of_trl(name: str) -> None:
             old_logprobs=rows["old_logprobs"].flatten(),
             entropy=rows["entropy"].flatten(),
             token_weights=mean.token_weights,
-            num_loss_tokens=mean.num_loss_tokens,
+            num_loss_tokens=mean.num_loss_tokens * all_rows,
             **options,
         )
         result.loss.backward()

@@ -111,6 +111,12 @@ def test_a_singleton_has_no_advantage(scope: str, backend: str) -> None:
         assert alone == [[0.0, 0.0]]
 
 
+@pytest.mark.parametrize("scope", ["group", "batch"])
+def test_the_turns_of_a_lone_trajectory_are_compared_with_one_another(scope: str, backend: str) -> None:
+    # returns 0.9 and 1: two entries, so no singleton
+    assert one_token_a_turn([[0.0, 1.0]], scope=scope, backend=backend) == [[-0.71, 0.71]]
+
+
 def test_turns_without_tokens_leave_the_statistics(backend: str) -> None:
     rewards, cu_turns, groups = torch.tensor([0.0, 8.0, 0.0, 2.0]), torch.tensor([0, 2, 4]), torch.tensor([0, 0])
     turn_ids = torch.tensor([-1, 0, 0, -1, 2, -1, 3])  # turn 1 was never sampled

@@ -6,7 +6,12 @@ from gtpo.config import METHODS, Method
 from gtpo.credit import Credit, assign_credit, to_sequence
 from gtpo.rewards import turn_rewards
 from gtpo.types import StopReason, Trajectory
+from tests.adapters.conftest import ROOT, run_python_blocks
 from tests.trainer.conftest import make_trajectory, make_turn
+
+
+def test_the_code_of_the_page_runs() -> None:
+    assert run_python_blocks(ROOT / "docs" / "credit.md") == 1
 
 
 def credit_of(groups: list[list[Trajectory]], method: Method) -> list[list[Credit]]:
