@@ -12,7 +12,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -
 # Nothing is fetched at run time; models and data come from packages or are made here.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo demo-repeat demo-smollm2 test lint bench cuda-compile clean
+.PHONY: help demo demo-repeat demo-smollm2 test lint bench cuda-compile clean sandbox-jail
 .PHONY: test-adapters bench-adapters bench-linear bench-logits bench-credit bench-skip bench-sandbox bias gpu-check gpu-static
 .DELETE_ON_ERROR:
 
@@ -32,6 +32,16 @@ demo-repeat: $(VENV)/.train
 #: make demo-smollm2   the same job, shortened, on SmolLM2-135M-Instruct
 demo-smollm2: $(VENV)/.smollm2
 	$(BIN)/gtpo train examples/smollm2_arithmetic.toml --seed $(SEED) --overwrite
+
+#: make sandbox-jail   install bubblewrap, the sandbox's outer jail: with apt or dnf as root, else print the command
+sandbox-jail:
+	@if command -v bwrap >/dev/null; then echo "installed: $$(bwrap --version)"; exit; fi; \
+	if command -v apt-get >/dev/null; then set -- apt-get install -y --no-install-recommends bubblewrap; \
+	elif command -v dnf >/dev/null; then set -- dnf install -y bubblewrap; \
+	else echo "neither apt-get nor dnf is here: install the package bubblewrap as this system does" >&2; exit 1; fi; \
+	if [ "$$(id -u)" -ne 0 ]; then echo "needs root: sudo $$*" >&2; exit 1; fi; \
+	if [ "$$1" = apt-get ]; then apt-get update -qq; fi; \
+	DEBIAN_FRONTEND=noninteractive "$$@"
 
 # Files of tests side by side; a process takes about 1 GiB.
 TEST_PROCESSES ?= 2
