@@ -104,7 +104,9 @@ class CellResult:
     ended), without paths, addresses or times; `error_line` is the line of the cell that raised it.
     `exit_status` is that of a process that ended, negative for a signal.  Times, exit status and `peak_memory_bytes`
     (of the session's interpreter so far) are the kernel's.  `num_tries` is above 1 where the sandbox failed under the
-    cell, the session was built up anew and the cell run again.
+    cell, the session was built up anew and the cell run again.  `rebuilt`: the variables that it found (or, where it
+    was rolled back, left) were made by running the session's earlier cells again.  These gave the same status, output
+    and error; what they did not show can differ: clocks, random bytes of the system, files that failed cells wrote.
 
     >>> CellResult(CellStatus.ERROR, error="NameError: name 'x' is not defined", error_line=1).state_lost
     False
@@ -122,6 +124,7 @@ class CellResult:
     output_truncated: bool = False
     state: SessionState = SessionState.KEPT
     num_tries: int = 1
+    rebuilt: bool = False
 
     @property
     def state_lost(self) -> bool:

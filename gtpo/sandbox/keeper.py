@@ -92,7 +92,7 @@ class Keeper:
             except (EOFError, OSError):
                 break
             if "op" not in request:
-                # The answer to a tool call of a cell that ended meanwhile.
+                # The answer to a tool call, or the cancellation, of a cell that ended meanwhile.
                 continue
             frame, alive = self._answer(request, hello)
             self._host.sendall(frame)
@@ -214,10 +214,8 @@ class Keeper:
             if self._plan.processes:
                 pause = min(pause, self._next_watch - now)
             ready = {key.fileobj for key, _ in self._selector.select(max(pause, 0.0))}
-            if self._host in ready and not self._pass_answer(request):
-                # The trainer closed the session, or died, in the middle of a cell.
-                self._end_interpreter()
-                raise SystemExit
+            if self._host in ready:
+                self._hear()
             if self._output_fd in ready:
                 self._take_output(once=True)
             if self._control in ready and (message := self._receive(request)) is not None:
@@ -246,18 +244,20 @@ class Keeper:
         self._host.sendall(frames.encode({"call": {"name": name, "arguments": arguments}}))
         self._call_start = time.monotonic()
 
-    def _pass_answer(self, request: dict[str, Any]) -> bool:
-        """Pass the trainer's answer to a tool call on to the cell; False where there is none, since it left."""
-        if self._call_start is None:
-            return False
-        try:
+    def _hear(self) -> None:
+        """Pass the trainer's answer to a tool call on to the cell; InterpreterGone where it cancels the cell."""
+        answer = None
+        with contextlib.suppress(EOFError, OSError):
             answer = frames.read_frame(self._host.recv)
-        except (EOFError, OSError):
-            return False
+        if answer is not None and "cancel" in answer:
+            raise InterpreterGone("cancelled")
+        if answer is None or self._call_start is None:
+            # The trainer closed the session, or died, in the middle of a cell.
+            self._end_interpreter()
+            raise SystemExit
         self._wall_start += time.monotonic() - self._call_start
         self._call_start = None
         self._send(answer)
-        return True
 
     def _send(self, message: dict[str, Any]) -> None:
         """Give the interpreter a message; InterpreterGone where it does not read."""

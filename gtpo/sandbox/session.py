@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ _MAX_REPLAY_CPU_S = 60.0
 _MAX_REPLAY_BYTES = 4 * 2**20
 # A keeper that takes this much longer than its own limits is given up.
 _KEEPER_TIMEOUT_S = 60.0
+# The rest of the frame is for the code.
+_MAX_STDIN_BYTES = 3 * frames.MAX_FRAME_BYTES // 4
 
 
 class SandboxSession:
@@ -36,6 +39,9 @@ class SandboxSession:
         self._turn = asyncio.Lock()
         self._slot = pool._slot()
         self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        # Of an answer whose length has been read, but not yet the rest.
+        self._answer_bytes: int | None = None
+        self._rebuilt = False
         self.layers: tuple[str, ...] = ()
         self.missing: dict[str, str] = {}
         self._forget()
@@ -57,10 +63,12 @@ class SandboxSession:
     ) -> CellResult:
         """Run `code` as the next cell, with `stdin` on its standard input. Never raises for what the code does.
 
-        `tools` are functions to the code; their time is not the cell's.
+        ValueError where `stdin` is longer than 96 KiB; `put` takes any length.  `tools` are functions to the code;
+        their time is not the cell's.
 
         After a TIMEOUT or CRASH the variables are as before the cell (its files stay); without `rollback`, which
-        saves the snapshot, they are lost.  A cell under which the sandbox failed is tried once more.
+        saves the snapshot, they are lost.  A cancelled cell leaves them as before it.  A cell under which the sandbox
+        failed is tried once more.
         """
         return await self._work.do(self._run(code, stdin, rollback=rollback, discard=False, tools=tools))
 
@@ -112,6 +120,7 @@ class SandboxSession:
     async def _run(
         self, code: str, stdin: str, *, rollback: bool, discard: bool, tools: CodeTools | None = None
     ) -> CellResult:
+        self._check_stdin(stdin)
         async with self._turn, self._slot:
             self._num_cells += 1
             parameters = {} if tools is None else {name: list(names) for name, names in tools.parameters.items()}
@@ -140,6 +149,7 @@ class SandboxSession:
             frame = frames.encode(request)
         except ValueError as failure:
             return CellResult(CellStatus.ERROR, error=f"SyntaxError: cell too long: {failure}"), None
+        self._rebuilt = False
         faults: list[str] = []
         while len(faults) < 2:
             try:
@@ -188,6 +198,7 @@ class SandboxSession:
             output_truncated=answer["output_truncated"],
             state=state,
             num_tries=num_tries,
+            rebuilt=self._rebuilt,
         )
         return result, answer["value"]
 
@@ -217,6 +228,7 @@ class SandboxSession:
             await self._drop()
             self._forget_history()
             await self._start()
+        self._rebuilt = bool(self._history)
         return replayed
 
     async def _open(self) -> None:
@@ -257,8 +269,7 @@ class SandboxSession:
                 async with asyncio.timeout(2 * self._pool.limits.wall_time_s + _KEEPER_TIMEOUT_S):
                     writer.write(request)
                     await writer.drain()
-                    length = frames.body_length(await reader.readexactly(frames.HEADER.size))
-                    answer = frames.decode(await reader.readexactly(length))
+                    answer = await self._read_answer(reader)
                 if "call" not in answer:
                     return answer
                 # other cells may run while a tool works for this one
@@ -268,16 +279,51 @@ class SandboxSession:
                 request = frames.encode(reply)
         except TimeoutError:
             raise EOFError("the keeper does not answer") from None
+        except asyncio.CancelledError:
+            await (self._cancel(reader, writer) if self._work.open else self._drop())
+            raise
         except BaseException:
             # The answer to this cell may still come: the stream cannot be used again.
             await self._drop()
             raise
 
+    async def _read_answer(self, reader: asyncio.StreamReader) -> dict[str, Any]:
+        """The next frame. After a cancellation it can be called again: what was read of the frame is not lost."""
+        if self._answer_bytes is None:
+            self._answer_bytes = frames.body_length(await reader.readexactly(frames.HEADER.size))
+        body = await reader.readexactly(self._answer_bytes)
+        self._answer_bytes = None
+        return frames.decode(body)
+
+    async def _cancel(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Have the running cell ended. Where it leaves no snapshot to go on with, the processes end, too."""
+        state = None
+        try:
+            async with asyncio.timeout(_KEEPER_TIMEOUT_S):
+                writer.write(frames.encode({"cancel": True}))
+                while "call" in (answer := await self._read_answer(reader)):
+                    pass
+                state = answer.get("state")
+        except (EOFError, OSError, ValueError):
+            # It was ending anyway.
+            pass
+        finally:
+            if state != SessionState.ROLLED_BACK.value:
+                await self._drop()
+
     async def _drop(self) -> None:
         """End the session's processes."""
+        self._answer_bytes = None
         if self._stream is not None:
             stream, self._stream = self._stream, None
             await end_stream(*stream)
+
+    @staticmethod
+    def _check_stdin(stdin: str) -> None:
+        # Here, and not where the code does not fit either, which is the code's fault.
+        size = len(json.dumps(stdin, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        if size > _MAX_STDIN_BYTES:
+            raise ValueError(f"stdin must have at most {_MAX_STDIN_BYTES} bytes as JSON, got {size}: use put()")
 
     @staticmethod
     def _check_name(name: str) -> None:

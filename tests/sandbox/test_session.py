@@ -3,11 +3,13 @@
 import asyncio
 import os
 import signal
+from typing import Any
 
 import pytest
 
-from gtpo.sandbox import CellResult, CellStatus, SandboxLimits, SandboxPool, SessionState
-from tests.sandbox.conftest import Place, children, is_alive
+from gtpo.sandbox import CellResult, CellStatus, SandboxLimits, SandboxPool, SandboxSession, SessionState
+from gtpo.sandbox.code_tools import CodeTools
+from tests.sandbox.conftest import children, is_alive
 
 
 def test_variables_last_and_cells_are_counted(cage):
@@ -143,23 +145,71 @@ def test_a_cell_that_is_too_long_is_an_error(cage):
     assert long.status is CellStatus.ERROR and long.error.startswith("SyntaxError: cell too long")
 
 
+async def cancelled(session: SandboxSession, code: str) -> None:
+    """Run `code`, which calls the tool `ready`, and cancel it then."""
+    called = asyncio.Event()
+
+    async def call(name: str, arguments: dict[str, Any]) -> tuple[bool, str]:
+        called.set()
+        return True, ""
+
+    running = asyncio.ensure_future(session.run(code, tools=CodeTools({"ready": ()}, call)))
+    ready = asyncio.ensure_future(called.wait())
+    await asyncio.wait({running, ready}, return_when=asyncio.FIRST_COMPLETED)
+    ready.cancel()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+
 def test_a_cancelled_cell_changes_nothing(cage):
-    async def cancel() -> str:
+    async def cancel() -> tuple[CellResult, CellResult]:
         session = await cage.pool.open()
         await session.run("x = 1")
-        place = Place()
-        running = asyncio.ensure_future(session.run("x = 2\nhere()", tools=place.tools))
-        await place.reached.wait()
-        running.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await running
-        result = await session.run("print(x)")
+        await cancelled(session, "x = 2\nready()\nimport time; time.sleep(99)")
+        results = await session.run("print(x)"), await session.run("print(x)")
         await session.close()
         with pytest.raises(RuntimeError, match="closed"):
             await session.run("1")
-        return result.stdout
+        return results
 
-    assert cage.do(cancel()) == "1\n"
+    result, after = cage.do(cancel())
+    assert (result.stdout, result.num_tries, after.stdout, after.rebuilt) == ("1\n", 1, "1\n", False)
+    # Where there is no snapshot to go on with, the earlier cells have run again.
+    assert result.rebuilt == ("snapshots" not in cage.pool.report.layers)
+
+
+@pytest.mark.parametrize("cage", ["namespaces"], indirect=True)
+@pytest.mark.parametrize("code", ["ready()\nwhile True: pass", "while True: ready()"])
+def test_a_cancelled_cell_is_rolled_back_to_what_no_replay_could_give(cage, code):
+    async def cancel() -> tuple[list[str], float]:
+        session = await cage.pool.open()
+        faults = cage.pool.metrics()["sandbox/faults"]
+        await session.run("import os\nx = os.urandom(8)\nopen('f', 'wb').write(x)")
+        before = await session.run("print(x)")
+        for _ in range(3):
+            await cancelled(session, f"x = 0\n{code}")
+        after = await session.run("print(x)")
+        files = await session.run("print(open('f', 'rb').read())")
+        await session.close()
+        return [before.stdout, after.stdout, files.stdout], cage.pool.metrics()["sandbox/faults"] - faults
+
+    outputs, faults = cage.do(cancel())
+    assert len(set(outputs)) == 1 and faults == 0
+
+
+def test_input_that_is_too_long_is_the_callers_error(cage):
+    async def run() -> CellResult:
+        session = await cage.pool.open()
+        with pytest.raises(ValueError, match="stdin must have at most 98304 bytes as JSON, got 200002"):
+            await session.run("print(1)", stdin="x" * 200_000)
+        with pytest.raises(ValueError, match="stdin must have"):
+            await cage.pool.run("print(1)", stdin="\0" * 20_000)
+        result = await session.run("print(len(input()), __cell__)", stdin="x" * 98_000)
+        await session.close()
+        return result
+
+    assert cage.do(run()).stdout == "98000 1\n"
 
 
 @pytest.mark.parametrize("max_concurrent", [3, 32])
