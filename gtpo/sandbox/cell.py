@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import _thread
 import base64
+import builtins
 import contextlib
 import ctypes
 import fcntl
@@ -107,10 +108,11 @@ def _serve(clone: Callable[[], int] | None) -> NoReturn:
         if request["op"] == "run":
             name = f"<cell {request['number']}>" if request["number"] else "<setup>"
             main.__dict__["__cell__"] = request["number"]
+            # builtins, so that a variable of the code with such a name stays what it is
             for tool, parameters in request["tools"].items():
-                main.__dict__[tool] = _tool(number, tool, parameters)
+                vars(builtins)[tool] = _tool(number, tool, parameters)
             if request["tools"]:
-                main.__dict__["ToolError"] = ToolError
+                vars(builtins)["ToolError"] = ToolError
             _fresh_output()
             try:
                 _fresh_input(request["stdin"])
@@ -134,7 +136,10 @@ def _tool(cell: int, name: str, parameters: list[str]) -> Callable[..., str]:
     def tool(*values: Any, **arguments: Any) -> str:
         if len(values) > len(parameters):
             raise TypeError(f"{name}() takes {len(parameters)} arguments ({', '.join(parameters)}), got {len(values)}")
-        call = {"name": name, "arguments": dict(zip(parameters, values, strict=False)) | arguments}
+        by_position = dict(zip(parameters, values, strict=False))
+        if twice := by_position.keys() & arguments.keys():
+            raise TypeError(f"{name}() got multiple values for argument {min(twice)!r}")
+        call = {"name": name, "arguments": by_position | arguments}
         with _calling:
             _send({"cell": cell, "call": call})
             answer = frames.read_frame(functools.partial(os.read, _CONTROL_FD))

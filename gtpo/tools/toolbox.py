@@ -89,7 +89,7 @@ class Toolbox:
 
     async def execute(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         """One result a call. The calls of a turn run one after another, since they share the session's variables."""
-        return [await self._execute_one(call) for call in calls]
+        return [_readable(await self._execute_one(call)) for call in calls]
 
     async def _execute_one(self, call: ToolCall) -> ToolResult:
         if call.error is not None:
@@ -98,3 +98,8 @@ class Toolbox:
             known = ", ".join(self._tools) or "none"
             return ToolResult(ToolStatus.UNKNOWN_TOOL, f"Unknown tool '{call.name}'. Known tools: {known}.")
         return await self._gates[call.name].call(self._tools[call.name], call.arguments)
+
+
+def _readable(result: ToolResult) -> ToolResult:
+    """`result` with a text that a tokenizer takes: half a surrogate pair, which JSON can carry, is written out."""
+    return dataclasses.replace(result, text=result.text.encode("utf-8", "backslashreplace").decode())

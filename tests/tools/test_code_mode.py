@@ -97,6 +97,7 @@ def test_the_model_reads_what_code_can_call() -> None:
         ("look(3)", "ToolError: look: argument 'word': input should be a valid string, got 3"),
         ("look()", "ToolError: look: missing argument 'word'"),
         ("look('a', 1, 2)", "TypeError: look() takes 2 arguments (word, times), got 3"),
+        ("look('a', word='b')", "TypeError: look() got multiple values for argument 'word'"),
         ("look(print)", "TypeError: Object of type builtin_function_or_method is not JSON serializable"),
         ("look('x' * 10**6)", "ValueError: a frame must have at most"),
         (
@@ -109,6 +110,24 @@ def test_faults_are_raised_in_the_code_which_goes_on(code: str, text: str) -> No
     failed, after = run_cells([code, "print(look('b'))"])
     assert failed.status is ToolStatus.ERROR and failed.text.startswith(text)
     assert after.text == "<b>"
+
+
+def test_variables_with_the_name_of_a_tool_are_kept() -> None:
+    results = run_cells(["print(look('a'))", "look = 5", "print(look)", "del look\nprint(look('b'))"])
+    assert [result.text for result in results] == ["<a>", "(no output)", "5", "<b>"]
+
+
+def test_a_long_answer_says_that_it_is_cut() -> None:
+    (result,) = run_cells(["text = look('a', 10**4)\nprint(text[:16384] == ('<a>' * 10**4)[:16384], text[16384:])"])
+    assert result.text == "True \n[cut after 16384 characters]"
+
+
+@pytest.mark.parametrize("name", ["my-look", "class", "print", "ToolError"])
+def test_a_tool_that_code_could_not_call_is_refused(name: str) -> None:
+    tables = {"python": {"code_mode": True}, name: {"kind": "look"}}
+    with pytest.raises(ValueError, match=rf"tools\.python\.code_mode: a tool.*, got '{name}'"):
+        ToolSet(["python", name], tables)
+    assert ToolSet(["python", name], tables | {"python": {}}).names == ["python", name]
 
 
 def test_a_tool_that_is_down_loses_the_trajectory_whatever_the_code_does() -> None:
@@ -193,10 +212,13 @@ def test_forged_calls_cost_only_the_cell(message: str) -> None:
 
 def test_without_code_mode_code_calls_nothing() -> None:
     plain, forged = run_cells(
-        ["print('look' in globals())", FORGER + "send({'cell': 2, 'call': {'name': 'look', 'arguments': {}}})"],
+        [
+            "try: look\nexcept NameError: print('none')",
+            FORGER + "send({'cell': 2, 'call': {'name': 'look', 'arguments': {}}})",
+        ],
         python={"code_mode": False},
     )
-    assert plain.text == "False" and forged.status is ToolStatus.CRASH and not called
+    assert plain.text == "none" and forged.status is ToolStatus.CRASH and not called
 
 
 def test_bad_options() -> None:
