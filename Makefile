@@ -12,7 +12,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -
 # Nothing is fetched at run time; models and data come from packages or are made here.
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo demo-repeat demo-smollm2 test lint bench cuda-compile clean sandbox-jail
+.PHONY: help demo demo-repeat demo-smollm2 test lint bench cuda-compile clean sandbox-jail sandbox-filter
 .PHONY: test-adapters bench-adapters bench-linear bench-logits bench-credit bench-skip bench-sandbox bias gpu-check gpu-static
 .DELETE_ON_ERROR:
 
@@ -42,6 +42,10 @@ sandbox-jail:
 	if [ "$$(id -u)" -ne 0 ]; then echo "needs root: sudo $$*" >&2; exit 1; fi; \
 	if [ "$$1" = apt-get ]; then apt-get update -qq; fi; \
 	DEBIAN_FRONTEND=noninteractive "$$@"
+
+#: make sandbox-filter gtpo/sandbox/syscall_programs.py, the seccomp filters for each machine, from syscall_rules.py
+sandbox-filter: $(VENV)/.dev
+	$(BIN)/python -m gtpo.sandbox.syscall_rules
 
 # Files of tests side by side; a process takes about 1 GiB.
 TEST_PROCESSES ?= 2

@@ -40,7 +40,6 @@ ATTEMPTS += harmless(
             "import ctypes, errno\nlibc = ctypes.CDLL(None, use_errno=True)\n"
             "assert libc.syscall(435, 0, 0) == -1 and ctypes.get_errno() in (errno.ENOSYS, errno.EPERM)"
         ),
-        "x32_calls": "import ctypes\nassert ctypes.CDLL(None, use_errno=True).syscall(0x40000000 | 39) == -1",
         "type_into_a_terminal": (
             "import fcntl\ntry: fcntl.ioctl(0, 0x5412, b'x')\nexcept OSError as e: assert e.errno == 1\n"
             "else: print('ESCAPED')"
@@ -62,6 +61,11 @@ ATTEMPTS += ends(
             "f = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))\n"
             "if f() > 0: print('ESCAPED')",
             (CRASH, ERROR, OK),
+            (),
+        ),
+        "x32_calls": (
+            "import ctypes\nassert ctypes.CDLL(None, use_errno=True).syscall(0x40000000 | 39) == -1",
+            (CRASH, OK),
             (),
         ),
         "no_core_file": ("import ctypes\nctypes.string_at(0)", (CRASH,), ("the interpreter was killed by SIGSEGV",)),
