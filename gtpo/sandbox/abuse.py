@@ -14,7 +14,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from gtpo.sandbox.contract import CellResult, CellStatus, SandboxLimits
 from gtpo.sandbox.protocol import Session
 
 LIMITS = SandboxLimits(
-    cpu_time_s=0.2, wall_time_s=1.0, memory_bytes=256 * 2**20, file_bytes=2**20, output_bytes=4096, max_processes=16
+    cpu_time_s=0.2, wall_time_s=10.0, memory_bytes=256 * 2**20, file_bytes=2**20, output_bytes=4096, max_processes=16
 )
-"""With these the attempts end in a fraction of a second each."""
+"""With these all attempts but those that wait end in a fraction of a second each, and on a busy machine by the same."""
+WAITING_LIMITS = replace(LIMITS, wall_time_s=1.0)
+"""For attempts that wait."""
 
 _SECRET_NAME, _SECRET = "GTPO_ABUSE_SECRET", "hunter" + "2"
 
@@ -134,14 +136,25 @@ async def run_one(open_session: OpenSession, attempt: Attempt, host: Host, neigh
 
 
 async def run_all(
-    open_session: OpenSession, attempts: Sequence[Attempt] = ATTEMPTS, *, host: Host | None = None
+    open_session: OpenSession,
+    attempts: Sequence[Attempt] = ATTEMPTS,
+    *,
+    host: Host | None = None,
+    open_waiting: OpenSession | None = None,
 ) -> list[Verdict]:
-    """Run `attempts` one after the other beside a neighbour session; `host` must be older than the sandbox."""
+    """Run `attempts` one after the other beside a neighbour session; `host` must be older than the sandbox.
+
+    `open_waiting` opens the sessions for attempts that wait, of a sandbox with a short wall time limit.
+    """
     with contextlib.ExitStack() as stack:
         host = host or stack.enter_context(prepared_host())
         neighbour = await open_session()
         try:
             await neighbour.run("kept = 'kept'")
-            return [await run_one(open_session, attempt, host, neighbour) for attempt in attempts]
+            verdicts = []
+            for attempt in attempts:
+                opened = open_waiting if attempt.waits and open_waiting is not None else open_session
+                verdicts.append(await run_one(opened, attempt, host, neighbour))
+            return verdicts
         finally:
             await neighbour.close()

@@ -6,7 +6,7 @@ import asyncio
 import collections
 import contextlib
 import importlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 
 from gtpo.sandbox import abuse
 from gtpo.sandbox.attempts import ATTEMPTS
@@ -40,21 +40,21 @@ def run_check(
     unknown = wanted - set(kinds())
     if unknown:
         raise ValueError(f"kind must be one of {kinds()}, got {sorted(unknown)}")
-    if adapter:
-        make = _load(adapter)
-    else:
-
-        @contextlib.asynccontextmanager
-        async def make() -> AsyncIterator[Sandbox]:
-            async with SandboxPool(abuse.LIMITS, min_tier=min_tier, profile=profile) as pool:
-                for line in describe(pool.report):
-                    say(line)
-                yield pool
+    make = _load(adapter) if adapter else None
 
     async def run() -> list[abuse.Verdict]:
-        with abuse.prepared_host() as host:
-            async with make() as sandbox:
+        async with contextlib.AsyncExitStack() as stack:
+            host = stack.enter_context(abuse.prepared_host())
+            if make is not None:
+                sandbox = await stack.enter_async_context(make())
                 return await abuse.run_all(sandbox.open, attempts, host=host)
+            pool, waiting = [
+                await stack.enter_async_context(SandboxPool(limits, min_tier=min_tier, profile=profile))
+                for limits in (abuse.LIMITS, abuse.WAITING_LIMITS)
+            ]
+            for line in describe(pool.report):
+                say(line)
+            return await abuse.run_all(pool.open, attempts, host=host, open_waiting=waiting.open)
 
     verdicts = asyncio.run(run())
     contained = collections.Counter(verdict.attempt.kind for verdict in verdicts if not verdict.faults)

@@ -1,6 +1,7 @@
 """The abuse suite at both isolating tiers, its bite, and what it cannot say in one cell."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from gtpo.__main__ import main
 from gtpo.sandbox import CellStatus, SandboxLimits, SandboxPool, SessionState, abuse, fork_server
 from gtpo.sandbox.attempts import ATTEMPTS, Attempt
 from gtpo.sandbox.check import run_check
-from tests.sandbox.conftest import LIMITS, TIERS, process_states, without_namespaces
+from tests.sandbox.conftest import LIMITS, TIERS, children, eventually, process_states, without_namespaces
 
 OK, ERROR, TIMEOUT, CRASH = CellStatus.OK, CellStatus.ERROR, CellStatus.TIMEOUT, CellStatus.CRASH
 ROOT = Path(__file__).parents[2]
@@ -27,17 +28,29 @@ def attack(request):
     """Runs one attempt, at each of the two tiers that isolate, beside a neighbour that all attempts share."""
     with asyncio.Runner() as runner, abuse.prepared_host() as host:
         pool = SandboxPool(abuse.LIMITS, min_tier=request.param)
+        waiting = SandboxPool(abuse.WAITING_LIMITS, min_tier=request.param)
         with pytest.MonkeyPatch.context() as patch:
             if request.param == "landlock":
                 without_namespaces(patch)
             runner.run(pool.start())
+            runner.run(waiting.start())
         neighbour = runner.run(pool.open())
         runner.run(neighbour.run("kept = 'kept'"))
-        yield lambda attempt: runner.run(abuse.run_one(pool.open, attempt, host, neighbour))
-        # Of all that, the launcher, the zygote and the neighbour's two processes are left.
-        alive = [state for state in process_states(pool._server.process.pid).values() if state not in "ZX"]
-        assert len(alive) <= 5
+
+        def attack(attempt: Attempt) -> abuse.Verdict:
+            opened = waiting if attempt.waits else pool
+            return runner.run(abuse.run_one(opened.open, attempt, host, neighbour))
+
+        yield attack
+        # Of all that, the launchers, the zygotes and the neighbour's two processes are left.
+        assert eventually(lambda: num_alive(pool) <= 5 and num_alive(waiting) <= 2)
         runner.run(pool.close())
+        runner.run(waiting.close())
+
+
+def num_alive(pool: SandboxPool) -> int:
+    """How many processes there are of a pool."""
+    return sum(state not in "ZX" for state in process_states(pool._server.process.pid).values())
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS, ids=lambda attempt: attempt.name)
@@ -196,19 +209,31 @@ while True: pass
     assert after.status in (OK, TIMEOUT, CRASH)
 
 
-def test_nothing_runs_between_cells(cage):
-    """A thread or child of one cell neither counts on in the next, nor holds its process budget."""
+def test_threads_of_a_cell_stand_still_between_cells(cage):
     leave = """
-import threading, time
-count = 0
+import threading
 def run():
-    global count
-    while True: count += 1
+    while True: pass
 try: threading.Thread(target=run, daemon=True).start()
 except RuntimeError: pass
+print(threading.active_count())
 """
-    *_, last = cage.cells(leave, "n = count", "import time; time.sleep(0.1)", "print(count - n < 10**8)")
-    assert last.stdout == "True\n"
+
+    def thread_states() -> list[str]:
+        (zygote,) = children(cage.pool._server.process.pid)
+        stats = []
+        for interpreter in (pid for keeper in children(zygote) for pid in children(keeper)):
+            for stat in Path(f"/proc/{interpreter}/task").glob("*/stat"):
+                # the snapshot of the cell before is just being killed
+                with contextlib.suppress(OSError):
+                    stats.append(stat.read_text().rpartition(")")[2].split()[0])
+        return [state for state in stats if state not in "ZX"]
+
+    session = cage.do(cage.pool.open())
+    num_threads = int(cage.do(session.run(leave)).stdout)
+    assert num_threads == 1 + ("snapshots" in cage.pool.report.layers)
+    assert eventually(lambda: len(thread_states()) >= num_threads and set(thread_states()) == {"T"})
+    cage.do(session.close())
 
 
 def test_children_of_a_cell_end_with_it(cage):

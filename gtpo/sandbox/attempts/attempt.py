@@ -18,7 +18,8 @@ class Attempt:
     """A hostile cell and how it may end.
 
     In `code`, $CANARY is a file of the host that everybody may write, $PORT a port that it listens on, $TRAINER the
-    trainer's process id.  `errors` are the beginnings of the error of a safe ending; empty for any.
+    trainer's process id.  `errors` are the beginnings of the error of a safe ending; empty for any.  One that `waits`
+    may be ended by nothing but the wall time limit.
     """
 
     kind: str
@@ -26,6 +27,7 @@ class Attempt:
     code: str
     statuses: tuple[CellStatus, ...]
     errors: tuple[str, ...] = ()
+    waits: bool = False
 
 
 def refused(kind: str, cells: dict[str, str], errors: tuple[str, ...] = REFUSALS) -> list[Attempt]:
@@ -38,6 +40,8 @@ def harmless(kind: str, cells: dict[str, str]) -> list[Attempt]:
     return [Attempt(kind, name, code, (OK,)) for name, code in cells.items()]
 
 
-def ends(kind: str, cells: dict[str, tuple[str, tuple[CellStatus, ...], tuple[str, ...]]]) -> list[Attempt]:
+def ends(
+    kind: str, cells: dict[str, tuple[str, tuple[CellStatus, ...], tuple[str, ...]]], *, waits: bool = False
+) -> list[Attempt]:
     """Cells that end in a certain way."""
-    return [Attempt(kind, name, code, statuses, errors) for name, (code, statuses, errors) in cells.items()]
+    return [Attempt(kind, name, code, statuses, errors, waits) for name, (code, statuses, errors) in cells.items()]

@@ -39,11 +39,6 @@ ATTEMPTS = ends(
             ANY,
             (),
         ),
-        "own_code": (
-            "import sys\nm = sys.modules.get('gtpo.sandbox.cell')\nif m: m._send = m._run = m._serve = lambda *a: None",
-            ANY,
-            (),
-        ),
         "null_in_the_source": ("a = 1\x00", (ERROR,), ()),
         "many_parentheses": ("(" * 5000, (ERROR,), ()),
         "many_minuses": ("-" * 90_000 + "1", ANY, ()),
@@ -56,4 +51,15 @@ ATTEMPTS = ends(
         ),
         "import_of_the_trainer": ("import torch", (ERROR,), ("ModuleNotFoundError",)),
     },
+)
+ATTEMPTS += ends(
+    "interpreter",
+    {
+        "own_code": (
+            "import sys\nm = sys.modules.get('gtpo.sandbox.cell')\nif m: m._send = m._run = m._serve = lambda *a: None",
+            ANY,
+            (),
+        ),
+    },
+    waits=True,
 )

@@ -35,12 +35,6 @@ ATTEMPTS = ends(
             (ERROR, CRASH, OK),
             (),
         ),
-        "first_thread_ends": (
-            "import ctypes, threading, time\nthreading.Thread(target=time.sleep, args=(9,)).start()\n"
-            "ctypes.CDLL(None).pthread_exit(0)",
-            (TIMEOUT, CRASH, ERROR),
-            (),
-        ),
         "name_that_poses_as_a_line": (
             "import ctypes, os\npid = os.fork()\nif pid == 0:\n"
             "    ctypes.CDLL(None).prctl(15, b'\\rRssAnon:\\tx', 0, 0, 0)\n    os._exit(0)\n"
@@ -61,8 +55,9 @@ ATTEMPTS = ends(
             (),
         ),
         "children_hold_memory": (
-            "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        x = bytearray(b'x') * (60 << 20)\n"
-            "        time.sleep(9)\ntime.sleep(9)",
+            "import os, time\nread_end, write_end = os.pipe()\nfor _ in range(8):\n    if os.fork() == 0:\n"
+            "        x = bytearray(b'x') * (60 << 20)\n        os.write(write_end, b'x')\n        time.sleep(99)\n"
+            "os.close(write_end)\nfor _ in range(8): os.read(read_end, 1)\ntime.sleep(1)\nprint('ESCAPED')",
             (CRASH, ERROR, TIMEOUT),
             ("memory limit", "PermissionError", "CPU time limit"),
         ),
@@ -109,4 +104,16 @@ ATTEMPTS += refused(
 )
 ATTEMPTS += harmless(
     "processes", {"system": "import os\nassert os.system('echo ESCAPED > /tmp/gtpo-escape') not in (0, 256)"}
+)
+ATTEMPTS += ends(
+    "processes",
+    {
+        "first_thread_ends": (
+            "import ctypes, threading, time\nthreading.Thread(target=time.sleep, args=(9,)).start()\n"
+            "ctypes.CDLL(None).pthread_exit(0)",
+            (TIMEOUT, CRASH, ERROR),
+            (),
+        ),
+    },
+    waits=True,
 )

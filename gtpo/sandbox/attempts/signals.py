@@ -30,7 +30,6 @@ ATTEMPTS += ends(
             (CRASH, ERROR),
             ("the interpreter was killed by", "PermissionError"),
         ),
-        "stop_self": ("import os\nos.kill(os.getpid(), 19)", (TIMEOUT, ERROR), (*WALL, "PermissionError")),
         "kill_every_number": (
             "import os\nfor pid in range(2, 300):\n    try: os.kill(pid, 9)\n    except OSError: pass",
             (CRASH, OK),
@@ -45,4 +44,11 @@ ATTEMPTS += ends(
             (),
         ),
     },
+)
+ATTEMPTS += ends(
+    "signals",
+    {
+        "stop_self": ("import os\nos.kill(os.getpid(), 19)", (TIMEOUT, ERROR), (*WALL, "PermissionError")),
+    },
+    waits=True,
 )
