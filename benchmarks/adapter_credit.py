@@ -17,7 +17,8 @@ from benchmarks.credit import EPS, GROUP_SIZE, verl_grpo_advantages
 from benchmarks.measure import Contestant, Outputs, Row, compare, find, set_ratios
 from gtpo.adapters import nemo_rl, openrlhf, rllm, skyrl, slime, verl
 from gtpo.adapters.layouts import GRPO, list_turn_advantages, packed_turn_advantages, padded_turn_advantages
-from gtpo.adapters.trl_turns import ScoredRow, advantages_by_token, group_advantages, padded_turn_ids, turn_lengths
+from gtpo.adapters.trl_turns import ScoredRow, group_advantages
+from gtpo.adapters.turn_lists import advantages_by_token, padded_turn_ids, turn_lengths
 
 NUM_TURNS = 8
 OPTIONS = {**GRPO, "eps": EPS}
@@ -191,13 +192,12 @@ def _skyrl(rollout: Rollout) -> Callable[[], Outputs]:
 
 
 def _trl(rollout: Rollout) -> Callable[[], Outputs]:
-    rewards, width = rollout.turn_rewards.tolist(), rollout.turn_ids.shape[1]
-    completion_ids = [range(width)] * rollout.num_trajectories
+    rewards = rollout.turn_rewards.tolist()
     sampled = rollout.mask.int().tolist()
 
     def call() -> Outputs:
         """All that `GTPOTrainer` does between TRL's lists and its advantages."""
-        turn_ids = padded_turn_ids(completion_ids, sampled)
+        turn_ids = padded_turn_ids(sampled)
         rows = [ScoredRow(*row) for row in zip(rewards, turn_lengths(turn_ids), strict=True)]
         return {"advantages": advantages_by_token(group_advantages(rows, GROUP_SIZE, OPTIONS), turn_ids)}
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gtpo.adapters.layouts import list_turn_advantages, turn_ids_of_runs
+from gtpo.adapters.turn_lists import advantages_by_token, padded_turn_ids, turn_lengths
 
 
 def reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float], list[Tensor]]:
@@ -26,11 +27,11 @@ def reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float],
     Source: arXiv 2511.14846; the signature is that of docs/en/get_started/customization.md in THUDM/slime.
     """
     raw_rewards = [float(sample.get_reward_value(args)) for sample in samples]
-    rewards, num_tokens = [], []
-    for place, (sample, raw) in enumerate(zip(samples, raw_rewards, strict=True)):
+    masks = [[1] * s.response_length if s.loss_mask is None else s.loss_mask for s in samples]  # slime takes None so
+    rewards, num_tokens = [], turn_lengths(padded_turn_ids(masks))
+    for place, (sample, raw, tokens) in enumerate(zip(samples, raw_rewards, num_tokens, strict=True)):
         if sample.group_index is None:
             raise ValueError(f"samples must have a group_index, sample {place} has none")
-        tokens = _turn_lengths(sample.loss_mask, sample.response_length)
         turns = [float(reward) for reward in (sample.metadata or {}).get("turn_rewards", [0.0] * len(tokens))]
         if len(turns) != len(tokens):
             raise ValueError(
@@ -40,7 +41,6 @@ def reward_post_process(args: Any, samples: Sequence[Any]) -> tuple[list[float],
         if turns:
             turns[-1] += raw
         rewards.append(turns)
-        num_tokens.append(tokens)
     advantages = list_turn_advantages(
         rewards, [sample.group_index for sample in samples], num_tokens=num_tokens, **getattr(args, "gtpo", {})
     )
@@ -54,14 +54,14 @@ def compute_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     Both results are the turn's advantage on each of its tokens, 0 elsewhere.  "rewards" become plain numbers again.
     Raises ValueError under context parallelism, which cuts responses up, and for rewards of another function.
     """
-    advantages = []
-    for place, (turns, loss_mask) in enumerate(zip(rollout_data["rewards"], rollout_data["loss_masks"], strict=True)):
+    masks = [torch.as_tensor(mask) for mask in rollout_data["loss_masks"]]
+    rewards = rollout_data["rewards"]
+    for place, (turns, mask) in enumerate(zip(rewards, masks, strict=True)):
         if not isinstance(turns, Tensor) or turns.dim() != 1:
             raise ValueError(
                 f"rewards must be those of gtpo.adapters.slime.reward_post_process, response {place} has {turns!r}: "
                 "pass it as --custom-reward-post-process-path"
             )
-        mask = torch.as_tensor(loss_mask)
         for name in ("log_probs", "rollout_log_probs"):
             present = rollout_data.get(name)
             if present and len(present[place]) != len(mask):
@@ -69,28 +69,13 @@ def compute_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
                     f"{name} must have one entry for each response token, response {place} has "
                     f"{len(present[place])} of {len(mask)}: context parallelism is not supported"
                 )
-        turn_ids = turn_ids_of_runs(mask[None])[0]
-        if turn_ids.numel() and int(turn_ids.max()) >= len(turns):
-            raise ValueError(f"response {place} has {int(turn_ids.max()) + 1} turns, but rewards of {len(turns)}")
-        by_turn = torch.nn.functional.pad(turns.to(mask.device, torch.float32), (0, 1))
-        advantages.append(by_turn[turn_ids.long()])
+    turn_ids = turn_ids_of_runs(torch.nn.utils.rnn.pad_sequence(masks, batch_first=True))
+    counted = (torch.nn.functional.pad(turn_ids, (0, 1), value=-1).amax(dim=1) + 1).tolist()
+    for place, (turns, count) in enumerate(zip(rewards, counted, strict=True)):
+        if count > len(turns):
+            raise ValueError(f"response {place} has {count} turns, but rewards of {len(turns)}")
+    by_token = advantages_by_token([turns.tolist() for turns in rewards], turn_ids.cpu()).to(turn_ids.device)
+    advantages = [row[: len(mask)] for row, mask in zip(by_token, masks, strict=True)]
     rollout_data["advantages"] = advantages
     rollout_data["returns"] = list(advantages)
     rollout_data["rewards"] = [float(turns.mean()) if len(turns) else 0.0 for turns in rollout_data["rewards"]]
-
-
-def _turn_lengths(loss_mask: Sequence[int] | None, response_length: int) -> list[int]:
-    """Sampled tokens of each run of 1s.  slime takes a response without a mask for one turn.
-
-    >>> _turn_lengths([1, 1, 0, 1], 4), _turn_lengths(None, 3)
-    ([2, 1], [3])
-    """
-    lengths: list[int] = []
-    before = 0
-    for now in [1] * response_length if loss_mask is None else loss_mask:
-        if now and before:
-            lengths[-1] += 1
-        elif now:
-            lengths.append(1)
-        before = now
-    return lengths

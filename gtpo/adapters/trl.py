@@ -7,7 +7,7 @@ refused on import.  Tools, environments, datasets and `GRPOConfig` stay as TRL h
 import inspect
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +21,12 @@ from gtpo.adapters.options import credit_settings
 from gtpo.adapters.trl_loss import add_fused_loss, fused_arguments, log_loss, refuse_other_losses
 from gtpo.adapters.trl_turns import (
     ScoredRow,
-    advantages_by_token,
     check_turns,
     group_advantages,
     messages_of_turns,
     options_of_batch,
-    padded_turn_ids,
-    turn_lengths,
 )
+from gtpo.adapters.turn_lists import advantages_by_token, padded, padded_turn_ids, turn_lengths
 
 HOOKS = {
     "_generate": ("prompts",),
@@ -138,7 +136,7 @@ class GTPOTrainer(GRPOTrainer):
         output = super()._generate(prompts)
         _, completion_ids, sampled, completions, _, extra_fields, *_ = output
         # from the lists: TRL's tensors lose the turns of truncated completions that are masked
-        turn_ids = padded_turn_ids(completion_ids, sampled, extra_fields.get("turn_ids"))
+        turn_ids = _turn_ids(completion_ids, sampled, extra_fields.get("turn_ids"))
         self._rollout = Rollout(turn_ids, turn_lengths(turn_ids), completions)
         if self.tools:
             check_turns([len(counts) for counts in self._rollout.num_tokens], completions)
@@ -240,3 +238,22 @@ class GTPOTrainer(GRPOTrainer):
         log_loss(self, result)
         fused: Tensor = result.loss
         return fused
+
+
+def _turn_ids(
+    completion_ids: Sequence[Sequence[int]],
+    sampled: Sequence[Sequence[int]] | None,
+    given: Sequence[Sequence[int]] | None,
+) -> Tensor:
+    """[B, longest]: the turn of each id, -1 for tool output and padding.
+
+    sampled: 1 for sampled ids; TRL puts the template's tokens of a tool message between two turns, so they never touch.
+    given: the turns themselves, as a `rollout_func` may return them.
+    """
+    lengths = [len(ids) for ids in completion_ids]
+    for name, rows in (("turn_ids", given), ("env_mask", sampled)):
+        if rows is not None and [len(row) for row in rows] != lengths:
+            raise ValueError(f"{name} must have one entry for each id of each completion, got other lengths")
+    if given is not None:
+        return padded(given)
+    return padded_turn_ids([[1] * n for n in lengths] if sampled is None else sampled, name="env_mask")

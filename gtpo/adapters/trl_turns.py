@@ -1,14 +1,9 @@
-"""Turns and their credit for `gtpo.adapters.trl`, from the lists that TRL generates; nothing here imports TRL."""
+"""Rows, messages and credit for `gtpo.adapters.trl`; nothing here imports TRL."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from gtpo.adapters.layouts import list_turn_advantages, turn_ids_of_runs
+from gtpo.adapters.layouts import list_turn_advantages
 
 
 class ScoredRow(NamedTuple):
@@ -66,62 +61,6 @@ def options_of_batch(rows: Sequence[ScoredRow], needs: set[str]) -> dict[str, An
         "turns_with_calls": [[turn.calls for turn in turns] for turns in messages],
     }
     return {name: found[name] for name in needs}
-
-
-def padded_turn_ids(
-    completion_ids: Sequence[Sequence[int]],
-    sampled: Sequence[Sequence[int]] | None,
-    given: Sequence[Sequence[int]] | None = None,
-) -> Tensor:
-    """[B, longest] int: the turn of each id, -1 for tool output and padding, from TRL's lists before they are padded.
-
-    sampled: 1 for sampled ids; TRL puts the template's tokens of a tool message between two turns, so they never touch.
-    given: the turns themselves, as a `rollout_func` may return them.
-    Raises ValueError for lists of other lengths, and for a mask of other numbers than 0 and 1.
-
-    >>> padded_turn_ids([[7, 8, 9], [7]], [[1, 0, 1], [1]]).tolist()
-    [[0, -1, 1], [0, -1, -1]]
-    """
-    lengths = [len(ids) for ids in completion_ids]
-    for name, rows in (("turn_ids", given), ("env_mask", sampled)):
-        if rows is not None and [len(row) for row in rows] != lengths:
-            raise ValueError(f"{name} must have one entry for each id of each completion, got other lengths")
-    inside = torch.arange(max(lengths, default=0)) < torch.tensor(lengths)[:, None]
-    if given is not None:
-        flat = torch.tensor([*chain.from_iterable(given)], dtype=torch.long)
-        return torch.full(inside.shape, -1).masked_scatter_(inside, flat)
-    if sampled is None:
-        return turn_ids_of_runs(inside)
-    try:
-        # a thousand times faster than a tensor of integers, and one entry more, since a buffer must not be empty
-        data = bytearray(b"".join(bytes(list(row)) for row in sampled) + b"\0")
-    except (TypeError, ValueError):
-        raise ValueError("env_mask must hold 0 and 1 only, as integers or bools") from None
-    return turn_ids_of_runs(torch.zeros_like(inside).masked_scatter_(inside, torch.frombuffer(data, dtype=torch.bool)))
-
-
-def turn_lengths(turn_ids: Tensor) -> list[list[int]]:
-    """Tokens of each turn of each row.  turn_ids: [B, T], -1 where not sampled.
-
-    >>> turn_lengths(torch.tensor([[0, 0, -1, 1], [-1, -1, -1, -1]]))
-    [[2, 1], []]
-    """
-    num_turns = F.pad(turn_ids, (0, 1), value=-1).amax(dim=1) + 1
-    ends = num_turns.cumsum(0)
-    flat = (turn_ids + (ends - num_turns)[:, None])[turn_ids >= 0]
-    counts = torch.bincount(flat, minlength=int(num_turns.sum())).tolist()
-    return [counts[end - count : end] for end, count in zip(ends.tolist(), num_turns.tolist(), strict=True)]
-
-
-def advantages_by_token(advantages: Sequence[Sequence[float]], turn_ids: Tensor) -> Tensor:
-    """[B, T] float32: the advantage of each token's turn, 0 where `turn_ids` [B, T] is -1.
-
-    >>> advantages_by_token([[1.0, 2.0], [3.0]], torch.tensor([[0, -1, 1], [0, 0, -1]])).tolist()
-    [[1.0, 0.0, 2.0], [3.0, 3.0, 0.0]]
-    """
-    flat = torch.tensor([*chain.from_iterable(advantages), 0.0])  # the last of which the index -1 finds
-    counts = torch.tensor([len(row) for row in advantages])
-    return flat[torch.where(turn_ids >= 0, turn_ids + (counts.cumsum(0) - counts)[:, None], -1)]
 
 
 def check_turns(num_turns: Sequence[int], completions: Sequence[Any]) -> None:

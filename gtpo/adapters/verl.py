@@ -2,21 +2,23 @@
 
 verl loads this module in each of its processes by the entry point `verl.plugins`, or where
 `VERL_USE_EXTERNAL_MODULES=gtpo.adapters.verl` is set.  Then `algorithm.adv_estimator=gtpo` and
-`actor_rollout_ref.actor.policy_loss.loss_mode=gtpo` name what is here.  Written against verl 0.9.1.
+`actor_rollout_ref.actor.policy_loss.loss_mode=gtpo` (or another of `LOSS_MODES`) name what is here.
+Written against verl 0.9.1.
 """
 
 import functools
 import importlib.util
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gtpo.adapters.layouts import token_reward_advantages
+from gtpo.adapters.layouts import token_reward_advantages, turn_ids_of_runs
 from gtpo.adapters.options import credit_settings
-from gtpo_kernels import clipped_loss
+from gtpo_kernels import LossRule, clipped_loss
+from gtpo_kernels.clipped_loss.reference import Surrogate
 
 NAME = "gtpo"
 
@@ -84,12 +86,17 @@ def gtpo_policy_loss(
     loss_agg_mode: str = "token-mean",
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
+    *,
+    ratio_level: Literal["token", "turn", "sequence"] = "token",
+    surrogate: Surrogate = "ppo",
 ) -> tuple[Tensor, dict[str, Any]]:
     """verl's `loss_mode=gtpo`: `clipped_loss`, with every `loss_agg_mode` of verl's `agg_loss`.
 
-    config: verl's actor config; `clip_ratio_low`, `clip_ratio_high` (without them `clip_ratio`), and
-        `global_batch_info`, the denominators over micro-batches and ranks.  There is no dual clip.
+    config: verl's actor config; `clip_ratio_low`, `clip_ratio_high` (without them `clip_ratio`), `clip_ratio_c` (the
+        dual clip of surrogate "ppo"; verl's default is 3), and `global_batch_info`, the denominators over micro-batches
+        and ranks.
     rollout_is_weights: [bs, response_length] not negative, verl's rollout correction.
+    ratio_level, surrogate: those of the loss mode, see `LOSS_MODES`.  A turn is a run of 1s in response_mask.
     Returns (loss, metrics under verl's names).
     Raises ValueError for an unknown `loss_agg_mode`, or where dp_size > 1 comes without the global counts.
     Source: arXiv 2511.14846; the signature is that of `verl.trainer.ppo.core_algos.register_policy_loss`.
@@ -99,7 +106,11 @@ def gtpo_policy_loss(
     mask = response_mask.bool()
     weights, denominator = _aggregation(mask, loss_agg_mode, **config.global_batch_info)
     weighted = advantages * weights if rollout_is_weights is None else advantages * weights * rollout_is_weights
-    low, high = (config.get(name, None) for name in ("clip_ratio_low", "clip_ratio_high"))
+    low, high, dual = (config.get(name, None) for name in ("clip_ratio_low", "clip_ratio_high", "clip_ratio_c"))
+    ratio_ids = None
+    if ratio_level != "token":
+        rows = torch.arange(len(mask), device=mask.device)[:, None] * (mask.shape[1] + 1)
+        ratio_ids = (rows + (turn_ids_of_runs(mask).clamp(min=0) if ratio_level == "turn" else 0)).expand(mask.shape)
     result = clipped_loss(
         log_prob.reshape(-1),
         weighted.to(log_prob.dtype).reshape(-1),
@@ -107,6 +118,8 @@ def gtpo_policy_loss(
         old_logprobs=old_log_prob.reshape(-1),
         clip_low=float(config.clip_ratio if low is None else low),
         clip_high=float(config.clip_ratio if high is None else high),
+        rule=LossRule(surrogate, dual_clip=float(dual) if dual is not None and surrogate == "ppo" else None),
+        ratio_ids=None if ratio_ids is None else ratio_ids.reshape(-1),
         num_loss_tokens=denominator,
         metrics="all",
     )
@@ -114,10 +127,20 @@ def gtpo_policy_loss(
     metrics = {
         "actor/pg_clipfrac": (seen.clip_low_fraction + seen.clip_high_fraction).item(),
         "actor/ppo_kl": seen.approx_kl_k1.item(),
-        "actor/pg_clipfrac_lower": 0.0,
+        "actor/pg_clipfrac_lower": 0.0 if seen.clip_dual_fraction is None else seen.clip_dual_fraction.item(),
     }
     # verl adds its entropy and KL terms to the loss in place
     return result.loss.clone(), metrics
+
+
+LOSS_MODES: dict[str, Callable[..., tuple[Tensor, dict[str, Any]]]] = {
+    NAME: gtpo_policy_loss,
+    "gtpo_turn": functools.partial(gtpo_policy_loss, ratio_level="turn"),
+    "gtpo_sequence": functools.partial(gtpo_policy_loss, ratio_level="sequence"),
+    "gtpo_cispo": functools.partial(gtpo_policy_loss, surrogate="cispo"),
+    "gtpo_reinforce": functools.partial(gtpo_policy_loss, surrogate="reinforce"),
+}
+"""The values of `policy_loss.loss_mode` that are registered; verl's configuration of losses takes no keys of ours."""
 
 
 def _aggregation(
@@ -201,7 +224,8 @@ def register() -> None:
     from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 
     register_adv_est(NAME)(gtpo_advantages)
-    register_policy_loss(NAME)(gtpo_policy_loss)
+    for name, loss in LOSS_MODES.items():
+        register_policy_loss(name)(loss)
 
 
 # At import, whoever comes first: verl loads its plugins by importing them, once, and does not call anything.

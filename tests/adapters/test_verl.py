@@ -105,6 +105,33 @@ def test_verl_loss_aggregates_as_verl_does(mode: str, is_global: bool) -> None:
     assert 0.0 < metrics["actor/pg_clipfrac"] < 1.0
 
 
+def test_verl_loss_modes_by_hand() -> None:
+    """Two turns of ratios e, 1 and 1, 1/e; their means are e^1/2 and e^-1/2, that of the sequence is 1."""
+    log_ratio = torch.tensor([[1.0, 0.0, 0.0, 0.0, -1.0]])
+    mask, advantages = torch.tensor([[1, 1, 0, 1, 1]]).bool(), torch.tensor([[1.0, 1.0, 9.0, -1.0, -1.0]])
+    config = ActorConfig(clip_ratio=0.5, clip_ratio_c=1.6, global_batch_info={})
+    e = torch.tensor(1.0).exp().item()
+    expected = {
+        "gtpo": ([0.0, 1.0, 0.0, -1.0, 0.0], 1.5 + 1.0 - 1.0 - 0.5),
+        "gtpo_turn": ([0.0, 0.0, 0.0, -(e**-0.5), -(e**-0.5)], 2 * 1.5 - 2 * e**-0.5),
+        "gtpo_sequence": ([1.0, 1.0, 0.0, -1.0, -1.0], 0.0),
+        "gtpo_cispo": ([1.5, 1.0, 0.0, -1.0, -0.5], 1.5 * 1.0 + 0.5 * 1.0),
+        "gtpo_reinforce": ([1.0, 1.0, 0.0, -1.0, -1.0], 1.0 + 1.0),
+    }
+    for name, (slopes, gain) in expected.items():
+        new = log_ratio.clone().requires_grad_()
+        arguments = (torch.zeros(1, 5), new, advantages, mask, "token-sum", config)
+        loss, metrics = verl.LOSS_MODES[name](*arguments)
+        assert loss.item() == pytest.approx(-gain, rel=1e-5, abs=1e-6), name
+        assert (-torch.autograd.grad(loss, new)[0][0]).tolist() == pytest.approx(slopes, rel=1e-5), name
+        assert metrics["actor/pg_clipfrac_lower"] == 0.0
+    # a ratio of e and a negative advantage: no more than clip_ratio_c counts
+    new = log_ratio.clone().requires_grad_()
+    loss, metrics = verl.gtpo_policy_loss(torch.zeros(1, 5), new, -advantages, mask, "token-sum", config)
+    assert loss.item() == pytest.approx(1.6 + 1.0 - 1.0 - e**-1, rel=1e-5)
+    assert metrics["actor/pg_clipfrac_lower"] == 0.25
+
+
 def test_verl_loss_refuses_what_it_cannot_divide_by() -> None:
     rows = torch.zeros(1, 2)
     config = ActorConfig(clip_ratio=0.2, global_batch_info={"dp_size": 2})
