@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from gtpo.chat import Chat
 from gtpo.config import RolloutConfig
-from gtpo.environments import Environment
+from gtpo.environments import Environment, passes, program_of
 from gtpo.sampler import Completion, SampledSequence, Sampler
-from gtpo.sandbox import Sandbox, SandboxUnavailable, Session
+from gtpo.sandbox import Sandbox, SandboxPool, SandboxUnavailable, Session
 from gtpo.tools import Toolbox, ToolSet
 from gtpo.types import StopReason, Task, ToolResult, ToolStatus, Trajectory, Turn
 
@@ -123,8 +123,20 @@ class Rollout:
         finally:
             if session is not None:
                 await session.close()
-        trajectory.outcome = self.environment.grade(task, trajectory.answer)
+        try:
+            trajectory.outcome = await self._grade(task, trajectory)
+        except (SandboxUnavailable, OSError):
+            trajectory.stop = StopReason.LOST
         return trajectory
+
+    async def _grade(self, task: Task, trajectory: Trajectory) -> float:
+        """What the result is worth. Raises SandboxUnavailable where it is a program that could not be run."""
+        if not (cases := self.environment.program_cases(task)):
+            return self.environment.grade(task, trajectory.answer)
+        if not isinstance(self.sandbox, SandboxPool):
+            raise ValueError(f"task {task.id!r} has program_cases, which need the sandbox of gtpo and the tool python")
+        program = program_of(trajectory.turns[-1].text) if trajectory.stop is StopReason.FINISHED else None
+        return float(program is not None and await passes(self.sandbox, program, cases))
 
     async def _write_turn(
         self, write: Writer, new_ids: list[int], observation: str, num_tokens: int

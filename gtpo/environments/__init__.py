@@ -7,6 +7,7 @@ from typing import Any
 from gtpo.environments.base import Answer, Call, Demonstration, Environment, GeneratedEnvironment, Split
 from gtpo.environments.jsonl import JsonlEnvironment
 from gtpo.environments.mixture import Mixture
+from gtpo.environments.programs import ProgramCase, passes, program_of
 from gtpo.environments.reasoning import ReasoningGymEnvironment
 from gtpo.environments.retry import RetryEnvironment
 
@@ -25,10 +26,13 @@ __all__ = [
     "GeneratedEnvironment",
     "JsonlEnvironment",
     "Mixture",
+    "ProgramCase",
     "ReasoningGymEnvironment",
     "RetryEnvironment",
     "Split",
     "make_environment",
+    "passes",
+    "program_of",
 ]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from gtpo.environments.programs import ProgramCase
 from gtpo.types import Task
 
 Split = Literal["train", "eval"]
@@ -63,6 +64,12 @@ class Environment(ABC):
     @abstractmethod
     def grade(self, task: Task, answer: str | None) -> float:
         """What the final answer is worth, in [0, 1]; None (no answer was given) is 0. Never raises for any answer."""
+
+    def program_cases(self, task: Task) -> Sequence[ProgramCase]:
+        """For a task whose result is a program: what it is run on. The rollout then asks these and not `grade`: 1 where
+        the last fenced block of the last turn passes all of them, else 0. Of them only the inputs reach the sandbox.
+        """
+        return ()
 
     def setup_code(self, task: Task) -> str:
         """Python source that the sandbox session runs before the first cell; it defines what the model may call.

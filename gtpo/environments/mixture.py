@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 
 from gtpo.environments.base import Demonstration, Environment, Split, check_request
+from gtpo.environments.programs import ProgramCase
 from gtpo.types import Task
 
 
@@ -62,6 +63,9 @@ class Mixture(Environment):
 
     def grade(self, task: Task, answer: str | None) -> float:
         return self._of(task).grade(task, answer)
+
+    def program_cases(self, task: Task) -> Sequence[ProgramCase]:
+        return self._of(task).program_cases(task)
 
     def oracle(self, task: Task, rng: random.Random) -> Demonstration:
         return self._of(task).oracle(task, rng)

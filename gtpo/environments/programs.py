@@ -1,0 +1,67 @@
+"""Programs as results: each case runs the program afresh in the sandbox, and what it should give stays here.
+
+A program that could see the expected output, or write its own verdict, would be trained to. So neither is ever in its
+process: it gets an input, and what it prints is compared in the trainer's.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gtpo.sandbox import CellStatus, SandboxPool, SandboxUnavailable
+
+_FENCED = re.compile(r"^```[^\n`]*\n(.*?)^```\s*$", re.DOTALL | re.MULTILINE)
+# what `sys.exit()` at the end of a program looks like in a cell
+_PLAIN_EXITS = ("SystemExit", "SystemExit: 0", "SystemExit: None")
+
+
+@dataclass(frozen=True)
+class ProgramCase:
+    """One run of a program. output: what it must print (spaces at the ends of lines and empty lines at the end do not
+    count). stdin: what it can read. call: an expression, such as "add(2, 3)", whose value is printed after it ran.
+    """
+
+    output: str
+    stdin: str = ""
+    call: str = ""
+
+
+async def passes(sandbox: SandboxPool, program: str, cases: Sequence[ProgramCase]) -> bool:
+    """Whether `program` prints in every case what it must, each time in a process and a directory of its own.
+
+    It fails where it raises, crashes, takes too long or prints too much: the limits are the pool's, and for each case.
+    What it writes to stderr is output, too. Cases behind the first failed one are not run.
+    Raises ValueError for no case, and for an output longer than `sandbox.limits.output_bytes`; SandboxUnavailable where
+    the sandbox failed, which says nothing about the program.
+    """
+    if not cases:
+        raise ValueError("cases must hold at least one case, got none")
+    for case in cases:
+        if (num_bytes := len(case.output.encode())) >= sandbox.limits.output_bytes:
+            raise ValueError(
+                f"output of a case must be shorter than the sandbox's output_bytes={sandbox.limits.output_bytes}, "
+                f"got {num_bytes} bytes"
+            )
+    for case in cases:
+        code = f"{program}\nprint({case.call})" if case.call else program
+        result = await sandbox.run(code, stdin=case.stdin)
+        if result.status is CellStatus.INFRA_ERROR:
+            raise SandboxUnavailable(result.error)
+        ended = result.status is CellStatus.OK or (not case.call and result.error in _PLAIN_EXITS)
+        if not ended or result.output_truncated or _lines(result.stdout) != _lines(case.output):
+            return False
+    return True
+
+
+def program_of(text: str) -> str | None:
+    """The last fenced block of `text`; None where there is none.
+
+    >>> program_of("So:\\n```python\\nprint(1)\\n```\\n"), program_of("print(2)")
+    ('print(1)\\n', None)
+    """
+    blocks: list[str] = _FENCED.findall(text)
+    return blocks[-1] if blocks else None
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().split("\n")]
