@@ -130,6 +130,26 @@ def kill_server(pool):
     assert eventually(lambda: not any(is_alive(pid) for pid in family))
 
 
+def test_an_interrupted_blocking_call_is_cancelled():
+    interrupted = threading.Event()
+
+    async def call(*_):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        # for ever, unless the interrupted call is cancelled
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            interrupted.set()
+            raise
+        return True, ""
+
+    with BlockingSandboxPool(SandboxPool(LIMITS, min_tier="landlock")) as pool, pool.open("x = 1") as session:
+        with pytest.raises(KeyboardInterrupt):
+            session.run("x = 2\nhere()", tools=CodeTools({"here": ()}, call))
+        assert session.run("print(x)").stdout == "1\n"
+        assert interrupted.is_set()
+
+
 class Launches:
     """Stands in for `fork_server.launch`: waits for `go`, then fails `num_failures` times; keeps the servers."""
 
