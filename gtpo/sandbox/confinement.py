@@ -33,7 +33,7 @@ NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
 )
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
 _MNT_DETACH = 2
-_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_KILL, _CAP_SYS_PTRACE = 1, 2, 5, 19
+_CAP_DAC_OVERRIDE, _CAP_KILL, _CAP_SYS_PTRACE = 1, 5, 19
 # Keepers enforce the CPU limit of a cell; this many of them end an interpreter whose keeper hangs.
 _BACKSTOP_CELLS = 100
 
@@ -282,7 +282,12 @@ def confine_keeper(plan: Plan) -> None:
 def confine_reader(readable: Iterable[str]) -> dict[str, str]:
     """Leave this process and its children nothing but to read `readable`, as far as the kernel can; what is missing,
     with the reason."""
-    keep_capabilities(*((_CAP_DAC_READ_SEARCH,) if os.geteuid() == 0 else ()))
+    try:
+        # for files of others, which root can read
+        keep_capabilities(*((_CAP_DAC_OVERRIDE,) if os.geteuid() == 0 else ()))
+    except PermissionError:
+        # root of a container that has not got it
+        keep_capabilities()
     set_process(no_new_privs=True)
     try:
         ruleset = _landlock_ruleset(tuple(readable), box=None)

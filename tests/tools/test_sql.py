@@ -215,11 +215,14 @@ def test_a_database_in_wal_mode_is_read_as_it_lies_there(tmp_path: Path) -> None
     assert (result.text, sorted(path.name for path in tmp_path.iterdir())) == ("n\n4", files)
 
 
-def test_a_query_that_took_over_its_process_would_reach_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", ["pass", "confinement.keep_capabilities()"])
+def test_a_query_that_took_over_its_process_would_reach_nothing(tmp_path: Path, before: str) -> None:
     (tmp_path / "open.txt").write_text("data")
     attempts = f"""
 import os, socket, sys
+from gtpo.sandbox import confinement
 from gtpo.tools import sql_worker
+{before}
 assert not sql_worker._lock_in({{"readable": [{str(tmp_path / "open.txt")!r}, "/nowhere"]}})
 print(open({str(tmp_path / "open.txt")!r}).read())
 for attempt in (
