@@ -1,8 +1,12 @@
-"""GRPO's advantages through each adapter, and by the trainers' own lines, restated from the sources named at each.
+"""GRPO's advantages through each adapter, and by the trainers' own code.
+
+verl's function is called where verl is installed; the rows "restated from" are lines that stand in the middle of longer
+methods there, or in trainers that do not install on a CPU, written down again from the source that each names.
 
 GRPO is the one credit that all of them know: trajectories of 8 turns, one reward at the end.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +27,11 @@ from gtpo.adapters.turn_lists import advantages_by_token, padded_turn_ids, turn_
 NUM_TURNS = 8
 OPTIONS = {**GRPO, "eps": EPS}
 FLOOR = "floor: the result written once"
-VERL, TRL, OPENRLHF, RLLM = "verl's loop (SkyRL's)", "TRL's lines", "OpenRLHF's lines", "rLLM's loop"
+VERL_ITSELF = "verl's compute_grpo_outcome_advantage"
+VERL = "restated from verl 0.9.1, SkyRL 0.3.0"
+TRL = "restated from TRL 1.16.0"
+OPENRLHF = "restated from OpenRLHF 0.11.2"
+RLLM = "restated from rllm-org/rllm 18c8622"
 OWN = {"verl": VERL, "SkyRL": VERL, "TRL": TRL, "OpenRLHF": OPENRLHF, "rLLM": RLLM}
 
 
@@ -86,7 +94,14 @@ def exact_outputs(rollout: Rollout) -> Outputs:
     return {"advantages": values.flatten().unsqueeze(1) * rollout.mask.double()}
 
 
-# The trainers' own.  Each call starts from what the trainer holds, and ends with [B, T].
+# The trainers' own code.  Each call starts from what the trainer holds, and ends with [B, T].
+
+
+def _verl_itself(rollout: Rollout) -> Callable[[], Outputs]:
+    estimator = importlib.import_module("verl.trainer.ppo.core_algos").compute_grpo_outcome_advantage
+    return lambda: {
+        "advantages": estimator(rollout.token_rewards, rollout.mask, rollout.uids, epsilon=EPS)[0],
+    }
 
 
 def _verl_own(rollout: Rollout) -> Callable[[], Outputs]:
@@ -274,6 +289,7 @@ def _floor(rollout: Rollout) -> Callable[[], Outputs]:
 
 CREDIT: list[Contestant[Rollout]] = [
     Contestant(FLOOR, "torch", _floor),
+    Contestant(VERL_ITSELF, "verl", _verl_itself),
     Contestant(VERL, "verl, restated", _verl_own),
     Contestant(TRL, "trl, restated", _trl_own),
     Contestant(OPENRLHF, "openrlhf, restated", _openrlhf_own),

@@ -1,11 +1,12 @@
 """`make bench-adapters`: advantages through each adapter beside the trainers' own, and a step of TRL with our loss.
 
 The first table computes GRPO, the one credit that all of them know: 4,096 trajectories of 8 turns, one reward at the
-end.  The floor writes the result once.
+end.  The floor writes the result once.  "restated from" are the trainers' own lines, written down again where they
+cannot be called alone; AReaL, prime-rl and tinker-cookbook take the "lists" row, turn by turn.
 
 The second table is forward and backward of TRL's loss, by `GRPOTrainer` and by `GTPOTrainer`.  The floor is forward
-and backward of the model without its head.  `use_liger_kernel=True` in TRL 1.16 exchanges layers of the model for
-Triton kernels, and needs a GPU.
+and backward of the model without its head.  TRL 1.16 has no Liger loss: `use_liger_kernel=True` exchanges layers of
+the model for Triton kernels, which need a GPU.
 """
 
 import warnings
@@ -17,7 +18,7 @@ from benchmarks.adapter_credit import GROUP_SIZE, measure_credit
 from benchmarks.measure import parse_arguments, publish, smoke_run
 from benchmarks.trl_step import FULL_STEP, SMOKE_STEP, judge_step, measure_step
 
-CAPTION = """Advantages of 8 turns through each adapter, beside the trainers' own lines; then a step of TRL.
+CAPTION = """Advantages of 8 turns through each adapter, beside the trainers' own code; then a step of TRL.
 CPU ms: of all threads; medians of interleaved rounds.  extra MiB: peak above what was held before, outputs included.
 errors: relative to float64 (advantages; loss, gradient of the head, of the embeddings).  x floor: see the module."""
 

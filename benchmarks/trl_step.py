@@ -147,9 +147,10 @@ def _our_step(step: Step) -> Callable[[], Outputs]:
 
 
 def _liger_step(step: Step) -> Callable[[], Outputs]:
-    if not torch.cuda.is_available():
-        raise BackendUnavailable("backend='triton' needs a GPU: use_liger_kernel exchanges layers for Triton kernels")
-    raise BackendUnavailable("backend='triton': this table is of the CPU")
+    raise BackendUnavailable(
+        "TRL 1.16 has no Liger loss any more: use_liger_kernel exchanges layers of the model for Triton kernels, and "
+        "this table is of the CPU"
+    )
 
 
 def _model_alone(step: Step) -> Callable[[], Outputs]:

