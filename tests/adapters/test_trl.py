@@ -291,7 +291,7 @@ def test_group_split_over_ranks_is_normalised_as_one(monkeypatch: pytest.MonkeyP
 
 
 def test_two_ranks_give_trls_own_losses() -> None:
-    """Real ones, over gloo, in another process: a group of eight is split over both."""
+    """Real ones, over gloo, in another process: a group of sixteen is split over both."""
     found = subprocess.run(
         [sys.executable, "-m", "tests.adapters.two_ranks"],
         cwd=ROOT,

@@ -30,7 +30,7 @@ def logs(folder: str, **options: Any) -> list[list[float]]:
         steps=3,
         arguments={
             "per_device_train_batch_size": 4,
-            "num_generations": 8,  # on each of two ranks half of a group
+            "num_generations": 16,  # half of them on each of two ranks, which generate for two steps at once
             "steps_per_generation": 2,
             "optim": "sgd",
             "learning_rate": 1.0,
