@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from gtpo.chat import Chat
 from gtpo.config import RolloutConfig
-from gtpo.environments import Environment, passes, program_of
+from gtpo.environments import Environment, ProgramCase, passes, program_of
 from gtpo.sampler import Completion, SampledSequence, Sampler
 from gtpo.sandbox import Sandbox, SandboxPool, SandboxUnavailable, Session
 from gtpo.tools import Toolbox, ToolSet
@@ -123,20 +123,21 @@ class Rollout:
         finally:
             if session is not None:
                 await session.close()
-        try:
-            trajectory.outcome = await self._grade(task, trajectory)
-        except (SandboxUnavailable, OSError):
-            trajectory.stop = StopReason.LOST
+        if cases := self.environment.program_cases(task):
+            await self._judge_program(task, cases, trajectory)
+        else:
+            trajectory.outcome = self.environment.grade(task, trajectory.answer)
         return trajectory
 
-    async def _grade(self, task: Task, trajectory: Trajectory) -> float:
-        """What the result is worth. Raises SandboxUnavailable where it is a program that could not be run."""
-        if not (cases := self.environment.program_cases(task)):
-            return self.environment.grade(task, trajectory.answer)
+    async def _judge_program(self, task: Task, cases: Sequence[ProgramCase], trajectory: Trajectory) -> None:
+        """The outcome of a trajectory whose result is a program; it is lost where the sandbox could not run that."""
         if not isinstance(self.sandbox, SandboxPool):
             raise ValueError(f"task {task.id!r} has program_cases, which need the sandbox of gtpo and the tool python")
         program = program_of(trajectory.turns[-1].text) if trajectory.stop is StopReason.FINISHED else None
-        return float(program is not None and await passes(self.sandbox, program, cases))
+        try:
+            trajectory.outcome = float(program is not None and await passes(self.sandbox, program, cases))
+        except (SandboxUnavailable, OSError):
+            trajectory.stop = StopReason.LOST
 
     async def _write_turn(
         self, write: Writer, new_ids: list[int], observation: str, num_tokens: int

@@ -31,8 +31,8 @@ async def passes(sandbox: SandboxPool, program: str, cases: Sequence[ProgramCase
 
     It fails where it raises, crashes, takes too long or prints too much: the limits are the pool's, and for each case.
     What it writes to stderr is output, too. Cases behind the first failed one are not run.
-    Raises ValueError for no case, and for an output longer than `sandbox.limits.output_bytes`; SandboxUnavailable where
-    the sandbox failed, which says nothing about the program.
+    Raises ValueError for no case, for an output longer than `sandbox.limits.output_bytes` and for an input that is too
+    long for `sandbox.run`; SandboxUnavailable where the sandbox failed, which says nothing about the program.
     """
     if not cases:
         raise ValueError("cases must hold at least one case, got none")

@@ -159,6 +159,15 @@ def test_setup_code_that_fails_ends_the_run(policy: Policy) -> None:
         play_all(policy, [[python("print(4)")]], environment=Broken())
 
 
+def test_a_grade_that_fails_ends_the_run(policy: Policy) -> None:
+    class Broken(SumEnvironment):
+        def grade(self, task: Task, answer: str | None) -> float:
+            raise FileNotFoundError("answers.csv")
+
+    with pytest.raises(FileNotFoundError, match="answers.csv"):
+        play_all(policy, [["answer: 4"]], environment=Broken())
+
+
 def test_tools_of_different_trajectories_run_at_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call waits inside its tool until all three trajectories are there: one after another would never end."""
     arrived = 0
