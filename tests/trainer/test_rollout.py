@@ -164,7 +164,7 @@ def test_a_grade_that_fails_ends_the_run(policy: Policy) -> None:
         def grade(self, task: Task, answer: str | None) -> float:
             raise FileNotFoundError("answers.csv")
 
-    with pytest.raises(FileNotFoundError, match="answers.csv"):
+    with pytest.raises(FileNotFoundError, match=r"answers\.csv"):
         play_all(policy, [["answer: 4"]], environment=Broken())
 
 
