@@ -130,6 +130,15 @@ def kill_server(pool):
     assert eventually(lambda: not any(is_alive(pid) for pid in family))
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_blocking_call_is_cancelled():
     interrupted = threading.Event()
 

@@ -11,7 +11,8 @@ from tests.trainer.conftest import make_trajectory, make_turn
 
 
 def test_the_code_of_the_page_runs() -> None:
-    assert run_python_blocks(ROOT / "docs" / "credit.md") == 1
+    scope = run_python_blocks(ROOT / "docs" / "credit.md")
+    assert scope["credit"].advantages.count_nonzero() == 4
 
 
 def credit_of(groups: list[list[Trajectory]], method: Method) -> list[list[Credit]]:
