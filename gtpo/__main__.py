@@ -226,7 +226,9 @@ def _list_methods(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(f"  credit  {describe_credit(preset.method)}")
         print(f"  loss    {describe_loss(preset.method)}")
         print()
-    print('method = "NAME" selects one, the keys of [credit] override its fields; notes on each: gtpo/methods.py')
+    print(
+        'method = "NAME" selects one, the keys of [credit] override its fields; notes on each: gtpo/methods/presets.py'
+    )
     print("\nOther methods called GTPO:")
     for name, covered in NAMESAKES.items():
         print(f"  {name}: {covered}")

@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -314,9 +315,7 @@ def _describe(table: Any, *, prefix: str) -> Iterator[tuple[str, Any, str, str, 
             yield from _describe(value, prefix=f"{key}.")
             continue
         kind, meaning = get_args(types[entry.name])
-        allowed = (
-            str(kind).replace("gtpo.config.", "").replace("gtpo.methods.", "") if get_args(kind) else kind.__name__
-        )
+        allowed = re.sub(r"gtpo\.[a-z_.]+\.", "", str(kind)) if get_args(kind) else kind.__name__
         if get_origin(kind) is Literal:
             allowed = "one of " + ", ".join(get_args(kind))
         if key == "method":
