@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gtpo.methods import METHODS, Method
 from gtpo_kernels import LossRule, linear_gtpo_loss
-from gtpo_kernels.clipped_loss.reference import ClippedLoss
+from gtpo_kernels.clipped_loss.reference import ClippedLoss, Penalty
 
 FUSED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo")
 LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -53,7 +53,7 @@ def loss_arguments(method: str | Method) -> dict[str, Any]:
     refused = {
         "surrogate": m.surrogate == "reinforce",
         "ratio_level": m.ratio_level == "turn",
-        "kl": m.kl in ("k1", "k2"),
+        "kl": m.kl in ("k1", "k2") or (m.kl == "rho_k3" and m.ratio_level == "sequence"),
         "clip_low": is_cispo and m.clip_low != 1.0,
         "aggregation": is_cispo and m.aggregation != "token-mean",
         "aggregation_constant": m.aggregation_constant is not None,
@@ -71,7 +71,7 @@ def loss_arguments(method: str | Method) -> dict[str, Any]:
         **clips,
         "delta": m.dual_clip,
         "beta": m.kl_coef if m.kl != "none" else 0.0,
-        "use_bias_correction_kl": False,
+        "use_bias_correction_kl": m.kl == "rho_k3",
         "entropy_coef": m.entropy_coef,
         "mask_truncated_completions": m.mask_truncated,
     }
@@ -90,7 +90,9 @@ def refuse_other_losses(trainer: Any, model: Any) -> None:
         f"delta={args.delta}, at most 1 + epsilon_high": not is_cispo
         and args.delta is not None
         and args.delta <= 1.0 + t.epsilon_high,
-        "use_bias_correction_kl": t.beta != 0.0 and args.use_bias_correction_kl,
+        "use_bias_correction_kl with importance_sampling_level='sequence'": t.beta != 0.0
+        and args.use_bias_correction_kl
+        and t.importance_sampling_level == "sequence",
         f"top_entropy_quantile={t.top_entropy_quantile}": t.top_entropy_quantile < 1.0,
         "an adaptive entropy bonus": t.use_adaptive_entropy,
         "an entropy bonus beside beta with loss_type='grpo'": t._entropy_bonus_enabled
@@ -130,6 +132,7 @@ def fused_arguments(trainer: Any, inputs: dict[str, Any]) -> FusedLoss:
         if weights is not None:
             advantages, weights = advantages * weights, None
     is_cispo = t.loss_type == "cispo"
+    kl: Penalty = "none" if t.beta == 0.0 else "rho_k3" if t.args.use_bias_correction_kl else "k3"
     rows = torch.arange(len(mask), device=mask.device)[:, None].expand(mask.shape)
     options = {
         "loss_mask": mask.bool(),
@@ -144,7 +147,7 @@ def fused_arguments(trainer: Any, inputs: dict[str, Any]) -> FusedLoss:
         "rule": LossRule(
             "cispo" if is_cispo else "ppo",
             dual_clip=t.args.delta,
-            kl="k3" if t.beta != 0.0 else "none",
+            kl=kl,
             kl_coef=t.beta,
             entropy_coef=entropy_coef,
         ),

@@ -71,7 +71,7 @@ class Method:
     aggregation_constant: Annotated[float | None, 'divisor of "constant"; left out: rollout.max_trajectory_tokens'] = (
         None
     )
-    kl: Annotated[Literal["none", "k1", "k2", "k3"], "penalty on leaving the reference policy"] = "none"
+    kl: Annotated[Literal["none", "k1", "k2", "k3", "rho_k3"], "penalty on leaving the reference policy"] = "none"
     kl_coef: Annotated[float, "weight of that penalty"] = 0.0
     entropy_coef: Annotated[float, "weight of the entropy bonus"] = 0.0
     rollout_correction: Annotated[Literal["none", "truncated", "masked"], "of the sampler's log-probs"] = "none"

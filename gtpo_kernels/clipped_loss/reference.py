@@ -13,7 +13,7 @@ MAX_LOG_RATIO = 20.0
 NUM_CLIPPED_METRICS = 11
 
 Surrogate = Literal["ppo", "cispo", "reinforce"]
-Penalty = Literal["none", "k1", "k2", "k3"]
+Penalty = Literal["none", "k1", "k2", "k3", "rho_k3"]
 
 
 class LossRule(NamedTuple):
@@ -28,9 +28,12 @@ class LossRule(NamedTuple):
     dual_clip: c > 1, for "ppo": where A < 0 the gain is at least c A.  None for no such bound.
     kl: estimate of KL(policy || reference): "k1": -x; "k2": x^2 / 2; "k3": exp(x) - 1 - x; "none" for no such term.
         On-policy the gradient of "k1" as a loss has the expectation 0: it pulls nowhere, and only adds noise.
+        "rho_k3": rho (exp(x) - 1 - x), with gradient through rho: the slope is -rho x, and the expectation over tokens
+        of the old policy that of the policy's own KL.
     kl_coef, entropy_coef: 0 or more.
     Source: arXiv 1707.06347 (ppo), arXiv 2506.13585 (cispo), arXiv 2402.14740 (reinforce), arXiv 1912.09729 (dual
-    clip), http://joschu.net/blog/kl-approx.html (k1 to k3), arXiv 2402.03300 (k3 as a loss).
+    clip), http://joschu.net/blog/kl-approx.html (k1 to k3), arXiv 2402.03300 (k3 as a loss),
+    arXiv 2512.02556 (rho_k3).
     """
 
     surrogate: Surrogate = "ppo"
@@ -169,7 +172,8 @@ def clipped_loss_reference(
     if terms.kl != "none":
         assert ref is not None
         log_ref = (ref - logprobs).masked_fill(nonfinite, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ref_kl = {"k1": -log_ref, "k2": 0.5 * log_ref * log_ref, "k3": torch.expm1(log_ref) - log_ref}[terms.kl]
+        k3 = torch.expm1(log_ref) - log_ref
+        ref_kl = {"k1": -log_ref, "k2": 0.5 * log_ref * log_ref, "k3": k3, "rho_k3": ratio * k3}[terms.kl]
         token_loss = token_loss + terms.kl_coef * ref_kl
     if terms.entropy_coef != 0.0:
         assert entropy is not None

@@ -73,13 +73,24 @@ def token_slopes(
     if terms.kl != "none":
         assert ref is not None
         log_ref = (ref - logprobs).masked_fill(dead, 0.0)
-        of_kl = {"k1": torch.ones_like(log_ref), "k2": -log_ref, "k3": -torch.expm1(log_ref)}[terms.kl]
-        slopes = slopes + terms.kl_coef * weigh(of_kl.masked_fill(log_ref.abs() > MAX_LOG_RATIO, 0.0))
+        slopes = slopes + terms.kl_coef * weigh(_kl_slopes(log_ref, log_ratio, terms.kl))
     slopes = slopes.masked_fill(dead, 0.0) / denominator
     if not terms.entropy_coef:
         return slopes, None
     of_entropy = weigh(torch.full_like(slopes, -terms.entropy_coef))
     return slopes, of_entropy.masked_fill(dead, 0.0) / denominator
+
+
+def _kl_slopes(log_ref: Tensor, log_ratio: Tensor, kl: str) -> Tensor:
+    """Of the estimate of KL(policy || reference), 0 where a clamp acts.  log_ref: log(reference / policy)."""
+    k3 = -torch.expm1(log_ref)
+    slopes = {"k1": torch.ones_like(log_ref), "k2": -log_ref, "k3": k3, "rho_k3": k3}[kl]
+    slopes = slopes.masked_fill(log_ref.abs() > MAX_LOG_RATIO, 0.0)
+    if kl != "rho_k3":
+        return slopes
+    held = log_ref.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    of_ratio = (torch.expm1(held) - held).masked_fill(log_ratio.abs() > MAX_LOG_RATIO, 0.0)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * (slopes + of_ratio)
 
 
 def _ppo_slopes(log_ratio: Tensor, advantages: Tensor, terms: LossTerms) -> Tensor:

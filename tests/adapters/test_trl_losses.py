@@ -89,6 +89,11 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "dr_grpo": ({"loss_type": "dr_grpo"}, {}, "constant"),
     "luspo": ({"loss_type": "luspo"}, {}, "seq-mean-token-sum"),
     "k3": ({"beta": 0.3}, {"rule": LossRule(kl="k3", kl_coef=0.3)}, "seq-mean-token-mean"),
+    "k3 times the ratio": (
+        {"loss_type": "dapo", "beta": 0.3, "args": {"use_bias_correction_kl": True, "delta": 1.4}},
+        {"rule": LossRule(dual_clip=1.4, kl="rho_k3", kl_coef=0.3)},
+        "token-mean",
+    ),
     "dual clip": ({"args": {"delta": 1.4}}, {"rule": LossRule(dual_clip=1.4)}, "seq-mean-token-mean"),
     "gspo": (
         {"importance_sampling_level": "sequence", "epsilon_low": 0.03, "epsilon_high": 0.04},

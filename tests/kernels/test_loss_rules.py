@@ -24,9 +24,11 @@ RULES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "k1": ({"rule": LossRule(kl="k1", kl_coef=0.5)}, ("ref_logprobs",)),
     "k2": ({"rule": LossRule(kl="k2", kl_coef=0.5)}, ("ref_logprobs", "token_weights")),
     "k3": ({"rule": LossRule("reinforce", kl="k3", kl_coef=0.5)}, ("ref_logprobs",)),
+    "rho k3": ({"rule": LossRule(kl="rho_k3", kl_coef=0.5)}, ("ref_logprobs", "token_weights")),
     "entropy": ({"rule": LossRule(entropy_coef=0.3)}, ("token_weights",)),
     "shared": ({"clip_low": 0.05, "clip_high": 0.05}, ("ratio_ids", "token_weights")),
     "shared cispo": ({"rule": LossRule("cispo"), "clip_high": 0.02}, ("ratio_ids",)),
+    "shared rho k3": ({"rule": LossRule("cispo", kl="rho_k3", kl_coef=0.5)}, ("ref_logprobs", "ratio_ids")),
     "everything": ({"rule": EVERYTHING, "clip_low": 0.1}, ("ref_logprobs", "token_weights", "ratio_ids")),
 }
 every_rule = pytest.mark.parametrize("name", list(RULES))
@@ -92,7 +94,8 @@ def by_hand(case: Case, clip_low: float, clip_high: float, rule: LossRule) -> fl
         loss = -gain - rule.entropy_coef * rows["entropy"][i]
         if rule.kl != "none":
             x = rows["ref_logprobs"][i] - logprob
-            loss += rule.kl_coef * {"k1": -x, "k2": x * x / 2, "k3": math.exp(x) - 1 - x}[rule.kl]
+            k3 = math.exp(x) - 1 - x
+            loss += rule.kl_coef * {"k1": -x, "k2": x * x / 2, "k3": k3, "rho_k3": ratio * k3}[rule.kl]
         total += loss * (rows["token_weights"][i] if "token_weights" in rows else 1.0)
     return total / len(counted)
 

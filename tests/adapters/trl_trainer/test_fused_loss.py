@@ -26,6 +26,8 @@ LOSSES: dict[str, dict[str, Any]] = {
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.02},
     "kl of grpo": {"loss_type": "grpo", "beta": 0.3, "use_bias_correction_kl": False},
     "kl of dapo": {"loss_type": "dapo", "beta": 0.3, "use_bias_correction_kl": False},
+    "kl times the ratio": {"loss_type": "grpo", "beta": 0.3},  # TRL's default
+    "kl times the ratio of cispo": {"loss_type": "cispo", "beta": 0.3, "epsilon_high": 1.02},
     "delta": {"loss_type": "dapo", "delta": 1.03},
     "sequence": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.002},
     "entropy of grpo": {"loss_type": "grpo", "entropy_coef": 0.05},
@@ -39,8 +41,10 @@ def loss_settings(name: str) -> dict[str, Any]:
     return {"epsilon": 0.02, "epsilon_high": loss.get("epsilon", 0.02), **loss}
 
 
-# the two left out differ from their like in the mean alone
-@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"kl of dapo", "entropy of grpo"}))
+SAME_BUT_FOR_THE_MEAN = {"kl of dapo", "kl times the ratio of cispo", "entropy of grpo"}
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - SAME_BUT_FOR_THE_MEAN))
 def test_grpo_gives_trls_own_losses_step_by_step(build: BUILT, name: str) -> None:
     """Two optimizer steps on every generation, so that ratios leave 1; accumulated over two micro-batches."""
     arguments = {
@@ -58,11 +62,11 @@ def test_grpo_gives_trls_own_losses_step_by_step(build: BUILT, name: str) -> Non
         for options in ({"trainer": trl.GRPOTrainer}, {"credit": TRL_GRPO})
     ]
     assert len(runs[0]) == 3
-    clip = "cispo_clip_ratio" if name == "cispo" else "clip_ratio/region_mean"
+    clip = "cispo_clip_ratio" if "cispo" in name else "clip_ratio/region_mean"
     assert any(line[clip] > 0 for line in runs[0])
     compared = ["loss", "grad_norm", "entropy"]
     compared += ["kl"] * ("beta" in LOSSES[name]) + ["policy_loss", "entropy_coef"] * ("entropy_coef" in LOSSES[name])
-    clips = [clip] if name == "cispo" else [f"clip_ratio/{part}_mean" for part in ("low", "high", "region")]
+    clips = [clip] if "cispo" in name else [f"clip_ratio/{part}_mean" for part in ("low", "high", "region")]
     for number, (theirs, ours) in enumerate(zip(*runs, strict=True)):
         for metric in [*compared, *["reward", "reward_std"] * (number % 2 == 0)]:  # of steps that generate
             assert ours[metric] == pytest.approx(theirs[metric], rel=2e-5, abs=2e-6), metric
@@ -99,7 +103,7 @@ def test_fused_loss_is_trls_loss_of_turn_advantages(build: BUILT, name: str) -> 
     assert gradients.keys() == expected_gradients.keys()
     for parameter, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[parameter], rtol=1e-3, atol=1e-6)
-    for metric in ("entropy", "cispo_clip_ratio" if name == "cispo" else "clip_ratio/region_mean"):
+    for metric in ("entropy", "cispo_clip_ratio" if "cispo" in name else "clip_ratio/region_mean"):
         theirs, ours = trainer._metrics["train"][metric]
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), metric
         assert theirs > 0.1
@@ -142,10 +146,13 @@ def test_loss_arguments_refuse_by_name() -> None:
         ("rloo", "surrogate='reinforce'"),
         ("simpletir", "mask_void_turns=True"),
         (Method(ratio_level="turn", kl="k2", kl_coef=0.1), "ratio_level='turn', kl='k2'"),
+        (Method(ratio_level="sequence", kl="rho_k3", kl_coef=0.1), "kl='rho_k3'"),
         (Method(rollout_correction="masked"), "rollout_correction='masked'"),
     ):
         with pytest.raises(ValueError, match=f"GRPOConfig has no field for {named}"):
             loss_arguments(method)
+    for kl in ("k3", "rho_k3"):
+        assert loss_arguments(Method(kl=kl, kl_coef=0.1))["use_bias_correction_kl"] == (kl == "rho_k3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="method must be one of gtpo, "):
         loss_arguments("ppo")
 
@@ -175,7 +182,10 @@ def test_two_ranks_give_trls_own_losses() -> None:
         ({"delta": 1.1}, "delta=1.1, at most 1 [+] epsilon_high"),
         ({"loss_type": "cispo", "epsilon_high": 2.0, "delta": 3.0}, "loss_type='cispo' with delta=3.0"),
         ({"loss_type": "cispo"}, "loss_type='cispo' with epsilon_high=0.28, the greatest ratio, below 1"),
-        ({"beta": 0.1}, "use_bias_correction_kl"),  # TRL's default
+        (
+            {"beta": 0.1, "importance_sampling_level": "sequence"},
+            "use_bias_correction_kl with importance_sampling_level='sequence'",
+        ),
         ({"top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5"),
         (
             {"loss_type": "grpo", "entropy_coef": 0.01, "beta": 0.1, "use_bias_correction_kl": False},
