@@ -18,8 +18,8 @@ import io
 import os
 import random
 import select
+import signal
 import sys
-import tempfile
 import traceback
 import types
 from collections.abc import Callable
@@ -31,7 +31,7 @@ _CONTROL_FD, _OUTPUT_FD, _NULL_FD, _FIRST_FREE_FD = 3, 4, 5, 6
 _MAX_ERROR_CHARS = 2000
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE_PARENT, _SIGCHLD = 0x8000, 17
-_getpid = os.getpid
+_getpid, _kill = os.getpid, os.kill
 _calling = _thread.allocate_lock()
 
 
@@ -95,6 +95,16 @@ def _serve(clone: Callable[[], int] | None) -> NoReturn:
             # The answer to a tool call of a cell that did not wait for it.
             continue
         number = request["cell"]
+        failure: tuple[str, int | None] | None = None
+        value = None
+        if request["op"] == "run":
+            # All of this before the clone: a page that is written to after it has to be copied.
+            _offer_tools(number, request["tools"])
+            _fresh_output()
+            try:
+                _fresh_input(request["stdin"])
+            except OSError as failed:
+                failure = f"the standard input does not fit: {_describe(failed)}", None
         if clone is not None:
             _reap_children()
             if request["snapshot"]:
@@ -102,32 +112,34 @@ def _serve(clone: Callable[[], int] | None) -> NoReturn:
                 if pid == 0:
                     continue
                 if pid > 0:
-                    _send({"cell": number, "snapshot": pid})
-        failure: tuple[str, int | None] | None
-        own_pid, value = _getpid(), None
-        if request["op"] == "run":
+                    # The keeper does so, too, but later: until then the clone would write to pages.
+                    _kill(pid, signal.SIGSTOP)
+                    _write(frames.enclose(b'{"cell":%d,"snapshot":%d}' % (number, pid)))
+        own_pid = _getpid()
+        if request["op"] != "run":
+            failure, value = _move_file(request, here)
+        elif failure is None:
             name = f"<cell {request['number']}>" if request["number"] else "<setup>"
             main.__dict__["__cell__"] = request["number"]
-            # builtins, so that a variable of the code with such a name stays what it is
-            for tool, parameters in request["tools"].items():
-                vars(builtins)[tool] = _tool(number, tool, parameters)
-            if request["tools"]:
-                vars(builtins)["ToolError"] = ToolError
-            _fresh_output()
-            try:
-                _fresh_input(request["stdin"])
-            except OSError as failed:
-                failure = f"the standard input does not fit: {_describe(failed)}", None
-            else:
-                failure = _run(request["code"], name, main.__dict__)
+            failure = _run(request["code"], name, main.__dict__)
             _flush_output()
-        else:
-            failure, value = _move_file(request, here)
         if _getpid() != own_pid:
             # A child that the cell forked has run past the cell's end: it does not answer for its parent.
             os._exit(0)
+        if failure is None and value is None:
+            # Like the message above without the encoder of JSON, which writes to sixty pages.
+            _write(frames.enclose(b'{"cell":%d,"status":"ok","error":"","line":null,"value":null}' % number))
+            continue
         status, error, line = ("ok", "", None) if failure is None else ("error", *failure)
         _send({"cell": number, "status": status, "error": error, "line": line, "value": value})
+
+
+def _offer_tools(cell: int, tools: dict[str, list[str]]) -> None:
+    """Put a function for each tool into the builtins, so that a variable of the code with its name stays what it is."""
+    for name, parameters in tools.items():
+        vars(builtins)[name] = _tool(cell, name, parameters)
+    if tools:
+        vars(builtins)["ToolError"] = ToolError
 
 
 def _tool(cell: int, name: str, parameters: list[str]) -> Callable[..., str]:
@@ -188,6 +200,9 @@ def _fresh_input(text: str) -> None:
         os.dup2(read_end, 0)
         os.close(read_end)
     else:
+        # Not at the top: it brings six libraries, whose mappings would make every fork slower.
+        import tempfile
+
         with tempfile.TemporaryFile(dir=".") as file:
             file.write(data)
             file.seek(0)
@@ -248,6 +263,9 @@ def _line(exception: BaseException, name: str) -> int | None:
 
 
 def _send(message: dict[str, Any]) -> None:
-    data = frames.encode(message)
+    _write(frames.encode(message))
+
+
+def _write(data: bytes) -> None:
     while data:
         data = data[os.write(_CONTROL_FD, data) :]

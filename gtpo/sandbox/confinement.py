@@ -12,7 +12,6 @@ import resource
 import signal
 import struct
 import sysconfig
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,7 +238,8 @@ def make_box(plan: Plan) -> str:
         _mount("tmpfs", BOX, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options)
         box = BOX
     else:
-        box = tempfile.mkdtemp(dir=plan.scratch)
+        box = f"{plan.scratch}/{os.urandom(8).hex()}"
+        os.mkdir(box, 0o700)
         if plan.uid is not None:
             os.chown(box, plan.uid, plan.uid)
     os.chdir(box)

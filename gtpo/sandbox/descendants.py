@@ -63,12 +63,12 @@ class ProcessTree:
         All of it where we may not look: that takes CAP_SYS_PTRACE.
         """
         try:
-            fields = self._fields(f"{process.pid}/smaps_rollup")
+            rollup = self._read(f"{process.pid}/smaps_rollup")
         except PermissionError:
             return process.memory_bytes
         except (FileNotFoundError, ProcessLookupError):
             return 0
-        return _bytes(fields, "Pss_Anon") + _bytes(fields, "Pss_Shmem")
+        return _bytes(rollup, "Pss_Anon") + _bytes(rollup, "Pss_Shmem")
 
     def own_memory(self) -> tuple[int, int]:
         """Of this process: the size of its address space and what of its memory it shares with no file, in bytes."""
@@ -76,17 +76,18 @@ class ProcessTree:
         return size, resident - shared
 
     def _look(self, pid: int) -> Descendant:
-        fields = self._fields(f"{pid}/status")
+        status = self._read(f"{pid}/status")
+        state, num_threads = _field(status, "State")[0], int(_field(status, "Threads"))
         return Descendant(
             pid=pid,
-            namespace_pid=int(fields["NSpid"].split()[-1]),
+            namespace_pid=int(_field(status, "NSpid").split()[-1]),
             # The first thread can end before the others.
-            alive=fields["State"][0] not in "ZX" or fields["Threads"] != "1",
-            stopped=fields["State"][0] == "T",
-            num_threads=int(fields["Threads"]),
+            alive=state not in "ZX" or num_threads != 1,
+            stopped=state == "T",
+            num_threads=num_threads,
             # A process that is ending has no memory lines any more.
-            memory_bytes=_bytes(fields, "RssAnon") + _bytes(fields, "RssShmem"),
-            peak_bytes=_bytes(fields, "VmHWM"),
+            memory_bytes=_bytes(status, "RssAnon") + _bytes(status, "RssShmem"),
+            peak_bytes=_bytes(status, "VmHWM"),
         )
 
     def _threads(self, pid: int) -> list[int]:
@@ -99,11 +100,6 @@ class ProcessTree:
     def _children(self, pid: int, thread: int) -> list[int]:
         return [int(child) for child in self._read(f"{pid}/task/{thread}/children").split()]
 
-    def _fields(self, path: str) -> dict[str, str]:
-        # The name of a process may hold any character but the newline: the kernel escapes it.
-        lines = self._read(path).split("\n")
-        return {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
-
     def _read(self, path: str) -> str:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._proc_fd)
         try:
@@ -112,6 +108,18 @@ class ProcessTree:
             os.close(fd)
 
 
-def _bytes(fields: dict[str, str], name: str) -> int:
+def _field(text: str, name: str) -> str:
+    """What the line of that name says, but the first line's, which a process chooses: "" where there is none.
+
+    The kernel escapes newlines, so no process can make a line.
+
+    >>> _field("Name:\\tA\\nState:\\tS (sleeping)\\n", "State")
+    'S (sleeping)'
+    """
+    _, found, rest = text.partition(f"\n{name}:")
+    return rest.partition("\n")[0].strip() if found else ""
+
+
+def _bytes(text: str, name: str) -> int:
     """The size of that name, which is given in kilobytes; 0 where there is none."""
-    return int(fields.get(name, "0").split()[0]) * 1024
+    return int((_field(text, name) or "0").split()[0]) * 1024

@@ -24,7 +24,11 @@ def encode(message: dict[str, Any]) -> bytes:
     >>> encode({"a": 1})
     b'\\x00\\x00\\x00\\x07{"a":1}'
     """
-    body = _to_json(message).encode("utf-8", "surrogatepass")
+    return enclose(_to_json(message).encode("utf-8", "surrogatepass"))
+
+
+def enclose(body: bytes) -> bytes:
+    """The JSON `body` as one frame; ValueError when it is longer than MAX_FRAME_BYTES."""
     if len(body) > MAX_FRAME_BYTES:
         raise ValueError(f"a frame must have at most {MAX_FRAME_BYTES} bytes, got {len(body)}")
     return HEADER.pack(len(body)) + body
