@@ -116,11 +116,19 @@ PRESETS: dict[str, Preset] = {
         """,
     ),
     "turn_rloo": Preset(
-        Method(gamma=1.0, scope="group_turn", centre="leave_one_out", scale="none", singleton="keep"),
+        Method(
+            gamma=1.0,
+            scope="group_turn",
+            centre="leave_one_out",
+            scale="none",
+            singleton="keep",
+            aggregation="constant",
+        ),
         "ours: leave-one-out for turns, unbiased on all processes of docs/credit.md",
         """
         The sum of rewards from this turn on, minus the mean of the other trajectories' at the same turn; all of it
-        where no other got that far. Rewards and loss of gtpo. By hand: first turns 1 - 1/4, 1/2 - 1/2 and 0 - 3/4; the
+        where no other got that far. Rewards and clips of gtpo; the mean over tokens is dr_grpo's,
+        which no length enters. By hand: first turns 1 - 1/4, 1/2 - 1/2 and 0 - 3/4; the
         second turn is alone.
 
         >>> group_advantages(method, [[0.0, 1.0], [0.5], [0.0]])

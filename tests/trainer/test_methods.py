@@ -196,7 +196,8 @@ LOSSES = {
     # no source has a loss for arXiv 2511.14846: that of DAPO, for the baseline of its paper too
     "gtpo": Loss("token-mean", 0.2, 0.28),
     "gtpo_dense": Loss("token-mean", 0.2, 0.28),
-    "turn_rloo": Loss("token-mean", 0.2, 0.28),
+    # ours: free of lengths, so that all of it is unbiased (docs/credit.md)
+    "turn_rloo": Loss("constant", 0.2, 0.28),
     "grpo": Loss("token-mean", 0.2, 0.28),
     # the paper gives no clip
     "deepseek_grpo": Loss("seq-mean-token-mean", kl="k3", kl_coef=0.04),
