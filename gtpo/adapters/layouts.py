@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gtpo.adapters.options import PER_BATCH, CreditSettings, credit_settings
+from gtpo.adapters.ragged import flat_floats, flat_ints
 from gtpo.credit import method_advantages
 from gtpo_kernels import TurnAdvantages
 from gtpo_kernels.checks import check_tensor
@@ -193,7 +194,7 @@ def list_turn_advantages(
     if num_tokens is not None:
         if [len(row) for row in num_tokens] != counts:
             raise ValueError("num_tokens must have one entry for every turn of turn_rewards, got other lengths")
-        lengths = torch.tensor([*chain.from_iterable(num_tokens)], dtype=torch.long)
+        lengths = flat_ints("num_tokens", num_tokens)
         if (lengths < 0).any():
             raise ValueError(f"num_tokens must be 0 or more, got {int(lengths.min())}")
         # only whether there are any counts elsewhere, and one token says so
@@ -366,12 +367,7 @@ def _flat_turns(
         for row in rows:
             if not isinstance(row, Sequence) or isinstance(row, str):
                 raise ValueError(f"turn_rewards must have a list of floats for each trajectory, got {row!r}")
-        try:
-            flat = torch.tensor([*chain.from_iterable(rows)], dtype=torch.float32)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"turn_rewards must have a list of floats for each trajectory: {error}") from None
-        if flat.dim() != 1:
-            raise ValueError("turn_rewards must have a list of floats for each trajectory, got lists of lists")
+        flat = flat_floats("turn_rewards", rows)
         num_turns = torch.tensor([len(row) for row in rows], dtype=torch.long)
     cu_turns = torch.nn.functional.pad(num_turns.cumsum(0), (1, 0))
     return flat.to(device), cu_turns.to(device)

@@ -55,27 +55,29 @@ def compute_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     Raises ValueError under context parallelism, which cuts responses up, and for rewards of another function.
     """
     masks = [torch.as_tensor(mask) for mask in rollout_data["loss_masks"]]
-    rewards = rollout_data["rewards"]
-    for place, (turns, mask) in enumerate(zip(rewards, masks, strict=True)):
-        if not isinstance(turns, Tensor) or turns.dim() != 1:
+    lengths, rewards = [mask.shape[0] for mask in masks], rollout_data["rewards"]
+    wrong = next((row for row, turns in enumerate(rewards) if getattr(turns, "ndim", None) != 1), None)
+    if wrong is not None:
+        raise ValueError(
+            f"rewards must be those of gtpo.adapters.slime.reward_post_process, response {wrong} has "
+            f"{rewards[wrong]!r}: pass it as --custom-reward-post-process-path"
+        )
+    for name in ("log_probs", "rollout_log_probs"):
+        present = [len(row) for row in rollout_data.get(name) or ()] or lengths
+        place = next((row for row, (n, length) in enumerate(zip(present, lengths, strict=True)) if n != length), None)
+        if place is not None:
             raise ValueError(
-                f"rewards must be those of gtpo.adapters.slime.reward_post_process, response {place} has {turns!r}: "
-                "pass it as --custom-reward-post-process-path"
+                f"{name} must have one entry for each response token, response {place} has {present[place]} of "
+                f"{lengths[place]}: context parallelism is not supported"
             )
-        for name in ("log_probs", "rollout_log_probs"):
-            present = rollout_data.get(name)
-            if present and len(present[place]) != len(mask):
-                raise ValueError(
-                    f"{name} must have one entry for each response token, response {place} has "
-                    f"{len(present[place])} of {len(mask)}: context parallelism is not supported"
-                )
+    by_turn = [turns.tolist() for turns in rewards]
     turn_ids = turn_ids_of_runs(torch.nn.utils.rnn.pad_sequence(masks, batch_first=True))
     counted = (torch.nn.functional.pad(turn_ids, (0, 1), value=-1).amax(dim=1) + 1).tolist()
-    for place, (turns, count) in enumerate(zip(rewards, counted, strict=True)):
+    for place, (turns, count) in enumerate(zip(by_turn, counted, strict=True)):
         if count > len(turns):
             raise ValueError(f"response {place} has {count} turns, but rewards of {len(turns)}")
-    by_token = advantages_by_token([turns.tolist() for turns in rewards], turn_ids.cpu()).to(turn_ids.device)
-    advantages = [row[: len(mask)] for row, mask in zip(by_token, masks, strict=True)]
+    by_token = advantages_by_token(by_turn, turn_ids.cpu()).to(turn_ids.device)
+    advantages = [row[:length] for row, length in zip(by_token.unbind(), lengths, strict=True)]
     rollout_data["advantages"] = advantages
     rollout_data["returns"] = list(advantages)
-    rollout_data["rewards"] = [float(turns.mean()) if len(turns) else 0.0 for turns in rollout_data["rewards"]]
+    rollout_data["rewards"] = [sum(turns) / max(len(turns), 1) for turns in by_turn]

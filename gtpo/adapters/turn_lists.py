@@ -1,13 +1,14 @@
 """Turns of ragged lists, as trainers hold them before they are padded."""
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gtpo.adapters.layouts import turn_ids_of_runs
+from gtpo.adapters.ragged import flat_floats, flat_ints
 
 
 def padded_turn_ids(sampled: Sequence[Sequence[int]], *, name: str = "loss_mask") -> Tensor:
@@ -19,31 +20,27 @@ def padded_turn_ids(sampled: Sequence[Sequence[int]], *, name: str = "loss_mask"
     >>> padded_turn_ids([[1, 0, 1], [1]]).tolist()
     [[0, -1, 1], [0, -1, -1]]
     """
-    inside = _inside([len(row) for row in sampled])
+    width = max(map(len, sampled), default=0)
     try:
-        # a thousand times faster than a tensor of integers, and one entry more, since a buffer must not be empty
-        data = bytearray(b"".join(bytes(list(row)) for row in sampled) + b"\0")
+        # a byte a token: a tensor of integers takes ten times as long.  One more, since a buffer must not be empty
+        data = bytearray(b"".join(bytes(list(row)).ljust(width, b"\0") for row in sampled) + b"\0")
     except (TypeError, ValueError):
         data = bytearray(b"\2")
-    if max(data) > 1:
+    flat = torch.frombuffer(data, dtype=torch.uint8)
+    if flat.max() > 1:
         raise ValueError(f"{name} must hold 0 and 1 only, as integers or bools")
-    flat = torch.frombuffer(data, dtype=torch.bool)
-    return turn_ids_of_runs(torch.zeros_like(inside).masked_scatter_(inside, flat))
+    return turn_ids_of_runs(flat[:-1].view(torch.bool).view(len(sampled), width))
 
 
-def padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """[B, longest] int64, -1 where a list is shorter.
+def padded(rows: Sequence[Sequence[int]], *, name: str = "turn_ids") -> Tensor:
+    """[B, longest] int64, -1 where a list is shorter.  name: of the argument, for the error.
 
     >>> padded([[0, 0, 1], [0]]).tolist()
     [[0, 0, 1], [0, -1, -1]]
     """
-    inside = _inside([len(row) for row in rows])
-    flat = torch.tensor([*chain.from_iterable(rows)], dtype=torch.long)
-    return torch.full(inside.shape, -1).masked_scatter_(inside, flat)
-
-
-def _inside(lengths: Sequence[int]) -> Tensor:
-    return torch.arange(max(lengths, default=0)) < torch.tensor(lengths, dtype=torch.long)[:, None]
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    inside = torch.arange(max(map(len, rows), default=0)) < lengths[:, None]
+    return torch.full(inside.shape, -1).masked_scatter_(inside, flat_ints(name, rows))
 
 
 def turn_lengths(turn_ids: Tensor) -> list[list[int]]:
@@ -53,10 +50,9 @@ def turn_lengths(turn_ids: Tensor) -> list[list[int]]:
     [[2, 1], []]
     """
     num_turns = F.pad(turn_ids, (0, 1), value=-1).amax(dim=1) + 1
-    ends = num_turns.cumsum(0)
-    flat = (turn_ids + (ends - num_turns)[:, None])[turn_ids >= 0]
-    counts = torch.bincount(flat, minlength=int(num_turns.sum())).tolist()
-    return [counts[end - count : end] for end, count in zip(ends.tolist(), num_turns.tolist(), strict=True)]
+    places = _places(turn_ids, num_turns).flatten()
+    counts = iter(torch.bincount(places, minlength=int(num_turns.sum())).tolist())
+    return [[*islice(counts, count)] for count in num_turns.tolist()]
 
 
 def advantages_by_token(advantages: Sequence[Sequence[float]], turn_ids: Tensor) -> Tensor:
@@ -67,6 +63,12 @@ def advantages_by_token(advantages: Sequence[Sequence[float]], turn_ids: Tensor)
     >>> advantages_by_token([[1.0, 2.0], [3.0]], torch.tensor([[0, -1, 1], [0, 0, -1]])).tolist()
     [[1.0, 0.0, 2.0], [3.0, 3.0, 0.0]]
     """
-    flat = torch.tensor([*chain.from_iterable(advantages), 0.0])  # the last of which the index -1 finds
-    counts = torch.tensor([len(row) for row in advantages], dtype=torch.long)
-    return flat[torch.where(turn_ids >= 0, turn_ids + (counts.cumsum(0) - counts)[:, None], -1)]
+    num_turns = torch.tensor([len(row) for row in advantages], dtype=turn_ids.dtype)
+    flat = flat_floats("advantages", [*advantages, [0.0]])
+    return flat.index_select(0, _places(turn_ids, num_turns).flatten()).view(turn_ids.shape)
+
+
+def _places(turn_ids: Tensor, num_turns: Tensor) -> Tensor:
+    """[B, T]: the number, over all rows, of each token's turn; where it has none, the number of all turns."""
+    first = num_turns.cumsum(0, dtype=turn_ids.dtype) - num_turns
+    return torch.where(turn_ids >= 0, turn_ids + first[:, None], int(num_turns.sum()))

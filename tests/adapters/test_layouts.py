@@ -292,8 +292,12 @@ IDS, REWARDS = torch.tensor([[0, -1, 1], [0, 0, -1]]), [[0.0, 1.0], [0.0]]
             "turn 1 of trajectory 1 has none",
         ),
         (lambda: list_turn_advantages(REWARDS, "aa", num_tokens=[[1, 1], [-1]]), "num_tokens must be 0 or more"),
+        (lambda: list_turn_advantages(REWARDS, "aa", num_tokens=[[1, 1], [1.5]]), "num_tokens must have a list of int"),
         (lambda: list_turn_advantages([["a"], [0.0]], "aa"), "turn_rewards must have a list of floats"),
-        (lambda: list_turn_advantages([[[0.0]], [[1.0]]], "aa"), "got lists of lists"),
+        (
+            lambda: list_turn_advantages([[[0.0]], [[1.0]]], "aa"),
+            "list of floats for each trajectory: must be real number, not list",
+        ),
         (lambda: list_turn_advantages(REWARDS, None), r"group_ids must be a list, .* of labels, got None"),
         (lambda: padded_turn_advantages(REWARDS, IDS, torch.zeros(2, 1)), r"group_ids must be .*, got shape \(2, 1\)"),
         (lambda: number_groups([float("nan")] * 2, 2), "labels that can be told apart, got nan"),
