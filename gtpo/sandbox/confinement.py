@@ -357,12 +357,12 @@ def _landlock_ruleset(readable: tuple[str, ...], *, box: str | None = ".") -> in
     """A ruleset: read `readable` and the devices, change the directory `box`, connect to nothing, signal nobody."""
     abi = _checked(_libc.syscall(444, None, ctypes.c_size_t(0), 1), "landlock_create_ruleset")
     write, read, read_dir, truncate = 1 << 1, 1 << 2, 1 << 3, 1 << 14
-    remove_dir, remove_file, make_dir, make_file = 1 << 4, 1 << 5, 1 << 7, 1 << 8
+    remove_dir, remove_file, make_dir, make_file, refer = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 13
     # Rights that the kernel knows: 13 in ABI 1, refer in 2, truncate in 3, TCP in 4, device ioctl in 5, scopes in 6.
     handled = (1 << (13 + (abi >= 2) + (abi >= 3))) - 1 | (1 << 15 if abi >= 5 else 0)
     attributes = struct.pack("=QQQ", handled, 3, 3)[: 24 if abi >= 6 else 16 if abi >= 4 else 8]
     ruleset = _checked(_libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset")
-    in_box = write | read | read_dir | truncate | remove_dir | remove_file | make_dir | make_file
+    in_box = write | read | read_dir | truncate | remove_dir | remove_file | make_dir | make_file | refer
     rules = [(path, read | (read_dir if os.path.isdir(path) else 0)) for path in readable]
     rules += [(path, read | write) for path in DEVICES] + ([] if box is None else [(box, in_box)])
     for path, rights in rules:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from dataclasses import dataclass
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# As bits. Those that wait are dropped by the kernel when the process is continued.
+_STOP_SIGNALS = sum(1 << number - 1 for number in (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU))
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,12 @@ class ProcessTree:
             return 0
         return _bytes(rollup, "Pss_Anon") + _bytes(rollup, "Pss_Shmem")
 
+    def has_waiting_signals(self, process: Descendant) -> bool:
+        """Whether `process`, which is stopped, will get a signal as soon as it runs."""
+        status = self._read(f"{process.pid}/status")
+        waiting = int(_field(status, "SigPnd") or "0", 16) | int(_field(status, "ShdPnd") or "0", 16)
+        return waiting & ~_STOP_SIGNALS != 0
+
     def own_memory(self) -> tuple[int, int]:
         """Of this process: the size of its address space and what of its memory it shares with no file, in bytes."""
         size, resident, shared = (int(field) * _PAGE_BYTES for field in self._read("self/statm").split()[:3])
@@ -77,10 +86,14 @@ class ProcessTree:
 
     def _look(self, pid: int) -> Descendant:
         status = self._read(f"{pid}/status")
+        namespace_pid = int(_field(status, "NSpid").split()[-1])
+        if namespace_pid == 0:
+            # Its parent reaps it while it is read. As an id for kill, 0 would name the keepers of all sessions.
+            raise ProcessLookupError(pid)
         state, num_threads = _field(status, "State")[0], int(_field(status, "Threads"))
         return Descendant(
             pid=pid,
-            namespace_pid=int(_field(status, "NSpid").split()[-1]),
+            namespace_pid=namespace_pid,
             # The first thread can end before the others.
             alive=state not in "ZX" or num_threads != 1,
             stopped=state == "T",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 
@@ -18,11 +19,11 @@ def empty_directory(path: str) -> None:
     number = 0
     while directories := _delete_files(path):
         for directory in directories:
-            os.chmod(directory, 0o700)
+            _open_up(directory)
             # What it holds moves up, so that no path gets longer than two names.
             for inner in _delete_files(directory):
                 number += 1
-                os.chmod(inner, 0o700)
+                _open_up(inner)
                 os.rename(inner, f"{path}/.gtpo-removed-{number}")
             os.rmdir(directory)
 
@@ -34,6 +35,12 @@ def remove_tree(path: str) -> None:
         os.rmdir(path)
     except OSError:
         return
+
+
+def _open_up(directory: str) -> None:
+    """Let its owner enter it. Who may enter any, as a keeper of root's does, need not own it."""
+    with contextlib.suppress(PermissionError):
+        os.chmod(directory, 0o700)
 
 
 def _delete_files(path: str) -> list[str]:

@@ -103,11 +103,17 @@ class SessionProcesses:
         return True
 
     def _is_held(self, snapshot: int) -> bool:
-        """Whether the snapshot waits, stopped; a cell may have killed it, which takes effect a moment later."""
+        """Whether the snapshot waits, stopped, as it was cloned.
+
+        A cell may have killed it, which takes effect a moment later, sent it signals that would end another cell, or
+        passed off something else as the clone, such as a process whose first thread has ended and which never stops.
+        """
         while self._tree is not None:
             found = [p for p in self._tree.descendants() if p.namespace_pid == snapshot]
-            if not found or not found[0].alive or found[0].stopped:
-                return bool(found) and found[0].stopped
+            if not found or not found[0].alive or found[0].num_threads != 1:
+                return False
+            if found[0].stopped:
+                return not self._tree.has_waiting_signals(found[0])
             time.sleep(0.0005)
         return False
 
@@ -198,6 +204,8 @@ class SessionProcesses:
 
 
 def _kill(pid: int) -> None:
+    # 0 names the process group, which the keepers of all sessions have in common.
+    assert pid != 0
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 

@@ -91,6 +91,8 @@ def _run_zygote(control: socket.socket, plan: confinement.Plan, config: dict[str
             importlib.import_module(name)
         exec(config["warm_up"], {})
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        # Not Python's: before Linux 6.12 a cell can send it to its keeper, where it would raise KeyboardInterrupt.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         gc.collect()
         gc.freeze()
         plan, missing = _measured(plan)

@@ -34,6 +34,13 @@ def test_stateless_calls_use_a_jail_again(cage):
     assert cage.do(run()) <= 1
 
 
+@pytest.mark.parametrize("cage", ["namespaces"], indirect=True)
+def test_directories_that_a_call_leaves_cost_no_jail(cage):
+    code = "import os\nos.makedirs('a/b')\nos.mkdir('closed', 0)"
+    states = [cage.do(cage.pool.run(code)).state for _ in range(2)]
+    assert states == [SessionState.ROLLED_BACK] * 2
+
+
 def test_input_and_files_go_in_and_files_come_out(cage):
     async def run():
         code = "import sys\nprint(input(), sys.stdin.read(), open('in.txt', 'rb').read(3))"

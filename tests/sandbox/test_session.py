@@ -134,6 +134,12 @@ def test_files_of_the_working_directory_last_and_are_private(cage):
     assert cage.cells("open('a.txt')")[0].error == "FileNotFoundError: [Errno 2] No such file or directory: 'a.txt'"
 
 
+def test_files_move_between_directories(cage):
+    code = "import os, shutil\nos.mkdir('a')\nos.mkdir('b')\nopen('a/x', 'w').write('1')\n"
+    code += "os.rename('a/x', 'b/x')\nshutil.move('a', 'b')\nprint(sorted(os.listdir('b')), os.listdir('.'))"
+    assert cage.cells(code)[0].stdout == "['a', 'x'] ['b']\n"
+
+
 def test_a_failing_setup_raises(cage):
     with pytest.raises(RuntimeError, match="setup_code: NameError: name 'nope' is not defined"):
         cage.cells("print(1)", setup="nope")

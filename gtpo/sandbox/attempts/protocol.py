@@ -31,6 +31,27 @@ ATTEMPTS = ends(
             (CRASH,),
             _CHANNEL,
         ),
+        "snapshot_without_its_first_thread": (
+            FRAME + "import ctypes, json, threading, time\n"
+            'frame(b\'{"cell":2,"status":"ok","error":""}\')\n'
+            "length = int.from_bytes(os.read(3, 4), 'big')\n"
+            "assert json.loads(os.read(3, length))['cell'] == 3\n"
+            "read_end, write_end = os.pipe()\n"
+            "child = os.fork()\n"
+            "if child == 0:\n"
+            "    if os.fork() == 0:\n"
+            "        threading.Thread(target=time.sleep, args=(99,)).start()\n"
+            "        os.write(write_end, b'x')\n"
+            "        ctypes.CDLL(None).pthread_exit(0)\n"
+            "    os._exit(0)\n"
+            "os.waitpid(child, 0)\n"
+            "os.read(read_end, 1)\n"
+            'frame(b\'{"cell":3,"snapshot":%d}\' % (child + 1))\n'
+            "time.sleep(0.05)\n"
+            "os._exit(0)",
+            (OK,),
+            (),
+        ),
         "answer_of_wrong_types": (
             FRAME + 'frame(b\'{"cell":2,"status":"ok","error":3,"line":[1]}\')\nwhile True: pass',
             (CRASH,),
