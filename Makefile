@@ -93,8 +93,9 @@ bias: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.bias
 
 #: make bench-adapters advantages through each adapter beside the trainers' own, and a step of TRL with our loss
-bench-adapters: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.adapters
+bench-adapters: $(VENV)/.dev .venv-adapters/.installed
+	.venv-adapters/bin/python -W ignore -m benchmarks.adapters
+	$(BIN)/python -m benchmarks.trl_step
 
 # GPU_PYTHON: the interpreter whose torch has the GPU, since .venv of this Makefile is made for CPUs.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)

@@ -12,11 +12,12 @@ COLUMNS = {
     *("name", "backend", "shape", "dtype", "mask_fraction"),
     *("cpu_s", "wall_s", "extra_mb", "ratio_to_floor", "error"),
 }
-# backends whose rows are absent in CI, and how the reasons begin: what needs a GPU, and a trainer that is no dependency
+TRAINERS = ("verl", "skyrl", "openrlhf", "areal", "tinker_cookbook")
+# backends whose rows are absent in CI, and how the reasons begin: what needs a GPU, and trainers that are no dependency
 ABSENT = {
     "cuda": ("absent: backend=",),
     "triton": ("absent: backend=", "absent: TRL 1.16 has no Liger loss"),
-    "verl": ("absent: No module named 'verl'",),
+    **{name: (f"absent: No module named {name!r}",) for name in TRAINERS},
 }
 
 pytestmark = pytest.mark.skipif(os.environ.get("GTPO_BENCH_SMOKE") != "1", reason="the commands have true sizes")
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("GTPO_BENCH_SMOKE") != "1", reaso
         (["credit", "--smoke"], "bench-credit"),
         (["skip", "--smoke"], "bench-skip"),
         (["adapters", "--smoke"], "bench-adapters"),
+        (["trl_step", "--smoke"], "bench-trl-step"),
         (["gpu_check", "--smoke", "--device", "cpu", "--tests"], "gpu-check"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

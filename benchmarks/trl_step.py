@@ -1,6 +1,11 @@
-"""Forward and backward of TRL's `_compute_loss`, one model and one batch, by `GRPOTrainer` and by `GTPOTrainer`."""
+"""`make bench-adapters`, its second half: forward and backward of TRL's loss, by `GRPOTrainer` and by `GTPOTrainer`.
+
+One model and one batch.  The floor is forward and backward of the model without its head.  TRL 1.16 has no Liger loss:
+`use_liger_kernel=True` exchanges layers of the model for Triton kernels, which need a GPU.
+"""
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -9,9 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Contestant, Outputs, Row, compare, find, set_ratios
+from benchmarks.measure import (
+    Contestant,
+    Outputs,
+    Row,
+    compare,
+    find,
+    parse_arguments,
+    publish,
+    set_ratios,
+    smoke_run,
+)
 from gtpo_kernels import BackendUnavailable
 
+CAPTION = """A step of TRL: forward and backward of its loss.
+CPU ms: of all threads; medians of interleaved rounds.  extra MiB: peak above what was held before, gradients included.
+errors: of loss, gradient of the head, of the embeddings, relative to float64.  x floor: see the module."""
 FLOOR = "floor: the model without its head"
 TRL_STEP, OUR_STEP, LIGER_STEP = "TRL's own loss", "GTPOTrainer", "TRL with use_liger_kernel"
 
@@ -197,3 +215,17 @@ def judge_step(rows: Sequence[Row]) -> None:
     for name, at_most in (("cpu_s", "CPU"), ("extra_mb", "memory")):
         pair = getattr(ours, name), getattr(theirs, name)
         ours.gate(f"{at_most} <= {TRL_STEP}", None not in pair and pair[0] <= pair[1])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(__doc__, arguments)
+    with smoke_run(options.smoke), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's own
+        rows = measure_step(SMOKE_STEP, rounds=1) if options.smoke else measure_step(FULL_STEP, rounds=11)
+    if not options.smoke:
+        judge_step(rows)
+    publish("bench-trl-step", f"{CAPTION}  Threads: {torch.get_num_threads()}.", rows, options.results)
+
+
+if __name__ == "__main__":
+    main()
