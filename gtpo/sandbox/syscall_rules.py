@@ -21,13 +21,14 @@ ALLOWED = """
 read write readv writev pread64 pwrite64 lseek fsync fdatasync ftruncate close close_range dup dup2 dup3 pipe pipe2 open
 openat access faccessat faccessat2 stat lstat fstat newfstatat statx readlink readlinkat getcwd chdir fchdir getdents64
 mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 umask select pselect6 poll ppoll nanosleep clock_nanosleep
-pause mmap munmap mremap mprotect madvise brk rt_sigprocmask rt_sigreturn rt_sigpending sigaltstack alarm
+pause munmap mremap mprotect madvise brk rt_sigprocmask rt_sigreturn rt_sigpending sigaltstack alarm
 getitimer setitimer restart_syscall getpid getppid gettid getuid geteuid getgid getegid getgroups getpgrp getpgid getsid
 clock_gettime clock_getres gettimeofday time times getrusage getrlimit getrandom uname sysinfo sched_getaffinity
 sched_yield getcpu futex exit exit_group
 """
 # Without the two that every new thread makes (rseq, set_robust_list) the C library gives up.
-ALLOWED_WITH_PROCESSES = "wait4 waitid kill tgkill set_robust_list rseq link linkat"
+# Arrays of multiprocessing ask with statfs how large their directory is.
+ALLOWED_WITH_PROCESSES = "wait4 waitid kill tgkill set_robust_list rseq link linkat statfs fstatfs"
 # Flags of clone that are refused: new namespaces, ptrace, pidfd, vfork (whose parent waits uninterruptibly), clone_io.
 CLONE_REFUSED = 0x7E02_0000 | 0x2000 | 0x80_0000 | 0x1000 | 0x4000 | 0x8000_0000
 # Calls that are harmless for some values of one argument only: name, argument, values.
@@ -38,6 +39,13 @@ ALLOWED_FOR = (
     ("fcntl", 1, (0, 1, 2, 3, 4, 5, 6, 7, 1030)),
     ("prlimit64", 0, (0,)),
     ("prctl", 0, (15,)),
+)
+# For what has none of these bits in one argument. mmap: no anonymous memory that is shared, which lasts as long as a
+# page of it is mapped by one process, and counts as nobody's; no huge pages, which are the host's.
+_MAP_SHARED, _MAP_ANONYMOUS, _MAP_HUGETLB = 0x1, 0x20, 0x4_0000
+ALLOWED_WITHOUT = (
+    ("mmap", 3, _MAP_SHARED | _MAP_HUGETLB),
+    ("mmap", 3, _MAP_ANONYMOUS | _MAP_HUGETLB),
 )
 # And for all values below 128 but one. rt_sigaction: not SIGCHLD, since the CPU time of children that the kernel reaps
 # itself, because their parent ignores that signal, is in nobody's account.
@@ -75,6 +83,8 @@ def generate(machine: str, *, processes: bool) -> bytes:
         for value in values:
             # the kernel looks at the low half only
             rules.add_rule(libseccomp.ALLOW, name, masked(argument, 0xFFFF_FFFF, value))
+    for name, argument, bits in ALLOWED_WITHOUT:
+        rules.add_rule(libseccomp.ALLOW, name, masked(argument, bits, 0))
     for name, argument, refused in ALLOWED_BUT_FOR:
         # libseccomp can ask for another number only of both halves; another number has another bit
         for bit in range(7):

@@ -140,6 +140,24 @@ def test_files_move_between_directories(cage):
     assert cage.cells(code)[0].stdout == "['a', 'x'] ['b']\n"
 
 
+@pytest.mark.parametrize("cage", ["namespaces"], indirect=True)
+def test_processes_of_a_cell_share_arrays_and_files(cage):
+    code = """
+import mmap, multiprocessing, os
+numbers = multiprocessing.Array("i", 3)
+open("f", "wb").write(bytes(8))
+file = mmap.mmap(os.open("f", os.O_RDWR), 8)
+def fill(i):
+    with numbers.get_lock(): numbers[i] = i
+    file[i] = 65 + i
+processes = [multiprocessing.Process(target=fill, args=(i,)) for i in range(3)]
+for process in processes: process.start()
+for process in processes: process.join()
+print(list(numbers), file[:4])
+"""
+    assert cage.cells(code)[0].stdout == "[0, 1, 2] b'ABC\\x00'\n"
+
+
 def test_a_failing_setup_raises(cage):
     with pytest.raises(RuntimeError, match="setup_code: NameError: name 'nope' is not defined"):
         cage.cells("print(1)", setup="nope")

@@ -98,6 +98,22 @@ def test_every_signal_may_be_handled_but_that_of_children(machine, rt_sigaction)
             assert verdict(machine, rt_sigaction, arguments=(sigchld,), processes=processes) == EPERM
 
 
+@pytest.mark.parametrize(("machine", "mmap"), [("x86_64", 9), ("aarch64", 222)])
+def test_memory_is_mapped_but_not_shared_without_a_file(machine, mmap):
+    shared, private, anonymous, huge, validated = 1, 2, 0x20, 0x40000, 3
+    for flags, answer in (
+        (private | anonymous, ALLOW),
+        (private | anonymous | 0x4000, ALLOW),
+        (private, ALLOW),
+        (shared, ALLOW),
+        (shared | anonymous, EPERM),
+        (validated | anonymous, EPERM),
+        (shared | anonymous | 1 << 32, EPERM),
+        (private | anonymous | huge, EPERM),
+    ):
+        assert verdict(machine, mmap, arguments=(0, 4096, 3, flags), processes=True) == answer
+
+
 @pytest.mark.parametrize("machine", ARCH)
 def test_a_call_of_another_architecture_kills(machine):
     i386 = 0x40000003
@@ -132,16 +148,17 @@ def test_the_shipped_program_is_what_libseccomp_makes_of_the_rules(machine, proc
     other = list(struct.iter_unpack("=HBBI", regenerated))
     values = [*range(24), *(1 << bit for bit in range(32)), *(1 << bit | 0x11 for bit in range(32))]
     values += [value for _, _, allowed in syscall_rules.ALLOWED_FOR for value in allowed]
+    values += [0x21, 0x22, 0x40022]
     for number in [*range(470), 0x40000000, 0xFFFFFFFF]:
         for value in values if number in TESTED_BY_ARGUMENT[machine] else [0]:
-            for arguments in ((value, 0), (0, value)):
+            for arguments in ((value, 0), (0, value), (0, 0, 0, value)):
                 assert run_filter(other, number, ARCH[machine], arguments) == verdict(
                     machine, number, arguments=arguments, processes=processes
                 )
 
 
-# ioctl, fcntl, prlimit64, prctl, rt_sigaction, clone
-TESTED_BY_ARGUMENT = {"x86_64": (16, 72, 302, 157, 13, 56), "aarch64": (29, 25, 261, 167, 134, 220)}
+# ioctl, fcntl, prlimit64, prctl, rt_sigaction, mmap, clone
+TESTED_BY_ARGUMENT = {"x86_64": (16, 72, 302, 157, 13, 9, 56), "aarch64": (29, 25, 261, 167, 134, 222, 220)}
 
 
 @pytest.mark.parametrize("machine", ARCH)

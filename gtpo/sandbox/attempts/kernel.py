@@ -57,7 +57,7 @@ ATTEMPTS += ends(
         "calls_of_another_architecture": (
             "import ctypes, mmap, os\nassert os.uname().machine == 'x86_64'\n"
             "code = b'\\xb8\\x14\\x00\\x00\\x00\\xcd\\x80\\xc3'\n"
-            "memory = mmap.mmap(-1, 4096, prot=7)\nmemory.write(code)\n"
+            "memory = mmap.mmap(-1, 4096, prot=7, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\nmemory.write(code)\n"
             "f = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))\n"
             "if f() > 0: print('ESCAPED')",
             (CRASH, ERROR, OK),

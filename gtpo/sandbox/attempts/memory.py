@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import CPU, CRASH, ERROR, OK, TIMEOUT, ends
+from gtpo.sandbox.attempts.attempt import CPU, CRASH, ERROR, OK, TIMEOUT, ends, refused
 
 _MEMORY = ("MemoryError", "memory limit", *CPU, "OSError", "the interpreter was killed", "PermissionError")
 
@@ -13,7 +13,8 @@ ATTEMPTS = ends(
         "growing_list": ("x = []\nwhile True: x.append(bytearray(2**23))", (ERROR, TIMEOUT, CRASH), _MEMORY),
         "small_objects": ("x = []\nwhile True: x.append([x])", (ERROR, TIMEOUT, CRASH), ()),
         "anonymous_maps": (
-            "import mmap\nx = []\nwhile True: x.append(mmap.mmap(-1, 2**24)); x[-1].write(b'x' * 2**24)",
+            "from mmap import *\nx = []\nwhile True:\n"
+            "    x.append(mmap(-1, 2**24, flags=MAP_PRIVATE | MAP_ANONYMOUS))\n    x[-1].write(b'x' * 2**24)",
             (ERROR, TIMEOUT, CRASH),
             _MEMORY,
         ),
@@ -45,4 +46,16 @@ ATTEMPTS = ends(
             ("OSError: [Errno 24]", "PermissionError"),
         ),
     },
+)
+# Pages of it stay when a process lets go of all mappings but one of a single page: so none would be counted.
+ATTEMPTS += refused(
+    "memory",
+    {
+        "shared_anonymous_map": "import mmap\nmmap.mmap(-1, 2**20)",
+        "shared_map_of_zeros": "import mmap\nwith open('/dev/zero', 'r+b') as f: mmap.mmap(f.fileno(), 2**20)",
+        "huge_pages": (
+            "import mmap\nhuge = 0x40000\nmmap.mmap(-1, 2**21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | huge)"
+        ),
+    },
+    ("PermissionError", "FileNotFoundError"),
 )
