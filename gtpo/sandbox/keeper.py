@@ -22,6 +22,8 @@ from gtpo.sandbox.session_processes import SessionProcesses
 _MAX_ERROR_CHARS = 2000
 # How often a running cell's memory and the CPU time of its children are looked at.
 _WATCH_S = 0.05
+# How long a cell that was cancelled at its start may take to leave a snapshot.
+_MAX_CLONE_S = 1.0
 # The trainer must be able to decode what a cell gives to a tool.
 _MAX_CALL_LEVELS = 64
 _MAX_PIECE_CHARS = 4 * math.ceil(frames.MAX_PIECE_BYTES / 3)
@@ -197,6 +199,8 @@ class Keeper:
         self._next_watch = self._wall_start + _WATCH_S
         # Since when the trainer works on a tool call of the cell.
         self._call_start: float | None = None
+        # By when the trainer's cancellation ends the cell.
+        self._cancel_time = math.inf
 
     def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a cell and wait for its answer; InterpreterGone or TimeoutError when there is none."""
@@ -210,18 +214,20 @@ class Keeper:
                 # The time of a tool is not the cell's.
                 wall_left = math.inf
             # A single thread spends no more CPU time than wall time passes.
-            pause = min(cpu_left, wall_left)
+            pause = min(cpu_left, wall_left, self._cancel_time - now)
             if self._plan.processes:
                 pause = min(pause, self._next_watch - now)
             ready = {key.fileobj for key, _ in self._selector.select(max(pause, 0.0))}
             if self._host in ready:
-                self._hear()
+                self._hear(request)
             if self._output_fd in ready:
                 self._take_output(once=True)
             if self._control in ready and (message := self._receive(request)) is not None:
                 return message
             if self._processes.pidfd in ready:
                 raise InterpreterGone
+            if self._cancel_time < math.inf and (self._processes.snapshot is not None or now >= self._cancel_time):
+                raise InterpreterGone("cancelled")
             if cpu_left <= 0:
                 raise TimeoutError(f"CPU time limit of {self._limits.cpu_time_s:g} s exceeded")
             if wall_left <= 0:
@@ -244,13 +250,16 @@ class Keeper:
         self._host.sendall(frames.encode({"call": {"name": name, "arguments": arguments}}))
         self._call_start = time.monotonic()
 
-    def _hear(self) -> None:
-        """Pass the trainer's answer to a tool call on to the cell; InterpreterGone where it cancels the cell."""
+    def _hear(self, request: dict[str, Any]) -> None:
+        """Pass the trainer's answer to a tool call on to the cell, or learn that it cancels the cell."""
         answer = None
         with contextlib.suppress(EOFError, OSError):
             answer = frames.read_frame(self._host.recv)
         if answer is not None and "cancel" in answer:
-            raise InterpreterGone("cancelled")
+            # Not before there is a snapshot to go on with.
+            clones = request["snapshot"] and self._plan.processes
+            self._cancel_time = time.monotonic() + (_MAX_CLONE_S if clones else 0.0)
+            return
         if answer is None or self._call_start is None:
             # The trainer closed the session, or died, in the middle of a cell.
             self._end_interpreter()

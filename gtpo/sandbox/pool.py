@@ -73,8 +73,7 @@ class SandboxPool:
         if self._min_tier < SandboxTier.LANDLOCK and not unsafe_no_isolation:
             raise ValueError(f"min_tier {min_tier!r} is no isolation: it takes unsafe_no_isolation=True")
         self._num_slots = max_concurrent or os.cpu_count() or 1
-        self._slots = asyncio.Semaphore(self._num_slots)
-        self._places = asyncio.Semaphore(max_sessions)
+        self._max_sessions = max_sessions
         self._num_prewarmed = num_prewarmed
         self._total_memory_bytes = total_memory_bytes
         self._num_waiting = 0
@@ -127,11 +126,14 @@ class SandboxPool:
 
     async def start(self) -> None:
         """Start the fork server and test its protections; SandboxUnavailable when they are below `min_tier`."""
-        if self._report is not None:
+        if self._work.open:
             raise RuntimeError("the sandbox pool is already started")
         if not sys.platform.startswith("linux"):
             raise SandboxUnavailable(f"running model-written code needs Linux, this is {sys.platform}")
         self._work.open = True
+        # Of this event loop, which need not be that of the start before.
+        self._slots = asyncio.Semaphore(self._num_slots)
+        self._places = asyncio.Semaphore(self._max_sessions)
         try:
             missing: dict[str, str] = {}
             for self._jail in fork_server.JAILS:
@@ -281,7 +283,13 @@ class SandboxPool:
                 await self._replace(None)
             server = self._server
             assert server is not None
-            ours, theirs = socket.socketpair()
+            try:
+                ours, theirs = socket.socketpair()
+            except OSError as failure:
+                raise SandboxUnavailable(
+                    f"no session can be started: {failure}. Each open session takes a descriptor: lower max_sessions, "
+                    "or raise the limit (ulimit -n)"
+                ) from failure
             with theirs:
                 try:
                     await server.spawn(theirs)

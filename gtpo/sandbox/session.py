@@ -19,11 +19,19 @@ if TYPE_CHECKING:
 
 # A session is built up anew by running its cells again; not if they took longer than this, or are larger.
 _MAX_REPLAY_CPU_S = 60.0
+_MAX_REPLAY_WALL_S = 120.0
 _MAX_REPLAY_BYTES = 4 * 2**20
 # A keeper that takes this much longer than its own limits is given up.
 _KEEPER_TIMEOUT_S = 60.0
 # The rest of the frame is for the code.
 _MAX_STDIN_BYTES = 3 * frames.MAX_FRAME_BYTES // 4
+
+
+class _ToolFailed(Exception):
+    """A tool that code called raised `error`: a fault neither of the code nor of the sandbox."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
 
 class SandboxSession:
@@ -55,7 +63,7 @@ class SandboxSession:
     def _forget_history(self) -> None:
         # What brought the session to its state, with a hash of what each request gave; None: cannot be repeated.
         self._history: list[tuple[dict[str, Any], int, ToolCalls]] | None = []
-        self._history_cpu_s = 0.0
+        self._history_cpu_s = self._history_wall_s = 0.0
         self._history_bytes = 0
 
     async def run(
@@ -67,8 +75,8 @@ class SandboxSession:
         their time is not the cell's.
 
         After a TIMEOUT or CRASH the variables are as before the cell (its files stay); without `rollback`, which
-        saves the snapshot, they are lost.  A cancelled cell leaves them as before it.  A cell under which the sandbox
-        failed is tried once more.
+        saves the snapshot, they are lost.  A cell that is cancelled before its end leaves them as before it, and so
+        does one whose tool raises, which is raised here.  A cell under which the sandbox failed is tried once more.
         """
         return await self._work.do(self._run(code, stdin, rollback=rollback, discard=False, tools=tools))
 
@@ -90,7 +98,11 @@ class SandboxSession:
     async def _get(self, name: str, max_bytes: int) -> bytes:
         data = b""
         while True:
-            piece = base64.b64decode(await self._move({"op": "get", "name": name, "offset": len(data)}))
+            text = await self._move({"op": "get", "name": name, "offset": len(data)})
+            try:
+                piece = base64.b64decode(text, validate=True)
+            except ValueError:
+                raise OSError(f"{name}: the session gave no data") from None
             data += piece
             if len(data) > max_bytes:
                 raise OSError(f"{name}: more than max_bytes={max_bytes}")
@@ -156,10 +168,12 @@ class SandboxSession:
                 if self._stream is None and not await self._rebuild():
                     faults.append("; ".join([*faults, "the session's variables could not be restored"]))
                     break
-                answer = await self._exchange(frame, self._calls)
+                answer = await self._exchange(frame, self._calls, live=request)
                 if answer["status"] != CellStatus.INFRA_ERROR.value:
                     return await self._conclude(request, answer, rollback=rollback, num_tries=len(faults) + 1)
                 faults.append(answer["error"])
+            except _ToolFailed as failure:
+                raise failure.error from None
             except (EOFError, OSError, RuntimeError) as failure:
                 faults.append(str(failure))
             self._pool._num_faults += 1
@@ -208,8 +222,10 @@ class SandboxSession:
         self._history.append((request | {"snapshot": False}, _outcome(answer), self._calls))
         self._history_bytes += self._calls.num_bytes
         self._history_cpu_s += answer["cpu_time_s"]
+        self._history_wall_s += answer["wall_time_s"]
         self._history_bytes += sum(len(request.get(key, "")) for key in ("code", "stdin", "data"))
-        if self._history_cpu_s > _MAX_REPLAY_CPU_S or self._history_bytes > _MAX_REPLAY_BYTES:
+        too_long = self._history_cpu_s > _MAX_REPLAY_CPU_S or self._history_wall_s > _MAX_REPLAY_WALL_S
+        if too_long or self._history_bytes > _MAX_REPLAY_BYTES:
             self._history = None
 
     async def _rebuild(self) -> bool:
@@ -259,7 +275,10 @@ class SandboxSession:
             await self._drop()
             raise SandboxUnavailable(f"the session has the layers {self.layers}, the self test had {report.layers}")
 
-    async def _exchange(self, request: bytes, calls: ToolCalls) -> dict[str, Any]:
+    async def _exchange(
+        self, request: bytes, calls: ToolCalls, *, live: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The answer to a request; `live` is the request as it was made, None where it is made again."""
         assert self._stream is not None
         reader, writer = self._stream
         calls.rewind()
@@ -274,13 +293,16 @@ class SandboxSession:
                     return answer
                 # other cells may run while a tool works for this one
                 self._slot.give_back()
-                reply = await calls.answer(answer["call"])
+                try:
+                    reply = await calls.answer(answer["call"])
+                except Exception as failure:
+                    raise _ToolFailed(failure) from failure
                 await self._slot.take()
                 request = frames.encode(reply)
         except TimeoutError:
             raise EOFError("the keeper does not answer") from None
-        except asyncio.CancelledError:
-            await (self._cancel(reader, writer) if self._work.open else self._drop())
+        except (asyncio.CancelledError, _ToolFailed):
+            await (self._cancel(reader, writer, live) if self._work.open else self._drop())
             raise
         except BaseException:
             # The answer to this cell may still come: the stream cannot be used again.
@@ -295,9 +317,11 @@ class SandboxSession:
         self._answer_bytes = None
         return frames.decode(body)
 
-    async def _cancel(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _cancel(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, live: dict[str, Any] | None
+    ) -> None:
         """Have the running cell ended. Where it leaves no snapshot to go on with, the processes end, too."""
-        state = None
+        state, answer = None, dict[str, Any]()
         try:
             async with asyncio.timeout(_KEEPER_TIMEOUT_S):
                 writer.write(frames.encode({"cancel": True}))
@@ -308,7 +332,10 @@ class SandboxSession:
             # It was ending anyway.
             pass
         finally:
-            if state != SessionState.ROLLED_BACK.value:
+            if state == SessionState.KEPT.value and live is not None:
+                # It had ended by then.
+                self._remember(live, answer)
+            elif state != SessionState.ROLLED_BACK.value:
                 await self._drop()
 
     async def _drop(self) -> None:

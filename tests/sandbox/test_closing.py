@@ -1,6 +1,7 @@
 """Closing while something runs, restarts that are interrupted, and what a trainer that is gone leaves behind."""
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gtpo.sandbox import CellStatus, SandboxPool, SandboxUnavailable, SessionState, fork_server, session_users
+from gtpo.sandbox import pool as pool_module
 from gtpo.sandbox.blocking import BlockingSandboxPool
 from gtpo.sandbox.code_tools import CodeTools
 from gtpo.sandbox.scratch import make_scratch
@@ -300,3 +302,42 @@ def test_directories_of_killed_trainers_are_removed_and_of_others_not(monkeypatc
     assert sorted(map(str, tmp_path.iterdir())) == sorted([used, new, str(tmp_path / "other")])
     os.close(used_lock)
     os.close(new_lock)
+
+
+def test_a_pool_starts_again_in_another_event_loop():
+    pool = SandboxPool(LIMITS, min_tier="landlock", max_concurrent=1, max_sessions=1)
+
+    async def run() -> list[str]:
+        async with pool:
+            # more than there are slots and places: some wait
+            results = await asyncio.gather(*(pool.run(f"print({i})") for i in range(3)))
+            return [result.stdout for result in results]
+
+    assert asyncio.run(run()) == asyncio.run(run()) == ["0\n", "1\n", "2\n"]
+
+
+def test_of_two_starts_at_once_one_is_refused():
+    async def run() -> list[object]:
+        pool = SandboxPool(LIMITS, min_tier="landlock")
+        try:
+            return await asyncio.gather(pool.start(), pool.start(), return_exceptions=True)
+        finally:
+            await pool.close()
+
+    first, second = asyncio.run(run())
+    assert first is None and "already started" in str(second)
+
+
+def test_too_many_open_files_are_named_with_what_to_do(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def run() -> None:
+        async with SandboxPool(LIMITS, min_tier="landlock") as pool:
+            with monkeypatch.context() as patch:
+                patch.setattr(pool_module.socket, "socketpair", refuse)
+                with pytest.raises(SandboxUnavailable, match=r"Too many open files.*lower max_sessions.*ulimit -n"):
+                    await pool.open()
+            await (await pool.open()).close()
+
+    asyncio.run(run())

@@ -1,13 +1,16 @@
 """What a cell's result says, and what lasts from cell to cell."""
 
 import asyncio
+import contextlib
 import os
 import signal
+import time
 from typing import Any
 
 import pytest
 
 from gtpo.sandbox import CellResult, CellStatus, SandboxLimits, SandboxPool, SandboxSession, SessionState
+from gtpo.sandbox import session as session_module
 from gtpo.sandbox.code_tools import CodeTools
 from tests.sandbox.conftest import children, is_alive
 
@@ -220,6 +223,89 @@ def test_a_cancelled_cell_is_rolled_back_to_what_no_replay_could_give(cage, code
 
     outputs, faults = cage.do(cancel())
     assert len(set(outputs)) == 1 and faults == 0
+
+
+@pytest.mark.parametrize("cage", ["namespaces"], indirect=True)
+@pytest.mark.parametrize("ended", [False, True], ids=["just begun", "just ended"])
+def test_the_moment_of_a_cancellation_costs_no_state(cage, ended):
+    async def cancel() -> tuple[str, list[CellResult]]:
+        session = await cage.pool.open()
+        await session.run("import os\nx = os.urandom(8)")
+        before = await session.run("print(x)")
+        results = []
+        for turns in range(2, 8):
+            running = asyncio.ensure_future(session.run("y = 1" if ended else "while True: pass"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if ended:
+                # the loop stands still, so the answer waits
+                time.sleep(0.02)
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+            results.append(await session.run("print(x)"))
+        await session.close()
+        return before.stdout, results
+
+    before, results = cage.do(cancel())
+    assert [(result.stdout, result.rebuilt) for result in results] == [(before, False)] * len(results)
+
+
+@pytest.mark.parametrize("failure", [OSError("down"), RuntimeError("broken"), KeyError("k")], ids=repr)
+def test_what_a_tool_raises_is_raised_and_is_no_fault_of_the_sandbox(cage, failure):
+    calls = []
+
+    async def call(name: str, arguments: dict[str, Any]) -> tuple[bool, str]:
+        calls.append(name)
+        raise failure
+
+    async def run() -> tuple[CellResult, float]:
+        session = await cage.pool.open()
+        faults = cage.pool.metrics()["sandbox/faults"]
+        await session.run("x = 1")
+        with pytest.raises(type(failure)) as raised:
+            await session.run("x = 2\nlook()", tools=CodeTools({"look": ()}, call))
+        assert raised.value is failure
+        after = await session.run("print(x)")
+        await session.close()
+        return after, cage.pool.metrics()["sandbox/faults"] - faults
+
+    after, faults = cage.do(run())
+    assert (after.stdout, calls, faults) == ("1\n", ["look"], 0)
+
+
+def test_a_forged_file_is_an_error(cage):
+    forge = """
+import json, os
+def read():
+    data = os.read(3, int.from_bytes(os.read(3, 4), "big"))
+    return json.loads(data)
+def answer(**message):
+    body = json.dumps(message | {"status": "ok", "error": ""}).encode()
+    os.write(3, len(body).to_bytes(4, "big") + body)
+answer(cell=1)
+answer(cell=read()["cell"], value="A")
+while True: pass
+"""
+
+    async def run() -> CellResult:
+        session = await cage.pool.open()
+        await session.run(forge)
+        with pytest.raises(OSError, match="f: the session gave no data"):
+            await session.get("f")
+        result = await session.run("print(1)")
+        await session.close()
+        return result
+
+    assert cage.do(run()).status is not CellStatus.INFRA_ERROR
+
+
+@pytest.mark.parametrize("cage", ["landlock"], indirect=True)
+def test_cells_that_waited_for_long_are_not_run_again(cage, monkeypatch):
+    crash = "import os\nos._exit(1)"
+    assert cage.cells("x = 1", crash)[1].state is SessionState.ROLLED_BACK
+    monkeypatch.setattr(session_module, "_MAX_REPLAY_WALL_S", 0.0)
+    assert cage.cells("x = 1", crash)[1].state is SessionState.LOST
 
 
 def test_input_that_is_too_long_is_the_callers_error(cage):
