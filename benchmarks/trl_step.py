@@ -1,7 +1,8 @@
 """`make bench-adapters`, its second half: forward and backward of TRL's loss, by `GRPOTrainer` and by `GTPOTrainer`.
 
-One model and one batch.  The floor is forward and backward of the model without its head.  TRL 1.16 has no Liger loss:
-`use_liger_kernel=True` exchanges layers of the model for Triton kernels, which need a GPU.
+One model and one batch, one advantage a completion.  The floor is forward and backward of the model without its head.
+TRL 1.16 has no Liger loss any more: its `use_liger_kernel=True` exchanges layers of the model for Triton kernels, which
+need a GPU.  Liger's GRPO loss is called as TRL did before, on the model's hidden states.
 """
 
 import tempfile
@@ -25,13 +26,12 @@ from benchmarks.measure import (
     set_ratios,
     smoke_run,
 )
-from gtpo_kernels import BackendUnavailable
 
 CAPTION = """A step of TRL: forward and backward of its loss.
 CPU ms: of all threads; medians of interleaved rounds.  extra MiB: peak above what was held before, gradients included.
 errors: of loss, gradient of the head, of the embeddings, relative to float64.  x floor: see the module."""
 FLOOR = "floor: the model without its head"
-TRL_STEP, OUR_STEP, LIGER_STEP = "TRL's own loss", "GTPOTrainer", "TRL with use_liger_kernel"
+TRL_STEP, OUR_STEP, LIGER_STEP = "TRL's own loss", "GTPOTrainer", "Liger's GRPO loss, once TRL's option"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def make_step(shape: StepShape, folder: str) -> Step:
         "completion_ids": torch.randint(2, shape.vocab, rows, generator=generator),
         "completion_mask": completion_mask,
         "tool_mask": (places // 4 % 3 != 1).long().expand(rows),
-        "advantages": torch.randn(rows, generator=generator),
+        "advantages": torch.randn(shape.num_rows, 1, generator=generator).expand(rows),
     }
     step = Step(trainer, inputs)
     inputs["num_items_in_batch"] = step.mask.sum()
@@ -165,10 +165,36 @@ def _our_step(step: Step) -> Callable[[], Outputs]:
 
 
 def _liger_step(step: Step) -> Callable[[], Outputs]:
-    raise BackendUnavailable(
-        "TRL 1.16 has no Liger loss any more: use_liger_kernel exchanges layers of the model for Triton kernels, and "
-        "this table is of the CPU"
+    """`compute_liger_loss` of earlier TRLs, and the settings that they made the loss with; it takes [B] advantages."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    trainer, inputs = step.trainer, step.inputs
+    module = LigerFusedLinearGRPOLoss(
+        beta=0.0,
+        epsilon_low=trainer.epsilon_low,
+        epsilon_high=trainer.epsilon_high,
+        temperature=trainer.temperature,
+        use_ref_model=False,
+        loss_type="dapo",
+        max_completion_length=trainer.max_completion_length,
     )
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    length = inputs["completion_ids"].shape[1]
+
+    def run() -> Outputs:
+        hidden = trainer.model.model(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        loss, _ = module(
+            _input=hidden[:, -length - 1 : -1],
+            lin_weight=trainer.model.lm_head.weight,
+            selected_token_ids=inputs["completion_ids"],
+            attention_mask=step.mask,
+            advantages=inputs["advantages"][:, 0],
+            old_per_token_logps=inputs["old_per_token_logps"],
+        )
+        return step.outputs(loss)
+
+    return run
 
 
 def _model_alone(step: Step) -> Callable[[], Outputs]:
@@ -185,7 +211,7 @@ def _model_alone(step: Step) -> Callable[[], Outputs]:
 STEPS: list[Contestant[Step]] = [
     Contestant(FLOOR, "torch", _model_alone),
     Contestant(TRL_STEP, "trl", _trl_step),
-    Contestant(LIGER_STEP, "triton", _liger_step),
+    Contestant(LIGER_STEP, "liger-kernel", _liger_step, compiles=True),
     Contestant(OUR_STEP, "cpp", _our_step),
 ]
 
