@@ -136,8 +136,7 @@ def build_trainer(
         args=GRPOConfig(output_dir=folder, **{**settings, **(arguments or {})}),
         train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "what is there"}]] * 4}),
         processing_class=tokenizer,
-        environment_factory=Box,
-        **{"reward_funcs": [first_look, answered], **options},
+        **{"environment_factory": Box, "reward_funcs": [first_look, answered], **options},
     )
 
 

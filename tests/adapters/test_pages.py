@@ -95,6 +95,6 @@ def test_rllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, keeps_steps: bool
     assert {"gtpo": gtpo_advantages} == advantage.REGISTRY
 
 
-@pytest.mark.parametrize("page", ["areal", "openrlhf", "skyrl"])
+@pytest.mark.parametrize("page", ["areal", "openrlhf", "skyrl", "slime"])
 def test_pages_that_need_no_trainer(page: str) -> None:
     run_python_blocks(PAGES / f"{page}.md")

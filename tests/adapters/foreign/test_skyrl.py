@@ -1,12 +1,17 @@
-"""SkyRL's own registries, estimators and losses beside ours."""
+"""SkyRL's own registries, estimators, losses and trainer class beside ours."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from skyrl.backends.skyrl_train.training_batch import TrainingInputBatch, pad_training_input_batch
 from skyrl.backends.skyrl_train.utils import ppo_utils
 from skyrl.train.config import AlgorithmConfig
+from skyrl.train.trainer import RayPPOTrainer
 
 from gtpo.adapters import skyrl as adapter
+from tests.adapters.attempts import ATTEMPTS, BY_TOKEN, MASK, TURN_IDS, assert_close, padded, token_rewards
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,3 +52,30 @@ def test_loss_is_skyrls_clip(seed: int) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-6)
     assert our_clip == pytest.approx(their_clip, abs=0.05)  # theirs counts a mean over sequences
+
+
+def test_skyrls_trainer_shows_the_turns_and_its_padding_has_none() -> None:
+    trainer = object.__new__(adapter.trainer_class())
+    assert isinstance(trainer, RayPPOTrainer)
+    algorithm = AlgorithmConfig(advantage_estimator="gtpo", gamma=0.9)
+    trainer.cfg = SimpleNamespace(
+        generator=SimpleNamespace(step_wise_trajectories=False), trainer=SimpleNamespace(algorithm=algorithm)
+    )
+    trainer.all_metrics = {}
+    lengths = torch.tensor([len(turns) for turns in TURN_IDS])
+    response_mask = (torch.arange(MASK.shape[1]) < lengths[:, None]).long()
+    batch = TrainingInputBatch(
+        {
+            "sequences": torch.zeros(MASK.shape, dtype=torch.long),
+            "attention_mask": response_mask,
+            "response_mask": response_mask,
+            "loss_mask": MASK.long(),
+            "rewards": token_rewards(),
+            "values": None,
+        }
+    )
+    batch.metadata = {"uids": list(ATTEMPTS.groups), "avg_response_length": 1.0}
+    found = trainer.compute_advantages_and_returns(pad_training_input_batch(batch, 2))
+    assert_close(found["advantages"][:-2], padded(BY_TOKEN))
+    assert not found["advantages"][-2:].any()
+    assert torch.equal(found["response_mask"][:-2], response_mask)

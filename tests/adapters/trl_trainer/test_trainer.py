@@ -214,6 +214,24 @@ def test_options_that_are_no_credit_are_refused_at_once(build: BUILT, credit: di
         build(credit=credit)
 
 
+def test_tools_may_be_plain_functions(build: BUILT) -> None:
+    def look() -> str:
+        """
+        Look into the box.
+        """
+        return "box is empty"
+
+    trainer = build(environment_factory=None, tools=[look], reward_funcs=[example.first_look])
+    inputs = generated(trainer)
+    rows = trainer._scored_rows()
+    assert {len(row.num_tokens) for row in rows} > {1}
+    mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
+    rewards = example.first_look(trainer._rollout.completions)
+    for row, values in enumerate(by_the_formula(rewards, [row // 4 for row in range(8)])):
+        by_token = np.repeat(values, rows[row].num_tokens).tolist()
+        assert inputs["advantages"][row][mask[row]].tolist() == pytest.approx(by_token, rel=1e-4, abs=1e-6)
+
+
 def test_async_reward_functions_may_return_turn_rewards(build: BUILT) -> None:
     async def turns(completions: list[Any], **columns: Any) -> list[list[float]]:
         return example.first_look(completions)
