@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from gtpo.methods import METHODS, Method, Term, check_method
+from gtpo.methods import METHODS, Method, Term, check_method, drop_idle
 
 
 @dataclass(frozen=True)
@@ -237,13 +237,6 @@ def _check(config: Config) -> None:
             'train.updates_per_rollout must be 1 with credit.surrogate = "reinforce", which has no ratio to correct '
             f"later updates by, got {config.train.updates_per_rollout}"
         )
-    shaping = ("format_penalty", "similarity_alpha", "execution_bonus", "execution_penalty")
-    unused = {name: value for name in shaping if (value := getattr(config.credit, name)) != 0}
-    if config.credit.reward == "outcome" and unused:
-        raise ValueError(
-            'credit.reward = "outcome" pays no term of a turn, so these must be 0: '
-            + ", ".join(f"credit.{name}, got {value}" for name, value in unused.items())
-        )
 
 
 def config_from_dict(raw: Mapping[str, Any]) -> Config:
@@ -267,14 +260,19 @@ def config_from_dict(raw: Mapping[str, Any]) -> Config:
 
 
 def _overridden(preset: Mapping[str, Any], credit: Mapping[str, Any]) -> dict[str, Any]:
-    """The preset's fields under those given. `extra_terms` is a list, or {"0": {...}}: fields of the preset's terms."""
+    """The preset's fields under those given, less what these leave without effect.
+
+    `extra_terms` is a list, or {"0": {...}}: fields of the preset's terms.
+    """
     terms = credit.get("extra_terms")
     if isinstance(terms, Mapping):
         changed = [dict(term) for term in preset["extra_terms"]]
         for number, fields in terms.items():
-            _entry(changed, number, f"credit.extra_terms.{number}").update(fields)
+            term = _entry(changed, number, f"credit.extra_terms.{number}")
+            term.update(drop_idle({**term, **fields}, fields, Term))
         terms = changed
-    return {**preset, **credit} | ({} if terms is None else {"extra_terms": terms})
+    merged = drop_idle({**preset, **credit}, credit, Method)
+    return merged if terms is None else {**merged, "extra_terms": terms}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

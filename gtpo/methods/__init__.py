@@ -5,7 +5,7 @@ A `Method` is one row of settings, `PRESETS` holds the published ones. Nothing h
 """
 
 from gtpo.methods.describe import describe_credit, describe_loss
-from gtpo.methods.method import Method, Term, check_method
+from gtpo.methods.method import Method, Term, check_method, drop_idle
 from gtpo.methods.presets import METHODS, NAMESAKES, PRESETS, Preset
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "check_method",
     "describe_credit",
     "describe_loss",
+    "drop_idle",
 ]

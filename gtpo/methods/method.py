@@ -1,7 +1,8 @@
 """What a method of the family can be: what a turn is credited with, and what the loss makes of it, as one record."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 Quantity = Literal["turn_return", "trajectory_return", "outcome", "turn_reward"]
 Order = Literal["discount_first", "normalise_first"]
@@ -82,6 +83,8 @@ class Method:
     mask_void_turns: Annotated[bool, "keep those with a void turn out of the loss"] = False
 
 
+# Rewards of turns, which an outcome has none of.
+_SHAPING = ("format_penalty", "similarity_alpha", "execution_bonus", "execution_penalty")
 # Where a field has one of these values, the fields named after it have no effect.
 _IDLE_IN_LOSS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("kl", ("none",), "kl_coef"),
@@ -110,9 +113,20 @@ def check_method(method: Method) -> None:
         ...
     ValueError: credit.kl_coef has no effect with credit.kl = 'none': it must be 0.0, got 0.1
     """
-    _check_idle(method, "credit", (*_IDLE_IN_LOSS, *_IDLE_IN_TERM))
+    _check_idle(method, "credit")
     for number, term in enumerate(method.extra_terms):
-        _check_idle(term, f"credit.extra_terms.{number}", _IDLE_IN_TERM)
+        _check_idle(term, f"credit.extra_terms.{number}")
+    if method.whiten and not method.extra_terms and method.weight > 0 and method.weight != 1:
+        raise ValueError(
+            "credit.weight has no effect with credit.whiten = True and no further term: "
+            f"it must be 1.0, got {method.weight}"
+        )
+    unused = {name: value for name in _SHAPING if (value := getattr(method, name)) != 0}
+    if method.reward == "outcome" and unused:
+        raise ValueError(
+            'credit.reward = "outcome" pays no term of a turn, so these must be 0: '
+            + ", ".join(f"credit.{name}, got {value}" for name, value in unused.items())
+        )
     if method.kl != "none" and method.kl_coef == 0:
         raise ValueError(f"credit.kl_coef must be above 0 with credit.kl = {method.kl!r}, got {method.kl_coef}")
     if method.rollout_correction == "masked" and method.rollout_correction_low > method.rollout_correction_high:
@@ -122,8 +136,27 @@ def check_method(method: Method) -> None:
         )
 
 
-def _check_idle(record: Method | Term, where: str, table: tuple[tuple[str, tuple[str, ...], str], ...]) -> None:
-    for cause, values, names in table:
+def drop_idle(fields: Mapping[str, Any], given: Collection[str], record: type[Method] | type[Term]) -> dict[str, Any]:
+    """Fields of a preset, some of them overridden (`given`): what these leave without effect is back at its default.
+
+    >>> drop_idle({**vars(Method(kl="k3", kl_coef=0.1)), "kl": "none"}, {"kl"}, Method)["kl_coef"]
+    0.0
+    """
+    settled = dict(fields)
+    for cause, values, names in _idle_tables(record):
+        if settled[cause] in values:
+            for name in names.split():
+                if name not in given and settled[name] != "none":
+                    settled[name] = getattr(record, name)
+    return settled
+
+
+def _idle_tables(record: type[Method] | type[Term]) -> tuple[tuple[str, tuple[str, ...], str], ...]:
+    return (*_IDLE_IN_LOSS, *_IDLE_IN_TERM) if record is Method else _IDLE_IN_TERM
+
+
+def _check_idle(record: Method | Term, where: str) -> None:
+    for cause, values, names in _idle_tables(type(record)):
         if getattr(record, cause) not in values:
             continue
         idle = [name for name in names.split() if getattr(record, name) not in (getattr(type(record), name), "none")]

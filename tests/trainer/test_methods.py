@@ -1,6 +1,7 @@
 """Every preset's credit against a loop written from its formula; presets in training, in the config, in the listing."""
 
 import dataclasses
+import doctest
 import math
 import random
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from gtpo.__main__ import main
 from gtpo.config import config_from_dict, load_config
 from gtpo.credit import anchor_ids, assign_credit, check_credit, credit_rules, method_advantages
-from gtpo.methods import METHODS, PRESETS, Method, Term, check_method, describe_credit, describe_loss
+from gtpo.methods import METHODS, PRESETS, Method, Term, check_method, describe_credit, describe_loss, presets
 from gtpo.rewards import turn_rewards
 from gtpo.types import ToolResult, ToolStatus
 from gtpo_kernels import CreditRule, turn_advantages
@@ -255,7 +256,7 @@ def test_a_preset_is_chosen_by_name_and_any_field_overridden(name: str) -> None:
     config = config_from_dict({"method": name})
     assert config.credit == METHODS[name]
     check_credit(config.credit)
-    changed = {"weight": 0.25, "aggregation": "constant", "kl": "k2", "kl_coef": 0.5, "mask_truncated": True}
+    changed = {"weight": -1.0, "aggregation": "constant", "kl": "k2", "kl_coef": 0.5, "mask_truncated": True}
     config = config_from_dict({"method": name, "credit": changed})
     assert config.credit == dataclasses.replace(METHODS[name], **changed)  # type: ignore[arg-type]
 
@@ -362,6 +363,11 @@ def test_the_trainer_gives_every_method_what_it_needs() -> None:
         ({"scope": "none", "singleton": "keep"}, "credit.singleton has no effect with"),
         ({"quantity": "outcome", "gamma": 0.5}, "credit.gamma has no effect with credit.quantity = 'outcome'"),
         (
+            {"whiten": True, "weight": 0.5},
+            "credit.weight has no effect with credit.whiten = True and no further term: it must be 1.0, got 0.5",
+        ),
+        ({"reward": "outcome"}, "pays no term of a turn, so these must be 0: credit.format_penalty, got 0.1"),
+        (
             {"extra_terms": (Term(), Term(quantity="turn_reward", gamma=0.5))},
             "credit.extra_terms.1.gamma has no effect with credit.extra_terms.1.quantity = 'turn_reward'",
         ),
@@ -372,6 +378,40 @@ def test_a_field_that_would_be_ignored_is_refused(fields: dict[str, Any], messag
         check_method(dataclasses.replace(METHODS["gtpo"], **fields))
     with pytest.raises(ValueError, match=message):
         config_from_dict({"method": "gtpo", "credit": dataclasses.asdict(Method(**fields))})
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "back_at_default"),
+    [
+        ("deepseek_grpo", {"kl": "none"}, "kl_coef"),
+        ("deepseek_grpo", {"surrogate": "reinforce"}, "clip_high"),
+        ("matchtir", {"surrogate": "cispo"}, "dual_clip"),
+        ("gspo", {"surrogate": "reinforce"}, "ratio_level clip_low clip_high"),
+        ("mt_grpo", {"scale": "none"}, "eps"),
+        ("grpo", {"quantity": "outcome"}, "gamma"),
+        ("dr_grpo", {"scope": "none"}, "population"),
+    ],
+)
+def test_what_an_override_leaves_without_effect_is_dropped_and_refused_where_it_is_given(
+    method: str, given: dict[str, Any], back_at_default: str
+) -> None:
+    names = back_at_default.split()
+    defaults = {name: getattr(Method, name) for name in names}
+    assert defaults != {name: getattr(METHODS[method], name) for name in names}
+    expected = dataclasses.replace(METHODS[method], **given, **defaults)
+    assert config_from_dict({"method": method, "credit": given}).credit == expected
+    kept = {name: getattr(METHODS[method], name) for name in names}
+    with pytest.raises(ValueError, match=f"credit.{names[0]}.* has no effect with credit.{next(iter(given))} = "):
+        config_from_dict({"method": method, "credit": {**given, **kept}})
+
+
+def test_a_term_of_a_preset_drops_what_an_override_leaves_without_effect(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('method = "mt_grpo"\n')
+    (term,) = load_config(path, ["--credit.extra_terms.0.scale", "none"]).credit.extra_terms
+    assert term == dataclasses.replace(METHODS["mt_grpo"].extra_terms[0], scale="none", eps=Term.eps)
+    with pytest.raises(ValueError, match=r"credit\.extra_terms\.0\.eps has no effect"):
+        load_config(path, ["--credit.extra_terms.0.scale", "none", "--credit.extra_terms.0.eps", "0.5"])
 
 
 def test_a_field_that_has_an_effect_is_taken() -> None:
@@ -387,6 +427,18 @@ def test_a_field_that_has_an_effect_is_taken() -> None:
 def test_without_a_ratio_a_rollout_is_good_for_one_update() -> None:
     with pytest.raises(ValueError, match=r"train.updates_per_rollout must be 1 with credit.surrogate = .*, got 4"):
         config_from_dict({"method": "rloo", "train": {"updates_per_rollout": 4}})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_preset_has_an_example_that_is_run(name: str) -> None:
+    """Tokens of the example are seen to be checked: with another weight it fails."""
+    example = presets.__test__[name]
+    assert example.count(">>> group_advantages(method, [") >= 1
+    for method, is_failed in ((METHODS[name], False), (dataclasses.replace(METHODS[name], weight=-1.0), True)):
+        runner = doctest.DocTestRunner(verbose=False)
+        globs = {"METHODS": {name: method}}
+        found = doctest.DocTestParser().get_doctest(example, globs, name, None, None)
+        assert bool(runner.run(found, out=lambda text: None).failed) is is_failed
 
 
 def test_methods_are_listed_with_formula_and_source(capsys: pytest.CaptureFixture[str]) -> None:
