@@ -50,7 +50,7 @@ OVERRIDES: dict[str, tuple[dict[str, Any], Any]] = {
     "dual_clip": ({}, 1.05),
     "aggregation": ({}, "seq-mean-token-mean"),
     "aggregation_constant": ({"aggregation": "constant"}, 7.0),
-    "kl": ({"kl_coef": 0.1}, "k3"),
+    "kl": ({"kl": "k2", "kl_coef": 0.1}, "k3"),
     "kl_coef": ({"kl": "k2", "kl_coef": 0.1}, 0.5),
     "entropy_coef": ({}, 0.1),
     "rollout_correction": ({}, "truncated"),
