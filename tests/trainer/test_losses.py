@@ -17,7 +17,7 @@ from tests.trainer.conftest import tiny_policy
 from tests.trainer.test_trainer import make_optimizer, make_trainer
 
 LOSSES = {
-    **{name: METHODS[name] for name in ("gtpo", "deepseek_grpo", "dr_grpo", "rloo", "gspo", "cispo", "matchtir")},
+    **METHODS,
     "turn ratio": Method(ratio_level="turn", clip_low=0.05, clip_high=0.05, dual_clip=1.02, entropy_coef=0.1),
     "truncated": Method(rollout_correction="truncated", rollout_correction_high=1.1, kl="k2", kl_coef=0.2),
     "masked turns": Method(

@@ -308,10 +308,11 @@ def test_what_a_credit_needs_and_lacks_is_named() -> None:
         method_advantages(METHODS["gigpo"], *batch)
 
 
-def test_the_trainer_gives_every_method_what_it_needs() -> None:
+@pytest.mark.parametrize("outcomes", [(1.0, 0.0), (0.0, 1.0)])
+def test_the_trainer_gives_every_method_what_it_needs(outcomes: tuple[float, float]) -> None:
     seen, other = (ToolResult(ToolStatus.OK, text) for text in ("seen", "other"))
-    first = make_trajectory(make_turn(code="a"), make_turn(code="b"), make_turn(), outcome=1.0)
-    second = make_trajectory(make_turn(code="a"), make_turn(), outcome=0.0)
+    first = make_trajectory(make_turn(code="a"), make_turn(code="b"), make_turn(), outcome=outcomes[0])
+    second = make_trajectory(make_turn(code="a"), make_turn(), outcome=outcomes[1])
     for trajectory, results in ((first, (seen, other)), (second, (seen,))):
         for turn, result in zip(trajectory.turns, results, strict=False):
             turn.results = [result]
@@ -321,7 +322,7 @@ def test_the_trainer_gives_every_method_what_it_needs() -> None:
         (credit,) = assign_credit([[first, second]], rewards, method)
         trial = Trial(
             groups=[0, 0],
-            outcomes=[1.0, 0.0],
+            outcomes=list(outcomes),
             rewards=[reward.rewards for reward in rewards[0]],
             num_tokens=[[len(turn.completion_ids) for turn in t.turns] for t in (first, second)],
             anchors=[[0, 1, 2], [0, 1]],

@@ -88,8 +88,10 @@ def ours(method: Method, outcomes: Tensor, size: int, generator: random.Random) 
 @pytest.mark.parametrize(
     ("name", "file", "first", "settings"),
     [
-        ("grpo", "grpo_trainer.py", is_grpo, {"scale_rewards": "group"}),
-        ("dapo", "grpo_trainer.py", is_grpo, {"scale_rewards": "group"}),
+        *[
+            (name, "grpo_trainer.py", is_grpo, {"scale_rewards": "group"})
+            for name in ("grpo", "deepseek_grpo", "dapo", "gspo", "cispo", "simpletir")
+        ],
         ("dr_grpo", "grpo_trainer.py", is_grpo, {"scale_rewards": "none"}),
         ("rloo", "rloo_trainer.py", is_rloo, {"normalize_advantages": False}),
     ],

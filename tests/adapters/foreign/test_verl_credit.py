@@ -51,9 +51,11 @@ def padded_batch(seed: int) -> tuple[dict[str, Any], dict[str, Any], Tensor]:
 @pytest.mark.parametrize(
     ("name", "estimator", "options", "singleton"),
     [
-        ("grpo", core_algos.compute_grpo_outcome_advantage, {}, "keep"),
+        *[
+            (name, core_algos.compute_grpo_outcome_advantage, {}, "keep")
+            for name in ("grpo", "deepseek_grpo", "dapo", "gspo", "cispo", "simpletir")
+        ],
         ("grpo", core_algos.compute_grpo_vectorized_outcome_advantage, {}, "keep"),
-        ("gspo", core_algos.compute_grpo_outcome_advantage, {}, "keep"),
         ("dr_grpo", core_algos.compute_grpo_outcome_advantage, {"norm_adv_by_std_in_grpo": False}, "keep"),
         ("rloo", core_algos.compute_rloo_outcome_advantage, {}, "keep"),
         ("rloo", core_algos.compute_rloo_vectorized_outcome_advantage, {}, "zero"),
