@@ -96,6 +96,18 @@ def _segment(name: str, value: Any) -> str:
     return quote(text, safe="")
 
 
+def _decoded(data: bytes, encoding: str) -> str:
+    """`data` as text, in UTF-8 where the `encoding` that the server names is none of text.
+
+    >>> _decoded(b"abc", "rot13"), _decoded(b"\\xe4", "latin-1")
+    ('abc', 'ä')
+    """
+    try:
+        return data.decode(encoding, "replace")
+    except (LookupError, UnicodeError):
+        return data.decode("utf-8", "replace")
+
+
 class _Server:
     """The connection to the one server of a source, with its bounds."""
 
@@ -118,7 +130,9 @@ class _Server:
                 trust_env=False,
                 timeout=self._timeout_s,
             )
-        body = {"params": values} if method in ("GET", "DELETE") else {"json": values}
+        # httpx writes an object as Python does
+        params = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in values.items()}
+        body = {"params": params} if method in ("GET", "DELETE") else {"json": values}
         try:
             request = self._client.build_request(method, self._base_url + path, **body)
         except self._httpx.InvalidURL as error:
@@ -151,7 +165,7 @@ class _Server:
         if data and not kind.startswith(_TEXT_TYPES):
             text = f"[{kind.partition(';')[0]}, which is not text]"
         else:
-            text = data[: self._max_bytes].decode(response.encoding or "utf-8", "replace").strip()
+            text = _decoded(data[: self._max_bytes], response.encoding or "utf-8").strip()
             if len(data) > self._max_bytes:
                 text += f"\n[cut after {self._max_bytes} bytes]"
         if 200 <= code < 300:

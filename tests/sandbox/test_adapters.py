@@ -236,6 +236,79 @@ def test_the_answer_to_a_cancelled_cell_is_not_taken_for_that_to_the_next() -> N
     assert asyncio.run(run()) == ["first", "second"]
 
 
+def test_no_virtual_machine_outlives_a_cancelled_start_or_a_close_meanwhile() -> None:
+    alive: set[object] = set()
+
+    async def run() -> None:
+        asked, started, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        class Machine(E2BInterpreter):
+            async def kill(self) -> bool:
+                await ended.wait()
+                alive.discard(self)
+                return True
+
+        async def create() -> Machine:
+            machine = Machine()
+            alive.add(machine)
+            asked.set()
+            await started.wait()
+            return machine
+
+        sandbox = E2BSandbox(create, LIMITS)
+        ended.set()
+        opening = asyncio.ensure_future(sandbox.open())
+        await asked.wait()
+        opening.cancel()
+        asyncio.get_running_loop().call_soon(started.set)
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        assert not alive
+
+        session = await sandbox.open()
+        await session._abandon()
+        asked.clear()
+        started.clear()
+        running = asyncio.ensure_future(session.run("1"))
+        await asked.wait()
+        await session.close()
+        started.set()
+        with pytest.raises(RuntimeError, match="closed"):
+            await running
+        assert not alive
+
+        session = await sandbox.open()
+        ended.clear()
+        closing = asyncio.ensure_future(session.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        ended.set()
+        while alive:
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{}, {"cells": None}, {"cells": [None]}, {"cells": [{}]}, {"cells": [{"error": [{}], "stdout": "", "stderr": ""}]}],
+    ids=json.dumps,
+)
+def test_an_answer_of_another_form_is_a_fault_of_the_service(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    async def post(*_: object, **__: object) -> Any:
+        return {"status": "Success", **answer}
+
+    async def run() -> CellResult:
+        sandbox = SandboxFusion("http://127.0.0.1:1", LIMITS)
+        monkeypatch.setattr(sandbox, "post", post)
+        return await (await sandbox.open()).run("print(1)")
+
+    result = asyncio.run(run())
+    assert result.status is CellStatus.INFRA_ERROR and "an answer of another form" in result.error
+
+
 def test_a_server_that_does_not_reset_is_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     left = asyncio.Event()
 

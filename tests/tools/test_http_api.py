@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -34,6 +35,8 @@ class Api(BaseHTTPRequestHandler):
             self.answer(200, b"x" * 10_000)
         elif place == "/api/away":
             self.answer(302, b"", location="http://127.0.0.1:1/secret")
+        elif place.startswith("/api/charset/"):
+            self.answer(200, b"text", kind=f"text/plain; charset={place.rpartition('/')[2]}")
         elif place == "/api/image":
             self.answer(200, b"\x89PNG", kind="image/png")
         elif place == "/api/empty":
@@ -124,6 +127,12 @@ def test_arguments_go_into_path_query_and_body(url: str, monkeypatch: pytest.Mon
     assert all("secret" not in result.text for result in results)
 
 
+def test_an_object_goes_into_a_query_as_json(url: str) -> None:
+    near = {"type": "object"}
+    run_calls(url, {"get": endpoint("/get", near=near)}, [ToolCall("web_get", {"near": {"city": "Ulm", "open": True}})])
+    assert parse_qs(Api.requests[0][1].partition("?")[2]) == {"near": ['{"city": "Ulm", "open": true}']}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -151,6 +160,9 @@ def test_bad_arguments_send_nothing(url: str, arguments: dict[str, Any], message
         ("/code/500", ToolStatus.ERROR, "HTTP 500: it broke"),
         ("/away", ToolStatus.ERROR, "HTTP 302: the API answered with a redirect, which is not followed"),
         ("/image", ToolStatus.OK, "[image/png, which is not text]"),
+        ("/charset/rot13", ToolStatus.OK, "text"),
+        ("/charset/undefined", ToolStatus.OK, "text"),
+        ("/charset/idna", ToolStatus.OK, "text"),
         ("/empty", ToolStatus.OK, "(no output)"),
         ("/endless", ToolStatus.OK, "x" * 64 + "\n[cut after 64 bytes]"),
         ("/slow", ToolStatus.TIMEOUT, "the API did not answer within 0.05 seconds"),

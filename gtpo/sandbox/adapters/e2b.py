@@ -6,6 +6,7 @@ what the SDK itself reads (E2B_API_KEY).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import time
@@ -56,17 +57,22 @@ class _E2BSession(RemoteSession):
         self._interpreter: Interpreter | None = None
 
     async def _start(self) -> None:
+        creating = asyncio.ensure_future(self._create())
         try:
-            self._interpreter = await self._create()
+            try:
+                self._interpreter = await asyncio.shield(creating)
+            except asyncio.CancelledError:
+                # The service starts it all the same: wait for it, to end it.
+                self._interpreter = await creating
+                raise
         except Exception as error:  # SDKs raise classes of their own
             raise RemoteFault(f"no sandbox could be started: {type(error).__name__}: {error}") from error
 
     async def _stop(self) -> None:
         interpreter, self._interpreter = self._interpreter, None
         if interpreter is not None:
-            # it ends by itself where it cannot be told to
-            with contextlib.suppress(Exception):
-                await interpreter.kill()
+            # One who stops waiting does not stop it.
+            await asyncio.shield(_kill(interpreter))
 
     async def _execute(self, code: str, *, timeout_s: float) -> RemoteCell:
         assert self._interpreter is not None
@@ -81,6 +87,12 @@ class _E2BSession(RemoteSession):
         output = "".join([*execution.logs.stdout, *execution.logs.stderr])
         error = execution.error
         return RemoteCell(output, "" if error is None else f"{error.name}: {error.value}")
+
+
+async def _kill(interpreter: Interpreter) -> None:
+    # it ends by itself where it cannot be told to
+    with contextlib.suppress(Exception):
+        await interpreter.kill()
 
 
 def _default_create() -> Create:

@@ -74,6 +74,8 @@ class RemoteSession(ABC):
                 cell = await self._execute(f"__cell__ = {self._num_cells}\n{code}", timeout_s=limits.wall_time_s)
             except (RemoteTimeout, RemoteFault, RuntimeError) as failure:
                 await self._abandon()
+                if self._closed:
+                    raise RuntimeError("the sandbox session was closed during the call") from None
                 late = isinstance(failure, RemoteTimeout)
                 return CellResult(
                     CellStatus.TIMEOUT if late else CellStatus.INFRA_ERROR,
@@ -101,6 +103,8 @@ class RemoteSession(ABC):
         if self._started:
             return
         await self._start()
+        if self._closed:
+            raise RuntimeError("the sandbox session is closed")
         self._started = True
         if self._setup_code:
             try:

@@ -84,19 +84,25 @@ class _FusionSession(RemoteSession):
             "memory_limit_MB": self._service.limits.memory_bytes // 2**20,
         }
         answer = await self._service.post("/run_jupyter", body, timeout_s=total_s + _KERNEL_START_S)
-        if answer["status"] == "Failed":
-            driver = answer.get("driver") or {}
-            if driver.get("status") == "TimeLimitExceeded":
-                raise RemoteTimeout
-            raise RemoteFault(f"the kernel failed: {str(driver.get('stderr') or answer.get('message'))[:300]}")
-        if len(answer["cells"]) != len(cells):
-            raise RemoteFault(f"{len(cells)} cells were sent and {len(answer['cells'])} answered")
-        last = answer["cells"][-1]
+        try:
+            cell = _last_cell(answer, num_cells=len(cells))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise RemoteFault(f"an answer of another form: {type(error).__name__}: {error}") from error
         self._cells = cells
-        error = last["error"][0] if last["error"] else None
-        return RemoteCell(
-            last["stdout"] + last["stderr"], "" if error is None else f"{error['ename']}: {error['evalue']}"
-        )
+        return cell
+
+
+def _last_cell(answer: Mapping[str, Any], *, num_cells: int) -> RemoteCell:
+    if answer["status"] == "Failed":
+        driver = answer.get("driver") or {}
+        if driver.get("status") == "TimeLimitExceeded":
+            raise RemoteTimeout
+        raise RemoteFault(f"the kernel failed: {str(driver.get('stderr') or answer.get('message'))[:300]}")
+    if len(answer["cells"]) != num_cells:
+        raise RemoteFault(f"{num_cells} cells were sent and {len(answer['cells'])} answered")
+    last = answer["cells"][-1]
+    error = last["error"][0] if last["error"] else None
+    return RemoteCell(last["stdout"] + last["stderr"], "" if error is None else f"{error['ename']}: {error['evalue']}")
 
 
 def from_environment(limits: SandboxLimits | None = None, *, max_concurrent: int = 16) -> SandboxFusion:
