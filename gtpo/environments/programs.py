@@ -30,7 +30,7 @@ async def passes(sandbox: SandboxPool, program: str, cases: Sequence[ProgramCase
     """Whether `program` prints in every case what it must, each time in a process and a directory of its own.
 
     It fails where it raises, crashes, takes too long or prints too much: the limits are the pool's, and for each case.
-    What it writes to stderr is output, too. Cases behind the first failed one are not run.
+    What it writes to stderr does not count. Cases behind the first failed one are not run.
     Raises ValueError for no case, for an output longer than `sandbox.limits.output_bytes` and for an input that is too
     long for `sandbox.run`; SandboxUnavailable where the sandbox failed, which says nothing about the program.
     """
@@ -44,7 +44,7 @@ async def passes(sandbox: SandboxPool, program: str, cases: Sequence[ProgramCase
             )
     for case in cases:
         code = f"{program}\nprint({case.call})" if case.call else program
-        result = await sandbox.run(code, stdin=case.stdin)
+        result = await sandbox.run(code, stdin=case.stdin, with_stderr=False)
         if result.status is CellStatus.INFRA_ERROR:
             raise SandboxUnavailable(result.error)
         ended = result.status is CellStatus.OK or (not case.call and result.error in _PLAIN_EXITS)

@@ -104,9 +104,11 @@ class BlockingSandboxPool:
         """See `SandboxPool.open`."""
         return BlockingSession(self, self._wait(self._pool.open(setup_code)))
 
-    def run(self, code: str, *, stdin: str = "", files: Mapping[str, bytes] | None = None) -> CellResult:
+    def run(
+        self, code: str, *, stdin: str = "", files: Mapping[str, bytes] | None = None, with_stderr: bool = True
+    ) -> CellResult:
         """See `SandboxPool.run`."""
-        return self._wait(self._pool.run(code, stdin=stdin, files=files))
+        return self._wait(self._pool.run(code, stdin=stdin, files=files, with_stderr=with_stderr))
 
 
 class BlockingSession:

@@ -100,7 +100,7 @@ def _serve(clone: Callable[[], int] | None) -> NoReturn:
         if request["op"] == "run":
             # All of this before the clone: a page that is written to after it has to be copied.
             _offer_tools(number, request["tools"])
-            _fresh_output()
+            _fresh_output(with_stderr=request["with_stderr"])
             try:
                 _fresh_input(request["stdin"])
             except OSError as failed:
@@ -219,10 +219,10 @@ def _flush_output() -> None:
             continue
 
 
-def _fresh_output() -> None:
+def _fresh_output(*, with_stderr: bool) -> None:
     """Undo what the last cell did to stdout and stderr. Line buffered, so that a killed cell leaves its lines."""
-    for fd, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(_OUTPUT_FD, fd)
+    for fd, name, place in ((1, "stdout", _OUTPUT_FD), (2, "stderr", _OUTPUT_FD if with_stderr else _NULL_FD)):
+        os.dup2(place, fd)
         raw = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
         setattr(sys, name, io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True))
 

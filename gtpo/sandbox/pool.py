@@ -221,19 +221,22 @@ class SandboxPool:
         self._num_opened += 1
         return session
 
-    async def run(self, code: str, *, stdin: str = "", files: Mapping[str, bytes] | None = None) -> CellResult:
+    async def run(
+        self, code: str, *, stdin: str = "", files: Mapping[str, bytes] | None = None, with_stderr: bool = True
+    ) -> CellResult:
         """Run `code` once, in a process that has run no other code, beside nothing but `files`.
 
-        The jail is used again for later calls, without the process and the files.
+        The jail is used again for later calls, without the process and the files.  Unless `with_stderr`, what it writes
+        to stderr is thrown away.
         """
-        return await self._work.do(self._run(code, stdin, files or {}))
+        return await self._work.do(self._run(code, stdin, files or {}, with_stderr=with_stderr))
 
-    async def _run(self, code: str, stdin: str, files: Mapping[str, bytes]) -> CellResult:
+    async def _run(self, code: str, stdin: str, files: Mapping[str, bytes], *, with_stderr: bool) -> CellResult:
         session = self._idle.pop() if self._idle else await self._open()
         try:
             for name, data in files.items():
                 await session.put(name, data)
-            result = await session._run(code, stdin, rollback=True, discard=True)
+            result = await session._run(code, stdin, rollback=True, discard=True, with_stderr=with_stderr)
             session._forget()
         except BaseException:
             await session.close()

@@ -130,13 +130,21 @@ class SandboxSession:
             self._pool._release(self)
 
     async def _run(
-        self, code: str, stdin: str, *, rollback: bool, discard: bool, tools: CodeTools | None = None
+        self,
+        code: str,
+        stdin: str,
+        *,
+        rollback: bool,
+        discard: bool,
+        tools: CodeTools | None = None,
+        with_stderr: bool = True,
     ) -> CellResult:
         self._check_stdin(stdin)
         async with self._turn, self._slot:
             self._num_cells += 1
             parameters = {} if tools is None else {name: list(names) for name, names in tools.parameters.items()}
             request = {"op": "run", "number": self._num_cells, "code": code, "stdin": stdin, "tools": parameters}
+            request["with_stderr"] = with_stderr
             self._calls = ToolCalls(tools)
             result, _ = await self._request(request, rollback=rollback, discard=discard)
             self._pool._count(result)
@@ -254,7 +262,7 @@ class SandboxSession:
     async def _start(self) -> None:
         """Start the process and run the setup code as cell 0."""
         request = {"op": "run", "number": 0, "code": self._setup_code, "stdin": "", "tools": {}}
-        request |= {"cell": 0, "snapshot": False, "discard": False}
+        request |= {"with_stderr": True, "cell": 0, "snapshot": False, "discard": False}
         # One in reserve may have died unnoticed: then all are new.
         for in_reserve in (True, False):
             self._stream = await self._pool._spawn(in_reserve=in_reserve)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,11 @@ def test_verdicts() -> None:
             DOUBLE,
         ),
         ("def double(x): return x + x", CALLS),
+        (
+            "import sys, os\nos.write(2, b'x' * 10_000)\nprint('so far', file=sys.stderr)\nprint(2 * int(input()))",
+            DOUBLE,
+        ),
+        ("import warnings\nwarnings.warn('old')\ndef double(x): return x + x", CALLS),
     ]
     wrong = [
         ("print(2)", DOUBLE),
@@ -61,8 +67,8 @@ def test_a_program_finds_neither_the_expected_output_nor_what_another_run_left(m
     printed: list[str] = []
     run = SandboxPool.run
 
-    async def listen(pool: SandboxPool, code: str, *, stdin: str = "") -> CellResult:
-        result = await run(pool, code, stdin=stdin)
+    async def listen(pool: SandboxPool, code: str, **options: Any) -> CellResult:
+        result = await run(pool, code, **options)
         printed.append(result.stdout)
         return result
 
