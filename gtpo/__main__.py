@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gtpo.config import METHODS, Config, describe_keys, load_config
-from gtpo.methods import NAMESAKES, PRESETS, describe_credit, describe_loss
+from gtpo.methods import NAMESAKES, PRESETS, describe_credit, describe_loss, describe_reward
 from gtpo.sandbox import SandboxUnavailable
 
 if TYPE_CHECKING:
@@ -222,12 +222,16 @@ def _list_methods(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise _Refused(f"`gtpo methods` takes no arguments, got {' '.join(overrides)}")
     for name, preset in PRESETS.items():
         print(f"{name}  {preset.source}")
-        print(f"  reward  {preset.method.reward}")
+        print(f"  reward  {describe_reward(preset.method)}")
         print(f"  credit  {describe_credit(preset.method)}")
         print(f"  loss    {describe_loss(preset.method)}")
         print()
     print(
         'method = "NAME" selects one, the keys of [credit] override its fields; notes on each: gtpo/methods/presets.py'
+    )
+    print(
+        "norm[s](x) = (x - mean) / (deviation + eps) over the entries of scope s; centre[s](x) = x - mean;\n"
+        "leave-one-out[s](x) = x - mean of the others; whiten: norm over the tokens of the batch"
     )
     print("\nOther methods called GTPO:")
     for name, covered in NAMESAKES.items():

@@ -4,7 +4,7 @@ A `Method` is one row of settings, `PRESETS` holds the published ones. Nothing h
 `gtpo.credit`, the loss `gtpo_kernels`.
 """
 
-from gtpo.methods.describe import describe_credit, describe_loss
+from gtpo.methods.describe import describe_credit, describe_loss, describe_reward
 from gtpo.methods.method import Method, Term, check_method, drop_idle
 from gtpo.methods.presets import METHODS, NAMESAKES, PRESETS, Preset
 
@@ -18,5 +18,6 @@ __all__ = [
     "check_method",
     "describe_credit",
     "describe_loss",
+    "describe_reward",
     "drop_idle",
 ]

@@ -1,6 +1,24 @@
-"""Credit and loss of a method in a line each, read off its fields."""
+"""Reward, credit and loss of a method in a line each, read off its fields."""
 
 from gtpo.methods.method import Method, Term
+
+
+def describe_reward(method: Method) -> str:
+    """What a turn is paid, read off the fields.
+
+    >>> from gtpo.methods import METHODS
+    >>> describe_reward(METHODS["gtpo"])
+    'outcome or similarity 0.5, format -0.1'
+    >>> describe_reward(METHODS["grpo"])
+    'outcome, 0 with a format fault'
+    """
+    if method.reward == "outcome":
+        return "outcome, 0 with a format fault"
+    parts = [f"outcome or similarity {method.similarity_alpha:g}" if method.similarity_alpha else "outcome"]
+    parts += [f"format -{method.format_penalty:g}"] if method.format_penalty else []
+    if method.execution_bonus or method.execution_penalty:
+        parts += [f"execution {method.execution_bonus:g} / -{method.execution_penalty:g}"]
+    return ", ".join(parts)
 
 
 def describe_credit(method: Method) -> str:
@@ -47,6 +65,8 @@ def _describe_term(term: Term) -> str:
             operation = "centre" if term.centre == "mean" else "leave-one-out"
         else:
             operation = "norm" if term.centre == "mean" else "leave-one-out norm"
+        entries += ", ddof 0" if term.scale == "std" and term.ddof == 0 else ""
+        entries += ", a lone one kept" if term.singleton == "keep" else ""
         inner = "turn reward" if term.order == "normalise_first" else values
         values = f"{operation}[{term.scope.replace('_', ' and ')}{entries}]({inner})"
     elif term.order == "normalise_first":

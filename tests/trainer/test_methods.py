@@ -14,7 +14,17 @@ import torch
 from gtpo.__main__ import main
 from gtpo.config import config_from_dict, load_config
 from gtpo.credit import anchor_ids, assign_credit, check_credit, credit_rules, method_advantages
-from gtpo.methods import METHODS, PRESETS, Method, Term, check_method, describe_credit, describe_loss, presets
+from gtpo.methods import (
+    METHODS,
+    PRESETS,
+    Method,
+    Term,
+    check_method,
+    describe_credit,
+    describe_loss,
+    describe_reward,
+    presets,
+)
 from gtpo.rewards import turn_rewards
 from gtpo.types import ToolResult, ToolStatus
 from gtpo_kernels import CreditRule, turn_advantages
@@ -447,8 +457,11 @@ def test_methods_are_listed_with_formula_and_source(capsys: pytest.CaptureFixtur
     listing = capsys.readouterr().out
     for name, preset in PRESETS.items():
         assert f"{name}  {preset.source}\n" in listing
+        assert f"  reward  {describe_reward(preset.method)}\n" in listing
         assert f"  credit  {describe_credit(preset.method)}\n" in listing
         assert f"  loss    {describe_loss(preset.method)}\n" in listing
+    told = {(describe_reward(m), describe_credit(m), describe_loss(m)) for m in METHODS.values()}
+    assert len(told) == len(METHODS)
     assert "arXiv 2508.03772" in listing and "arXiv 2508.04349" in listing
     assert main(["methods", "--all", "1"]) == 2
 
