@@ -1,6 +1,7 @@
 """`combined_advantages`: every field of a `CreditRule`, and sums of terms, against the definition and by hand."""
 
 import itertools
+import random
 from typing import Any
 
 import pytest
@@ -39,12 +40,22 @@ GENERAL_RULES = [
 ]
 
 
+def with_every_pair_of_values(rules: list[CreditRule]) -> list[CreditRule]:
+    """Some of the rules, in which two fields have every pair of values that they have in all of them."""
+    seen: set[Any] = set()
+    kept = []
+    # of 200 orders the one that needs the fewest
+    for rule in random.Random(143).sample(rules, len(rules)):
+        pairs = set(itertools.combinations(rule._asdict().items(), 2))
+        if not pairs <= seen:
+            kept.append(rule)
+            seen |= pairs
+    return kept
+
+
 def test_every_rule_equals_the_reference(kernel: str) -> None:
     cases = [general_case(seed, torch.float64) for seed in range(3 if interpreted(kernel) else 6)]
-    for number, rule in enumerate(GENERAL_RULES):
-        # an interpreted kernel is given every seventh rule, so each value of each field
-        if interpreted(kernel) and number % 7:
-            continue
+    for rule in with_every_pair_of_values(GENERAL_RULES) if interpreted(kernel) else GENERAL_RULES:
         for case in cases:
             actual = combined_advantages(**case, terms=[CreditTerm(rule)], backend=kernel)
             expected = combined_advantages(**case, terms=[CreditTerm(rule)], backend="reference")
