@@ -232,6 +232,33 @@ def test_the_document_has_what_make_bias_found(kept: bias.Results) -> None:
         assert f"({plot.name})" in written and plot.stat().st_size < 150_000
 
 
+def test_what_the_document_says_of_the_tables_is_in_them(kept: bias.Results) -> None:
+    presets, credits = by_name(kept.presets), by_name(kept.credits)
+    on_policy = [process.name for process in PROCESSES if process.has_gradient and process.name != "late"]
+
+    def variance(findings: Findings, name: str, process: str) -> float:
+        found = findings[name, process].variance
+        assert found is not None
+        return found
+
+    unbiased = {name.strip("`") for name in bias_report.unbiased(kept.presets)}
+    assert unbiased == {"rloo", "turn_rloo", "dr_grpo"}
+    for name in ("deepseek_grpo", "gspo"):
+        assert all(7 < presets[name, process].angle[0] < 20 for process in on_policy if process != "two tasks")
+        assert max(variance(presets, name, process) for process in ("search", "limits")) < 0.7
+    assert 0.04 < presets["grpo", "padding"].bias / presets["deepseek_grpo", "padding"].bias < 0.07
+    assert variance(credits, "gtpo, gamma 1", "paid calls") == pytest.approx(5 / 6, abs=0.03)
+    assert variance(credits, "gtpo", "search") == pytest.approx(2, abs=0.2)
+    assert variance(credits, "gtpo", "paid calls") == pytest.approx(3.3, abs=0.3)
+    assert max(variance(presets, "turn_rloo", process) for process in on_policy) < 1.1
+    pooled = [f for f in kept.credits_by_size if (f.method, f.process) == ("gtpo, gamma 1", "search")]
+    assert sorted((f.angle[0] for f in pooled), reverse=True) == [f.angle[0] for f in pooled] and pooled[0].angle[0] < 7
+    assert presets["igpo", "paid calls"].cosine[2] < 0
+    assert max(METHODS, key=lambda name: presets[name, "late"].cosine[0]) == "cispo"
+    size = presets["gspo", "late"].size
+    assert size is not None and abs(size) < 0.1
+
+
 def test_the_document_lists_every_preset_as_it_is() -> None:
     for name, preset in PRESETS.items():
         row = next(line for line in DOCUMENT.splitlines() if line.startswith(f"| `{name}` |"))
