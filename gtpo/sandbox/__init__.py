@@ -13,9 +13,8 @@ Not covered anywhere: bugs of the kernel, CPU side channels, reading the clock, 
 within its own interpreter.
 
     async with SandboxPool(SandboxLimits(cpu_time_s=1.0)) as pool:
-        session = await pool.open("import math")
-        result = await session.run("print(math.pi)")
-        await session.close()
+        async with await pool.open("import math") as session:
+            result = await session.run("print(math.pi)")
 """
 
 from gtpo.sandbox.contract import (

@@ -178,6 +178,7 @@ def _move_file(request: dict[str, Any], here: str) -> tuple[tuple[str, int | Non
     path = os.path.join(here, request["name"])
     try:
         if request["op"] == "put":
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "ab" if request["offset"] else "wb") as file:
                 file.write(base64.b64decode(request["data"]))
             return None, None

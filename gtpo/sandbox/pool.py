@@ -38,7 +38,8 @@ class SandboxPool:
     profile: the libraries that cells can import ("plain", "math", "data").
     snapshots: clone the interpreter before each cell.  Without, a session whose cell failed is built up anew by running
         its earlier cells again, as it is where there can be no snapshots.
-    max_concurrent: cells that run at once (default: the CPUs); waiting for a turn counts for neither time limit.
+    max_concurrent: cells that run at once (default: the CPUs that we may use); waiting for a turn counts for neither
+        time limit.
     max_sessions: sessions that are open at once; `open()` waits for one to be closed.
     num_prewarmed: processes that wait for `open()`.
     total_memory_bytes: of all sessions together, by a cgroup; SandboxUnavailable where none can be made.
@@ -72,7 +73,7 @@ class SandboxPool:
         self._min_tier = SandboxTier.NONE if unsafe_no_isolation else SandboxTier.parse(min_tier)
         if self._min_tier < SandboxTier.LANDLOCK and not unsafe_no_isolation:
             raise ValueError(f"min_tier {min_tier!r} is no isolation: it takes unsafe_no_isolation=True")
-        self._num_slots = max_concurrent or os.cpu_count() or 1
+        self._num_slots = max_concurrent or _num_cpus()
         self._max_sessions = max_sessions
         self._num_prewarmed = num_prewarmed
         self._total_memory_bytes = total_memory_bytes
@@ -327,3 +328,8 @@ class SandboxPool:
             self._server = await self._launch()
         finally:
             self._restart = None
+
+
+def _num_cpus() -> int:
+    """Those that this process may use: fewer than there are where it is bound to some."""
+    return len(os.sched_getaffinity(0)) if sys.platform.startswith("linux") else os.cpu_count() or 1

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 from pathlib import PurePosixPath
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from gtpo.sandbox import frames
@@ -35,7 +36,7 @@ class _ToolFailed(Exception):
 
 
 class SandboxSession:
-    """One interpreter with its variables and files; made by `SandboxPool.open`.
+    """One interpreter with its variables and files; made by `SandboxPool.open`, closed at the end of an `async with`.
 
     `layers` are on in it, `missing` maps those that are off to the reason.
     """
@@ -66,6 +67,14 @@ class SandboxSession:
         self._history_cpu_s = self._history_wall_s = 0.0
         self._history_bytes = 0
 
+    async def __aenter__(self) -> SandboxSession:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
     async def run(
         self, code: str, *, stdin: str = "", rollback: bool = True, tools: CodeTools | None = None
     ) -> CellResult:
@@ -81,7 +90,8 @@ class SandboxSession:
         return await self._work.do(self._run(code, stdin, rollback=rollback, discard=False, tools=tools))
 
     async def put(self, name: str, data: bytes) -> None:
-        """Write the file `name` of the session's directory; OSError when the session cannot."""
+        """Write the file `name` of the session's directory, where directories in the name are made; OSError when the
+        session cannot."""
         self._check_name(name)
         await self._work.do(self._put(name, data))
 

@@ -34,6 +34,24 @@ def test_stateless_calls_use_a_jail_again(cage):
     assert cage.do(run()) <= 1
 
 
+def test_a_session_is_closed_at_the_end_of_its_block(cage):
+    async def run():
+        before = cage.pool.metrics()["sandbox/sessions_open"]
+        async with await cage.pool.open("x = 1") as session:
+            assert (await session.run("print(x)")).stdout == "1\n"
+        with pytest.raises(RuntimeError, match="closed"):
+            await session.run("1")
+        return cage.pool.metrics()["sandbox/sessions_open"] - before
+
+    assert cage.do(run()) == 0
+
+
+def test_as_many_cells_run_at_once_as_there_are_cpus_for_us(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert SandboxPool()._num_slots == 3
+
+
 @pytest.mark.parametrize("cage", ["namespaces"], indirect=True)
 def test_directories_that_a_call_leaves_cost_no_jail(cage):
     code = "import os\nos.makedirs('a/b')\nos.mkdir('closed', 0)"
@@ -50,6 +68,8 @@ def test_input_and_files_go_in_and_files_come_out(cage):
         await session.put("a.bin", data)
         doubled = await session.run("import os\ndata = open('a.bin', 'rb').read()\nopen('b.bin', 'wb').write(data * 2)")
         back = await session.get("b.bin")
+        await session.put("in/a/folder.txt", b"there")
+        assert (await session.run("print(open('in/a/folder.txt').read())")).stdout == "there\n"
         with pytest.raises(OSError, match="missing: FileNotFoundError"):
             await session.get("missing")
         with pytest.raises(OSError, match="more than max_bytes=1000"):
