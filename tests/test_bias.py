@@ -23,12 +23,12 @@ def by_name(findings: list[bias.Finding]) -> Findings:
 
 @pytest.fixture(scope="module")
 def credits() -> Findings:
-    return by_name(bias.study(300, bias.CREDITS, processes=bias.TURN_PROCESSES))
+    return by_name(bias.study(240, bias.CREDITS, processes=bias.TURN_PROCESSES))
 
 
 @pytest.fixture(scope="module")
 def presets() -> Findings:
-    return by_name(bias.study(250, METHODS, seed=1))
+    return by_name(bias.study(160, METHODS, seed=1))
 
 
 @pytest.fixture(scope="module")
