@@ -136,7 +136,7 @@ def _execution_terms(trajectory: Trajectory, method: Method) -> list[float]:
     terms = [0.0] * len(trajectory.turns)
     if method.execution_bonus == 0 and method.execution_penalty == 0:
         return terms
-    failures = (ToolStatus.ERROR, ToolStatus.TIMEOUT, ToolStatus.CRASH)
+    failures = (ToolStatus.ERROR, ToolStatus.TIMEOUT, ToolStatus.CRASH, ToolStatus.OUT_OF_MEMORY)
     earned = False
     for number, turn in enumerate(trajectory.turns):
         if any(result.status in failures for result in turn.results) or turn.as_expected is False:

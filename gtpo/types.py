@@ -23,6 +23,7 @@ class ToolStatus(Enum):
     ERROR = "error"
     TIMEOUT = "timeout"
     CRASH = "crash"
+    OUT_OF_MEMORY = "out_of_memory"
     MALFORMED = "malformed"
     UNKNOWN_TOOL = "unknown_tool"
     OVER_QUOTA = "over_quota"

@@ -1,95 +1,242 @@
-"""A memory cgroup for all processes of a pool, where the kernel lets us make one: version 2, else version 1."""
+"""Memory cgroups of a pool, where the kernel lets us make them: version 2, else version 1.
+
+    pool         all of it; bounded where `total_memory_bytes` is
+    |- server    launcher, zygote, keepers
+    `- 0, 1 ...  a session each: its interpreter and what that starts; another's when they have ended
+
+With version 1, CPU time is counted in a tree of the same form beside it.
+"""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
+import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from gtpo.sandbox.contract import SandboxLimits
+from gtpo.sandbox.directory_lock import lock_directory
+from gtpo.sandbox.session_cgroup import FILES, JOIN, RESET
+
 _PREFIX = "gtpo-sandbox-"
+_LIMIT = {1: "memory.limit_in_bytes", 2: "memory.max"}
+# Stacks and tables of the kernel for one process; tables of pages come on top.
+_KERNEL_BYTES_PER_PROCESS = 2**20
+_PAGES_PER_TABLE = 512
 
 
-class MemoryCgroup:
-    """A cgroup whose processes have at most `limit_bytes` of memory together; then the kernel kills one of them."""
+def session_bytes(limits: SandboxLimits, library_bytes: int, *, processes: bool) -> int:
+    """The limit of a session's cgroup: above what its keeper allows, so that it ends only what the keeper is late for.
 
-    def __init__(self, limit_bytes: int) -> None:
+    The keeper does not count the snapshot, which keeps the pages that the cell changes, nor files and the kernel's own
+    memory, which the kernel counts.
+    """
+    held = limits.memory_bytes + library_bytes
+    # As RLIMIT_NPROC.
+    num_processes = 3 + limits.max_processes if processes else 1
+    of_kernel = num_processes * (_KERNEL_BYTES_PER_PROCESS + held // _PAGES_PER_TABLE)
+    return held * (2 if processes else 1) + limits.file_bytes + of_kernel
+
+
+@dataclass(frozen=True)
+class _Hierarchy:
+    """A mounted tree of cgroups, and where in it one could be made, the likeliest first."""
+
+    version: int
+    controllers: tuple[str, ...]
+    parents: tuple[Path, ...]
+
+
+class PoolCgroup:
+    """The cgroups of a pool and its sessions; with `limit_bytes`, they have no more memory together."""
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
         """OSError where no cgroup with a limit can be made; the message says what was tried."""
+        self._locks: list[int] = []
+        self._paths: list[Path] = []
+        # Numbers of sessions' cgroups, with the trainer's socket to the session.
+        self._lent: list[tuple[int, socket.socket]] = []
+        self._free: collections.deque[int] = collections.deque()
+        self._num_made = 0
+        self._session_bytes: int | None = None
         tried = []
-        for parent, limit_file in _places():
-            _sweep(parent)
-            path = parent / f"{_PREFIX}{os.getpid()}-{time.monotonic_ns()}"
+        hierarchies = _hierarchies()
+        memory = [h for h in hierarchies if h.version == 2 or "memory" in h.controllers]
+        for self._version, parent in [(h.version, parent) for h in memory for parent in h.parents]:
             try:
-                path.mkdir()
+                self._make(parent, limit_bytes)
             except OSError as failure:
+                self.remove()
                 tried.append(str(failure))
                 continue
-            try:
-                # Not there where the parent does not hand the controller on.
-                fd = os.open(path / limit_file, os.O_WRONLY)
-                with open(fd, "w") as file:
-                    file.write(str(limit_bytes))
-            except OSError as failure:
-                tried.append(str(failure))
-                path.rmdir()
-                continue
-            # Else the excess goes to swap.
-            for swap_file, value in (("memory.swap.max", 0), ("memory.memsw.limit_in_bytes", limit_bytes)):
-                with contextlib.suppress(OSError):
-                    os.stat(path / swap_file)
-                    (path / swap_file).write_text(str(value))
-            self.path = path
+            if self._version == 1:
+                self._count_cpu_time(hierarchies)
             return
         raise OSError("; ".join(tried) or "no memory controller is mounted")
 
-    def add_family(self, pid: int) -> None:
-        """Move a process in, with its descendants; what they start from now on is in, too."""
+    def _make(self, parent: Path, limit_bytes: int | None) -> None:
+        self._make_tree(parent)
+        (path,) = self._paths
+        if self._version == 2:
+            _write(path / "cgroup.subtree_control", "+memory")
+        if limit_bytes is not None:
+            self._bound(path, limit_bytes)
+        (path / "server").mkdir()
+        # Not there where the parent does not hand the controller on.
+        os.stat(path / "server" / _LIMIT[self._version])
+
+    def _make_tree(self, parent: Path) -> None:
+        _sweep(parent)
+        path = parent / f"{_PREFIX}{os.getpid()}-{time.monotonic_ns()}"
+        path.mkdir()
+        self._paths.append(path)
+        lock = lock_directory(str(path))
+        if lock is None:
+            raise OSError(f"{path}: cannot be locked")
+        self._locks.append(lock)
+
+    def _count_cpu_time(self, hierarchies: list[_Hierarchy]) -> None:
+        for hierarchy in hierarchies:
+            if "cpuacct" in hierarchy.controllers and "memory" not in hierarchy.controllers:
+                with contextlib.suppress(OSError):
+                    self._make_tree(hierarchy.parents[0])
+
+    def _bound(self, path: Path, limit_bytes: int) -> None:
+        _write(path / _LIMIT[self._version], str(limit_bytes))
+        # Else the excess goes to swap.
+        for swap_file, value in (("memory.swap.max", 0), ("memory.memsw.limit_in_bytes", limit_bytes)):
+            with contextlib.suppress(FileNotFoundError):
+                _write(path / swap_file, str(value))
+
+    @property
+    def path(self) -> Path:
+        """That of the pool, whose memory is counted there."""
+        return self._paths[0]
+
+    def add_server(self, pid: int) -> None:
+        """Move the fork server in: a process with its descendants, and so what they start from now on."""
         family = [pid]
         for member in family:
-            (self.path / "cgroup.procs").write_text(str(member))
+            _write(self.path / "server" / JOIN, str(member))
             family += map(int, Path(f"/proc/{member}/task/{member}/children").read_text().split())
 
+    def bound_sessions(self, limit_bytes: int) -> None:
+        """From now on cgroups can be lent, of that size."""
+        self._session_bytes = limit_bytes
+        self._free.append(self._make_one())
+
+    def lend(self, session: socket.socket) -> list[tuple[str, int]]:
+        """Descriptors of a cgroup without processes, by their names: a session's until `session` is closed."""
+        for number, lender in self._lent:
+            if lender.fileno() < 0:
+                self._free.append(number)
+        self._lent = [(number, lender) for number, lender in self._lent if lender.fileno() >= 0]
+        number = self._free.popleft() if self._free else self._make_one()
+        if not self._is_empty(number):
+            # It is still ending.
+            self._free.append(number)
+            number = self._make_one()
+        self._lent.append((number, session))
+        return self._open(number)
+
+    def _make_one(self) -> int:
+        number, self._num_made = self._num_made, self._num_made + 1
+        for path in self._paths:
+            (path / str(number)).mkdir()
+        assert self._session_bytes is not None
+        self._bound(self.path / str(number), self._session_bytes)
+        return number
+
+    def _is_empty(self, number: int) -> bool:
+        return not any((path / str(number) / JOIN).read_text() for path in self._paths)
+
+    def _open(self, number: int) -> list[tuple[str, int]]:
+        files: list[tuple[str, int]] = []
+        try:
+            for path in self._paths:
+                files.append((JOIN, os.open(path / str(number) / JOIN, os.O_WRONLY | os.O_CLOEXEC)))
+                for name in FILES[self._version]:
+                    flags = os.O_CLOEXEC | (os.O_RDWR if name in RESET else os.O_RDONLY)
+                    with contextlib.suppress(FileNotFoundError):
+                        files.append((name, os.open(path / str(number) / name, flags)))
+        except BaseException:
+            for _, fd in files:
+                os.close(fd)
+            raise
+        return files
+
     def remove(self) -> None:
-        """Remove it after its processes have ended."""
-        # The kernel lets go of dead processes a little later than their parents do.
-        for _ in range(100):
-            try:
-                self.path.rmdir()
-                return
-            except FileNotFoundError:
-                return
-            except OSError:
-                time.sleep(0.005)
+        """Remove them after their processes have ended."""
+        for path in self._paths:
+            _remove(path)
+        for lock in self._locks:
+            os.close(lock)
+        self._paths, self._locks = [], []
 
 
-def _places() -> list[tuple[Path, str]]:
-    """Where a cgroup could be made, the likeliest first, and the name of its limit."""
-    own = dict(
-        (controllers, path)
-        for _, controllers, path in (line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines())
-    )
-    places = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+def _write(path: Path, text: str) -> None:
+    # Not made where it is not there.
+    with open(os.open(path, os.O_WRONLY | os.O_CLOEXEC), "w") as file:
+        file.write(text)
+
+
+def _remove(path: Path) -> None:
+    """Remove a cgroup and those in it, whose processes are ending."""
+    left = [*path.glob("*/"), path]
+    # The kernel lets go of dead processes a little later than their parents do.
+    for _ in range(100):
+        left = [one for one in left if not _is_removed(one)]
+        if not left:
+            return
+        time.sleep(0.005)
+
+
+def _is_removed(path: Path) -> bool:
+    try:
+        path.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _hierarchies(proc: Path = Path("/proc/self")) -> list[_Hierarchy]:
+    """The trees of cgroups that are mounted."""
+    lines = (line.split(":", 2) for line in (proc / "cgroup").read_text().splitlines())
+    own: dict[tuple[str, ...], str] = {tuple(controllers.split(",")): path for _, controllers, path in lines}
+    no_controllers: tuple[str, ...] = ("",)
+    found = []
+    for line in (proc / "mountinfo").read_text().splitlines():
         fields, _, filesystem = line.partition(" - ")
         root, mount_point = (part.replace("\\040", " ") for part in fields.split()[3:5])
         kind, _, options = filesystem.split(" ", 2)
         if kind == "cgroup2":
-            path, limit_file = own.get("", "/"), "memory.max"
-        elif kind == "cgroup" and "memory" in options.split(","):
-            path = next((path for names, path in own.items() if "memory" in names.split(",")), "/")
-            limit_file = "memory.limit_in_bytes"
+            controllers = no_controllers
+        elif kind == "cgroup":
+            controllers = next((names for names in own if set(names) <= set(options.split(","))), no_controllers)
         else:
             continue
+        path = own.get(controllers, "/")
         here = Path(mount_point, os.path.relpath(path, root) if path.startswith(root) else ".")
         # A cgroup of version 2 that has processes hands no controllers on, but its parents may.
         above = [parent for parent in here.parents if parent.is_relative_to(mount_point)]
-        places += [(parent, limit_file) for parent in (here, *above)]
-    return places
+        found.append(_Hierarchy(2 if kind == "cgroup2" else 1, controllers, (here, *above)))
+    return found
 
 
 def _sweep(parent: Path) -> None:
     """Remove what pools left whose trainer was killed; one with processes stays."""
     with contextlib.suppress(OSError):
         for path in parent.glob(f"{_PREFIX}*"):
+            lock = lock_directory(str(path))
+            if lock is None:
+                continue
             with contextlib.suppress(OSError):
+                for inner in path.glob("*/"):
+                    inner.rmdir()
                 path.rmdir()
+            os.close(lock)

@@ -19,6 +19,7 @@ from pathlib import Path
 from gtpo.sandbox import removal, session_users, syscall_filter
 from gtpo.sandbox.contract import SandboxLimits
 from gtpo.sandbox.layout import BOX, DEVICES, LIBRARIES, LINKS_TO_BOX, NOBODY
+from gtpo.sandbox.session_cgroup import SessionCgroup
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -44,7 +45,7 @@ class Plan:
     jail: "bubblewrap", "namespaces" or "none", what the pool is in.  scratch: an empty directory.
     proc_fd: the host's /proc.  libraries: name -> path of what cells can import besides the standard library.
     uid: who a session is, None to stay who we are; own_users: in a user namespace of its own.
-    cgroup: whether the pool's memory is bounded by one.
+    cgroup: of the session, None where we may make none; pool_cgroup: whether one bounds the memory of all sessions.
     processes: whether cells may start some.  library_address_bytes, library_memory_bytes: what an interpreter has
     before any code has run.
     """
@@ -57,7 +58,8 @@ class Plan:
     libraries: dict[str, str] = field(default_factory=dict)
     uid: int | None = None
     own_users: bool = False
-    cgroup: bool = False
+    cgroup: SessionCgroup | None = None
+    pool_cgroup: bool = False
     processes: bool = False
     library_address_bytes: int = 0
     library_memory_bytes: int = 0
@@ -330,7 +332,8 @@ def confine(plan: Plan) -> tuple[list[str], dict[str, str]]:
         layers.append("seccomp")
     except (OSError, ValueError) as failure:
         missing["seccomp"] = str(failure)
-    layers += [name for name, there in (("cgroup", plan.cgroup), ("snapshots", plan.processes)) if there]
+    optional = {"cgroup": plan.cgroup is not None, "pool cgroup": plan.pool_cgroup, "snapshots": plan.processes}
+    layers += [name for name, there in optional.items() if there]
     return layers, missing
 
 

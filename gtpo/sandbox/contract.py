@@ -71,15 +71,17 @@ class SandboxLimits:
 class CellStatus(Enum):
     """How a cell ended.
 
-    OK: it ran to its end.  ERROR: it raised.  TIMEOUT: CPU or wall time ran out.  CRASH: its process ended (exit,
-    signal, out of memory) or broke the protocol.  INFRA_ERROR: the sandbox itself failed, and failed again when the
-    cell was tried anew; never the code's fault.
+    OK: it ran to its end.  ERROR: it raised; a MemoryError, too, which the code may catch.  TIMEOUT: CPU or wall time
+    ran out.  CRASH: its process ended (exit, signal) or broke the protocol.  OUT_OF_MEMORY: the session's processes
+    had more than `memory_bytes` together.  INFRA_ERROR: the sandbox itself failed, or the pool or the machine ran out
+    of memory, and again when the cell was tried anew; never the code's fault.
     """
 
     OK = "ok"
     ERROR = "error"
     TIMEOUT = "timeout"
     CRASH = "crash"
+    OUT_OF_MEMORY = "out_of_memory"
     INFRA_ERROR = "infra_error"
 
 

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gtpo.sandbox import bubblewrap, frames, profiles, removal, session_users
-from gtpo.sandbox.cgroup import MemoryCgroup
 from gtpo.sandbox.contract import SandboxLimits, SandboxUnavailable
+
+if TYPE_CHECKING:
+    from gtpo.sandbox.cgroup import PoolCgroup
 
 # Stand-ins for the two packages, so that the fork server imports its own modules and not the trainer's.
 _BOOTSTRAP = """
@@ -42,21 +44,33 @@ class ForkServer:
     process: subprocess.Popen[bytes]
     control: socket.socket
     scratch: str
-    cgroup: MemoryCgroup | None
+    cgroup: PoolCgroup | None
     missing: dict[str, str]
     held: contextlib.ExitStack
 
-    async def spawn(self, end: socket.socket) -> None:
-        """Have it start a session's keeper, which will serve `end`. ConnectionError where the server is dead."""
-        while True:
-            if self.control.fileno() < 0:
-                raise ConnectionResetError("the fork server was stopped")
-            try:
-                socket.send_fds(self.control, [b"spawn"], [end.fileno()])
-                return
-            except BlockingIOError:
-                # It is behind by a whole socket buffer of requests.
-                await asyncio.sleep(0.005)
+    async def spawn(self, end: socket.socket, *, ours: socket.socket) -> None:
+        """Have it start a session's keeper, which will serve `end` until `ours`, the other one, is closed.
+
+        ConnectionError where the server is dead, SandboxUnavailable where the session can have no cgroup.
+        """
+        try:
+            files = [] if self.cgroup is None else self.cgroup.lend(ours)
+        except OSError as failure:
+            raise SandboxUnavailable(f"no cgroup can be made for the session: {failure}") from failure
+        names = " ".join(["spawn", *(name for name, _ in files)])
+        try:
+            while True:
+                if self.control.fileno() < 0:
+                    raise ConnectionResetError("the fork server was stopped")
+                try:
+                    socket.send_fds(self.control, [names.encode()], [end.fileno(), *(fd for _, fd in files)])
+                    return
+                except BlockingIOError:
+                    # It is behind by a whole socket buffer of requests.
+                    await asyncio.sleep(0.005)
+        finally:
+            for _, fd in files:
+                os.close(fd)
 
     async def stop(self) -> None:
         """End it with all of its sessions, and wait for that."""
@@ -100,10 +114,17 @@ async def launch(
 
         prefix = bubblewrap.command(package, readable_paths(), libraries)
         interpreter, parent, package = bubblewrap.interpreter(), bubblewrap.PACKAGE, f"{bubblewrap.PACKAGE}/sandbox"
+    # Linux only, as this.
+    from gtpo.sandbox.cgroup import PoolCgroup, session_bytes
+
+    cgroup, missing = None, dict[str, str]()
     try:
-        cgroup = None if total_memory_bytes is None else MemoryCgroup(total_memory_bytes)
+        cgroup = PoolCgroup(total_memory_bytes)
     except OSError as failure:
-        raise SandboxUnavailable(f"total_memory_bytes needs a memory cgroup that we may make: {failure}") from failure
+        if total_memory_bytes is not None:
+            reason = f"total_memory_bytes needs a memory cgroup that we may make: {failure}"
+            raise SandboxUnavailable(reason) from failure
+        missing["cgroup"] = f"the kernel bounds no session's memory, it is only looked at from time to time: {failure}"
     scratch, first_user = "", None
     with contextlib.ExitStack() as held, tempfile.TemporaryFile() as log:
         # bubblewrap needs none.
@@ -130,7 +151,7 @@ async def launch(
             "first_user": first_user,
             "jail": jail,
             "own_users": os.geteuid() != 0,
-            "cgroup": cgroup is not None,
+            "pool_cgroup": total_memory_bytes is not None,
             "limits": asdict(limits),
             "libraries": libraries,
             "modules": profiles.modules(profile),
@@ -151,7 +172,7 @@ async def launch(
             theirs.close()
             os.close(proc_fd)
             os.close(trainer_fd)
-        server = ForkServer(process, ours, scratch, cgroup, {}, held.pop_all())
+        server = ForkServer(process, ours, scratch, cgroup, missing, held.pop_all())
         try:
             hello = await asyncio.get_running_loop().sock_recv(ours, frames.MAX_FRAME_BYTES)
         except ConnectionError:
@@ -161,10 +182,12 @@ async def launch(
             raise
         answer: dict[str, Any] = json.loads(hello) if hello else {"failed": "the fork server died at its start"}
         if "failed" not in answer:
+            server.missing |= answer["missing"]
             if cgroup is not None:
+                processes = "snapshots" not in server.missing
                 # There are no sessions yet.
-                cgroup.add_family(process.pid)
-            server.missing = answer["missing"]
+                cgroup.add_server(process.pid)
+                cgroup.bound_sessions(session_bytes(limits, answer["library_bytes"], processes=processes))
             return server
         await server.stop()
         log.seek(0)

@@ -54,6 +54,23 @@ class InterpreterGone(Exception):
     """The interpreter ended or broke the protocol; the message says which."""
 
 
+class OutOfMemory(Exception):
+    """The session had more memory than it may have."""
+
+
+class KilledForOthers(Exception):
+    """The kernel was short of memory and took a process of the session, which had no more than it may have."""
+
+
+_STATUS_OF_END: dict[type[Exception], str] = {
+    InterpreterGone: "crash",
+    TimeoutError: "timeout",
+    OutOfMemory: "out_of_memory",
+    KilledForOthers: "infra_error",
+}
+_KILLED_FOR_OTHERS = "out of memory outside of the session: the kernel took a process of it"
+
+
 class Keeper:
     """Holds one interpreter: its process, its control socket and the read end of its output."""
 
@@ -67,10 +84,13 @@ class Keeper:
         pid = os.fork()
         if pid == 0:
             cell.run_interpreter(plan, self._remote.fileno(), self._output_end)
+        if plan.cgroup is not None:
+            # Before it is sent any code.
+            plan.cgroup.add(pid)
         os.chdir("/")
         confinement.confine_keeper(plan)
         os.set_blocking(self._output_fd, False)
-        self._processes = SessionProcesses(pid, plan.proc_fd if plan.processes else None)
+        self._processes = SessionProcesses(pid, plan.proc_fd if plan.processes else None, plan.cgroup)
         self._received = b""
         self._output = Output(plan.limits.output_bytes)
         self._selector = selectors.DefaultSelector()
@@ -147,19 +167,27 @@ class Keeper:
         line = value = exit_status = None
         peak_bytes = 0
         try:
+            with contextlib.suppress(OutOfMemory):
+                # What the cell before has left may have been taken while it was ended.
+                self._look_for_kills()
             message = self._exchange(request)
+            self._look_for_kills()
             status, error, line, value = (message[key] for key in ("status", "error", "line", "value"))
             cpu_time_s = self._processes.cell_cpu_s()
             if request["discard"]:
                 state, (_, _, peak_bytes) = "lost", self._end_interpreter()
             else:
                 state, peak_bytes = self._processes.settle()
-        except (InterpreterGone, TimeoutError) as end:
-            status, state = "timeout" if isinstance(end, TimeoutError) else "crash", "lost"
+        except tuple(_STATUS_OF_END) as failure:
+            end, state = failure, "lost"
             wait_status, cpu_time_s, peak_bytes = self._end_interpreter()
+            try:
+                self._look_for_kills()
+            except (OutOfMemory, KilledForOthers) as cause:
+                end = cause
             # Without a message it ended by itself.
             exit_status = None if str(end) else os.waitstatus_to_exitcode(wait_status)
-            error = str(end) or _describe_exit(wait_status)
+            status, error = _STATUS_OF_END[type(end)], str(end) or _describe_exit(wait_status)
         wall_time_s = time.monotonic() - self._wall_start
         self._take_output()
         if request["op"] != "run":
@@ -281,9 +309,20 @@ class Keeper:
 
     def _watch(self) -> None:
         """Look at the memory and the CPU time of all processes of the session."""
+        self._look_for_kills()
         limit = self._limits.memory_bytes + self._plan.library_memory_bytes
         if self._processes.look() > limit and self._processes.memory_bytes() > limit:
-            raise InterpreterGone(f"memory limit of {self._limits.memory_bytes >> 20} MB exceeded")
+            raise self._out_of_memory()
+
+    def _look_for_kills(self) -> None:
+        """OutOfMemory or KilledForOthers where the kernel has taken processes of the session since this was asked."""
+        if self._plan.cgroup is not None:
+            was_full = self._plan.cgroup.was_full()
+            if self._plan.cgroup.was_killed():
+                raise self._out_of_memory() if was_full else KilledForOthers(_KILLED_FOR_OTHERS)
+
+    def _out_of_memory(self) -> OutOfMemory:
+        return OutOfMemory(f"memory limit of {self._limits.memory_bytes >> 20} MB exceeded")
 
     def _receive(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """The interpreter's answer to `request` once it is complete. Its content is untrusted."""

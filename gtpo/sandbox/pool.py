@@ -296,7 +296,7 @@ class SandboxPool:
                 ) from failure
             with theirs:
                 try:
-                    await server.spawn(theirs)
+                    await server.spawn(theirs, ours=ours)
                     return await asyncio.open_unix_connection(sock=ours)
                 except ConnectionError as failure:
                     ours.close()

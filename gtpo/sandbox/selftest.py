@@ -110,7 +110,7 @@ async def probe(pool: SandboxPool, missing: dict[str, str]) -> SandboxReport:
     layers = session.layers
     missing = missing | session.missing
     tier = reached_tier(checks, layers)
-    unbounded = () if "cgroup" in layers else ("the sum of memory over all sessions",)
+    unbounded = () if "pool cgroup" in layers else ("the sum of memory over all sessions",)
     below = (item for needed, items in _UNCOVERED_BELOW.items() if tier < needed for item in items)
     not_covered = (*_NEVER_COVERED, *unbounded, *below)
     return SandboxReport(tier, layers, missing, checks, not_covered)

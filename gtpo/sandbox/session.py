@@ -190,6 +190,10 @@ class SandboxSession:
                 if answer["status"] != CellStatus.INFRA_ERROR.value:
                     return await self._conclude(request, answer, rollback=rollback, num_tries=len(faults) + 1)
                 faults.append(answer["error"])
+                if answer.get("state") == SessionState.ROLLED_BACK.value and len(faults) == 1:
+                    # The session goes on from before the cell.
+                    self._pool._num_faults += 1
+                    continue
             except _ToolFailed as failure:
                 raise failure.error from None
             except (EOFError, OSError, RuntimeError) as failure:

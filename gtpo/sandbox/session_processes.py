@@ -16,15 +16,24 @@ import signal
 import time
 
 from gtpo.sandbox.descendants import ProcessTree
+from gtpo.sandbox.session_cgroup import SessionCgroup
+
+# What the end of the snapshot before may cost is not the cell's. /proc counts in steps of this, too.
+_NOT_COUNTED_S = 0.01
 
 
 class SessionProcesses:
-    """The interpreter `pid` and all that it starts. Without `proc_fd`, a descriptor of /proc, it can start nothing."""
+    """The interpreter `pid` and all that it starts. Without `proc_fd`, a descriptor of /proc, it can start nothing.
 
-    def __init__(self, pid: int, proc_fd: int | None) -> None:
+    With a cgroup, CPU time is that of all processes, to the moment and whoever reaps them; without, the processes are
+    looked at one by one.
+    """
+
+    def __init__(self, pid: int, proc_fd: int | None, cgroup: SessionCgroup | None = None) -> None:
         # "Every process but me" must not be more than the session.
         assert proc_fd is None or os.getpid() == 1
         self._tree = None if proc_fd is None else ProcessTree(proc_fd)
+        self._cgroup = cgroup
         self.snapshot: int | None = None
         # Snapshots that are not needed any more, by their descriptors.
         self._dying: dict[int, int] = {}
@@ -42,14 +51,28 @@ class SessionProcesses:
         """Count CPU time from here."""
         self._cpu_start = self._cpu_time_s()
         self._orphans_start = _reaped_cpu_s()
+        self._group_start = self._group_cpu_s()
         # CPU seconds of the cell, and of the processes that it started, as of the last look.
         self.seen_cpu_s = self._children_cpu_s = 0.0
         self._waited_start: float | None = None
 
     def cell_cpu_s(self) -> float:
         """CPU seconds since the clocks were started: of the interpreter, and of its children as of the last look."""
-        self.seen_cpu_s = max(self._cpu_time_s() - self._cpu_start, 0.0) + self._children_cpu_s
+        own_cpu_s = max(self._cpu_time_s() - self._cpu_start, 0.0)
+        self._children_cpu_s = max(self._children_cpu_s, self._beside(own_cpu_s))
+        self.seen_cpu_s = own_cpu_s + self._children_cpu_s
         return self.seen_cpu_s
+
+    def _group_cpu_s(self) -> float | None:
+        return None if self._cgroup is None else self._cgroup.cpu_time_s()
+
+    def _beside(self, own_cpu_s: float) -> float:
+        """CPU seconds of all but the interpreter by the cgroup; 0 without."""
+        group_cpu_s = self._group_cpu_s()
+        if group_cpu_s is None or self._group_start is None:
+            return 0.0
+        beside = group_cpu_s - self._group_start - own_cpu_s
+        return beside if beside > _NOT_COUNTED_S else 0.0
 
     def _cpu_time_s(self) -> float:
         try:
@@ -62,11 +85,13 @@ class SessionProcesses:
         """Look at the CPU time of all but the snapshot; their memory in bytes, shared pages once for each."""
         assert self._tree is not None
         self.reap_orphans()
-        memory_bytes, cpu_s = 0, _reaped_cpu_s() - self._orphans_start
+        memory_bytes, cpu_s = 0, 0.0 if self._group_start is not None else _reaped_cpu_s() - self._orphans_start
         for process in self._tree.descendants():
             if process.namespace_pid == self.snapshot:
                 continue
             memory_bytes += process.memory_bytes
+            if self._group_start is not None:
+                continue
             cpu = self._tree.cpu_time_s(process)
             if process.namespace_pid == self._pid:
                 waited = cpu - self._cpu_time_s()
@@ -165,8 +190,9 @@ class SessionProcesses:
         _, wait_status, usage = os.wait4(self._pid, 0)
         if self._tree is not None:
             self._end_leftovers(self._tree)
-        # Of the interpreter and the children that it waited for; of all of them as of the last look.
-        cpu_time_s = max(usage.ru_utime + usage.ru_stime - self._cpu_start, self.seen_cpu_s)
+        # Of the interpreter and the children that it waited for; of all of them.
+        waited_cpu_s = usage.ru_utime + usage.ru_stime - self._cpu_start
+        cpu_time_s = max(waited_cpu_s + self._beside(waited_cpu_s), self.seen_cpu_s)
         os.close(self.pidfd)
         return wait_status, cpu_time_s, usage.ru_maxrss * 1024
 

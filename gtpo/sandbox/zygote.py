@@ -21,6 +21,7 @@ from gtpo.sandbox import confinement, keeper, removal, session_users
 from gtpo.sandbox.contract import SandboxLimits
 from gtpo.sandbox.descendants import ProcessTree
 from gtpo.sandbox.layout import NOBODY
+from gtpo.sandbox.session_cgroup import SessionCgroup
 
 # What cells import most. Each library behind a module makes every fork slower, by five mappings to copy.
 _PRELOADED = """
@@ -52,7 +53,7 @@ def main(config_json: str) -> None:
                 [*readable, *libraries.values()], proc_fd, config["first_user"], own_root=jail != "none"
             ),
             own_users=own_users,
-            cgroup=config["cgroup"],
+            pool_cgroup=config["pool_cgroup"],
         )
         # Same-user processes could otherwise read the memory of these through /proc.
         confinement.set_process(undumpable=True)
@@ -96,7 +97,7 @@ def _run_zygote(control: socket.socket, plan: confinement.Plan, config: dict[str
         gc.collect()
         gc.freeze()
         plan, missing = _measured(plan)
-        _report(control, ready=True, missing=missing)
+        _report(control, ready=True, missing=missing, library_bytes=plan.library_memory_bytes)
         _serve(control, config["trainer_fd"], plan, own_namespace)
     except (OSError, ImportError) as failure:
         error = confinement.describe_failure(failure) if isinstance(failure, OSError) else str(failure)
@@ -135,14 +136,16 @@ def _serve(control: socket.socket, trainer_fd: int, plan: confinement.Plan, own_
     events.register(control, select.POLLIN)
     events.register(trainer_fd, select.POLLIN)
     while all(fd != trainer_fd for fd, _ in events.poll()):
-        data, descriptors, _, _ = socket.recv_fds(control, 16, 1)
+        data, descriptors, _, _ = socket.recv_fds(control, 1024, 8)
         if not data:
             return
         host = socket.socket(fileno=descriptors[0])
         slot = (slot + 1) % session_users.NUM_USERS
-        own = plan
+        # The first word is no file of a cgroup.
+        files = list(zip(data.decode().split(), descriptors, strict=True))[1:]
+        own = dataclasses.replace(plan, cgroup=SessionCgroup(files) if files else None)
         if plan.uid not in (None, NOBODY):
-            own = dataclasses.replace(plan, uid=plan.uid + slot)
+            own = dataclasses.replace(own, uid=plan.uid + slot)
         try:
             if plan.namespaces:
                 confinement.unshare(confinement.NEW_PID)
@@ -155,4 +158,6 @@ def _serve(control: socket.socket, trainer_fd: int, plan: confinement.Plan, own_
         finally:
             if plan.namespaces:
                 confinement.return_to_namespace(own_namespace)
+            for descriptor in descriptors[1:]:
+                os.close(descriptor)
             host.close()

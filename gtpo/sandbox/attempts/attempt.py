@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from gtpo.sandbox.contract import CellStatus
 
 OK, ERROR, TIMEOUT, CRASH = CellStatus.OK, CellStatus.ERROR, CellStatus.TIMEOUT, CellStatus.CRASH
-ANY = (OK, ERROR, TIMEOUT, CRASH)
+OUT_OF_MEMORY = CellStatus.OUT_OF_MEMORY
+ANY = (OK, ERROR, TIMEOUT, CRASH, OUT_OF_MEMORY)
 REFUSALS = ("PermissionError", "FileNotFoundError", "OSError", "ProcessLookupError", "NotADirectoryError")
 # On a busy machine the wall time limit can come first.
 CPU, WALL = ("CPU time limit", "wall time limit"), ("wall time limit",)

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import CPU, CRASH, ERROR, OK, REFUSALS, TIMEOUT, Attempt, ends, refused
+from gtpo.sandbox.attempts.attempt import (
+    CPU,
+    CRASH,
+    ERROR,
+    OK,
+    OUT_OF_MEMORY,
+    REFUSALS,
+    TIMEOUT,
+    Attempt,
+    ends,
+    refused,
+)
 
 ATTEMPTS = refused(
     "files",
@@ -70,7 +81,7 @@ ATTEMPTS += ends(
         "write_tmp": ("open('/tmp/gtpo-escape', 'w').write('x')", (OK, ERROR), REFUSALS),
         "write_shared_memory": ("open('/dev/shm/gtpo-escape', 'w').write('x')", (OK, ERROR), REFUSALS),
         "many_open_files": ("x = []\nwhile True: x.append(open('/dev/null'))", (ERROR,), ("OSError: [Errno 24]",)),
-        "endless_read": ("open('/dev/zero', 'rb').read()", (ERROR, TIMEOUT, CRASH), ()),
+        "endless_read": ("open('/dev/zero', 'rb').read()", (ERROR, TIMEOUT, OUT_OF_MEMORY), ()),
     },
 )
 # Where a sandbox has a /tmp of its own, these may succeed.

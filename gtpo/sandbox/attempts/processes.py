@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import ANY, CPU, CRASH, ERROR, OK, TIMEOUT, ends, harmless, refused
+from gtpo.sandbox.attempts.attempt import ANY, CPU, CRASH, ERROR, OK, OUT_OF_MEMORY, TIMEOUT, ends, harmless, refused
 from gtpo.sandbox.attempts.protocol import FRAME
 
 ATTEMPTS = ends(
@@ -58,7 +58,16 @@ ATTEMPTS = ends(
             "import os, time\nread_end, write_end = os.pipe()\nfor _ in range(8):\n    if os.fork() == 0:\n"
             "        x = bytearray(b'x') * (60 << 20)\n        os.write(write_end, b'x')\n        time.sleep(99)\n"
             "os.close(write_end)\nfor _ in range(8): os.read(read_end, 1)\ntime.sleep(1)\nprint('ESCAPED')",
-            (CRASH, ERROR, TIMEOUT),
+            (OUT_OF_MEMORY, ERROR, TIMEOUT),
+            ("memory limit", "PermissionError", "CPU time limit"),
+        ),
+        "children_touch_memory_at_once": (
+            "import os, time\ngo, start = os.pipe()\ndone, end = os.pipe()\nfor _ in range(12):\n"
+            "    if os.fork() == 0:\n        os.close(start)\n        os.read(go, 1)\n"
+            "        x = bytearray(b'x') * (60 << 20)\n        os.write(end, b'x')\n        time.sleep(99)\n"
+            "os.close(start)\nos.close(end)\n"
+            "for _ in range(12): assert os.read(done, 1)\nprint('ESCAPED')",
+            (OUT_OF_MEMORY, ERROR, TIMEOUT),
             ("memory limit", "PermissionError", "CPU time limit"),
         ),
         "children_burn_cpu": (

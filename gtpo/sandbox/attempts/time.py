@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import CPU, CRASH, ERROR, OK, TIMEOUT, WALL, ends
+from gtpo.sandbox.attempts.attempt import CPU, CRASH, ERROR, OK, OUT_OF_MEMORY, TIMEOUT, WALL, ends
 
 ATTEMPTS = ends(
     "time",
@@ -38,7 +38,11 @@ ATTEMPTS = ends(
             CPU,
         ),
         "endless_hash": ("class A:\n    def __hash__(s):\n        while True: pass\n{A()}", (TIMEOUT,), CPU),
-        "endless_compile": ("compile('-' * 200_000 + '1', 'x', 'eval')", (ERROR, TIMEOUT, CRASH, OK), ()),
+        "endless_compile": (
+            "compile('-' * 200_000 + '1', 'x', 'eval')",
+            (ERROR, TIMEOUT, CRASH, OUT_OF_MEMORY, OK),
+            (),
+        ),
         "endless_garbage": (
             "class A:\n    def __del__(s):\n        while True: pass\nx = A()\ndel x",
             (TIMEOUT,),
