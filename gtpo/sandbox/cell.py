@@ -47,6 +47,13 @@ def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int) -> 
         # Where /proc is read-only it is as likely to be taken as others.
         with contextlib.suppress(OSError):
             confinement.offer_to_oom_killer(plan)
+        try:
+            if plan.cgroup is not None:
+                plan.cgroup.join()
+        except OSError as failure:
+            os.write(control_fd, frames.encode({"failed": f"cgroup: {confinement.describe_failure(failure)}"}))
+            os._exit(1)
+        # The way into the cgroup is closed, too.
         _keep_descriptors(control_fd, output_fd)
         try:
             layers, missing = confinement.confine(plan)

@@ -1,7 +1,7 @@
 """Memory cgroups of a pool, where the kernel lets us make them: version 2, else version 1.
 
     pool         all of it; bounded where `total_memory_bytes` is
-    |- server    launcher, zygote, keepers
+    |- server    launcher, zygote, keepers, where it is; else they stay where the trainer is
     `- 0, 1 ...  a session each: its interpreter and what that starts; another's when they have ended
 
 With version 1, CPU time is counted in a tree of the same form beside it.
@@ -61,6 +61,7 @@ class PoolCgroup:
         self._lent: list[tuple[int, socket.socket]] = []
         self._free: collections.deque[int] = collections.deque()
         self._num_made = 0
+        self._ready: tuple[int, list[tuple[str, int]]] | None = None
         self._session_bytes: int | None = None
         tried = []
         hierarchies = _hierarchies()
@@ -84,9 +85,8 @@ class PoolCgroup:
             _write(path / "cgroup.subtree_control", "+memory")
         if limit_bytes is not None:
             self._bound(path, limit_bytes)
-        (path / "server").mkdir()
         # Not there where the parent does not hand the controller on.
-        os.stat(path / "server" / _LIMIT[self._version])
+        os.stat(path / _LIMIT[self._version])
 
     def _make_tree(self, parent: Path) -> None:
         _sweep(parent)
@@ -118,29 +118,38 @@ class PoolCgroup:
 
     def add_server(self, pid: int) -> None:
         """Move the fork server in: a process with its descendants, and so what they start from now on."""
+        (self.path / "server").mkdir()
         family = [pid]
         for member in family:
-            _write(self.path / "server" / JOIN, str(member))
+            _write(self.path / "server" / "cgroup.procs", str(member))
             family += map(int, Path(f"/proc/{member}/task/{member}/children").read_text().split())
 
     def bound_sessions(self, limit_bytes: int) -> None:
         """From now on cgroups can be lent, of that size."""
         self._session_bytes = limit_bytes
-        self._free.append(self._make_one())
+        self.prepare()
 
     def lend(self, session: socket.socket) -> list[tuple[str, int]]:
         """Descriptors of a cgroup without processes, by their names: a session's until `session` is closed."""
-        for number, lender in self._lent:
-            if lender.fileno() < 0:
-                self._free.append(number)
-        self._lent = [(number, lender) for number, lender in self._lent if lender.fileno() >= 0]
-        number = self._free.popleft() if self._free else self._make_one()
-        if not self._is_empty(number):
-            # It is still ending.
-            self._free.append(number)
-            number = self._make_one()
+        self.prepare()
+        assert self._ready is not None
+        (number, files), self._ready = self._ready, None
         self._lent.append((number, session))
-        return self._open(number)
+        return files
+
+    def prepare(self) -> None:
+        """Have one ready. OSError where none can be made."""
+        if self._ready is not None:
+            return
+        self._free.extend(number for number, session in self._lent if session.fileno() < 0)
+        self._lent = [(number, session) for number, session in self._lent if session.fileno() >= 0]
+        if self._free and self._is_empty(self._free[0]):
+            number = self._free.popleft()
+        else:
+            # Those that are free are still ending.
+            self._free.rotate(-1)
+            number = self._make_one()
+        self._ready = number, self._open(number)
 
     def _make_one(self) -> int:
         number, self._num_made = self._num_made, self._num_made + 1
@@ -151,15 +160,14 @@ class PoolCgroup:
         return number
 
     def _is_empty(self, number: int) -> bool:
-        return not any((path / str(number) / JOIN).read_text() for path in self._paths)
+        return not any((path / str(number) / "cgroup.procs").read_text() for path in self._paths)
 
     def _open(self, number: int) -> list[tuple[str, int]]:
         files: list[tuple[str, int]] = []
         try:
             for path in self._paths:
-                files.append((JOIN, os.open(path / str(number) / JOIN, os.O_WRONLY | os.O_CLOEXEC)))
-                for name in FILES[self._version]:
-                    flags = os.O_CLOEXEC | (os.O_RDWR if name in RESET else os.O_RDONLY)
+                for name in (JOIN[self._version], *FILES[self._version]):
+                    flags = os.O_CLOEXEC | (os.O_RDWR if name in (*JOIN.values(), *RESET) else os.O_RDONLY)
                     with contextlib.suppress(FileNotFoundError):
                         files.append((name, os.open(path / str(number) / name, flags)))
         except BaseException:
@@ -170,6 +178,10 @@ class PoolCgroup:
 
     def remove(self) -> None:
         """Remove them after their processes have ended."""
+        if self._ready is not None:
+            (_, files), self._ready = self._ready, None
+            for _, fd in files:
+                os.close(fd)
         for path in self._paths:
             _remove(path)
         for lock in self._locks:

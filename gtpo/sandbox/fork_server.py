@@ -64,13 +64,17 @@ class ForkServer:
                     raise ConnectionResetError("the fork server was stopped")
                 try:
                     socket.send_fds(self.control, [names.encode()], [end.fileno(), *(fd for _, fd in files)])
-                    return
+                    break
                 except BlockingIOError:
                     # It is behind by a whole socket buffer of requests.
                     await asyncio.sleep(0.005)
         finally:
             for _, fd in files:
                 os.close(fd)
+        if self.cgroup is not None:
+            # While the session starts. If it fails, it fails for the next.
+            with contextlib.suppress(OSError):
+                self.cgroup.prepare()
 
     async def stop(self) -> None:
         """End it with all of its sessions, and wait for that."""
@@ -185,8 +189,9 @@ async def launch(
             server.missing |= answer["missing"]
             if cgroup is not None:
                 processes = "snapshots" not in server.missing
-                # There are no sessions yet.
-                cgroup.add_server(process.pid)
+                if total_memory_bytes is not None:
+                    # There are no sessions yet.
+                    cgroup.add_server(process.pid)
                 cgroup.bound_sessions(session_bytes(limits, answer["library_bytes"], processes=processes))
             return server
         await server.stop()

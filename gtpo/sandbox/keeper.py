@@ -85,8 +85,7 @@ class Keeper:
         if pid == 0:
             cell.run_interpreter(plan, self._remote.fileno(), self._output_end)
         if plan.cgroup is not None:
-            # Before it is sent any code.
-            plan.cgroup.add(pid)
+            plan.cgroup.lock()
         os.chdir("/")
         confinement.confine_keeper(plan)
         os.set_blocking(self._output_fd, False)
@@ -167,13 +166,10 @@ class Keeper:
         line = value = exit_status = None
         peak_bytes = 0
         try:
-            with contextlib.suppress(OutOfMemory):
-                # What the cell before has left may have been taken while it was ended.
-                self._look_for_kills()
             message = self._exchange(request)
             self._look_for_kills()
             status, error, line, value = (message[key] for key in ("status", "error", "line", "value"))
-            cpu_time_s = self._processes.cell_cpu_s()
+            cpu_time_s = self._processes.cell_cpu_s(to_the_moment=True)
             if request["discard"]:
                 state, (_, _, peak_bytes) = "lost", self._end_interpreter()
             else:
@@ -316,10 +312,9 @@ class Keeper:
 
     def _look_for_kills(self) -> None:
         """OutOfMemory or KilledForOthers where the kernel has taken processes of the session since this was asked."""
-        if self._plan.cgroup is not None:
-            was_full = self._plan.cgroup.was_full()
-            if self._plan.cgroup.was_killed():
-                raise self._out_of_memory() if was_full else KilledForOthers(_KILLED_FOR_OTHERS)
+        cgroup = self._plan.cgroup
+        if cgroup is not None and cgroup.was_killed():
+            raise self._out_of_memory() if cgroup.was_full() else KilledForOthers(_KILLED_FOR_OTHERS)
 
     def _out_of_memory(self) -> OutOfMemory:
         return OutOfMemory(f"memory limit of {self._limits.memory_bytes >> 20} MB exceeded")

@@ -15,7 +15,7 @@ import select
 import signal
 import time
 
-from gtpo.sandbox.descendants import ProcessTree
+from gtpo.sandbox.descendants import Descendant, ProcessTree
 from gtpo.sandbox.session_cgroup import SessionCgroup
 
 # What the end of the snapshot before may cost is not the cell's. /proc counts in steps of this, too.
@@ -56,21 +56,27 @@ class SessionProcesses:
         self.seen_cpu_s = self._children_cpu_s = 0.0
         self._waited_start: float | None = None
 
-    def cell_cpu_s(self) -> float:
-        """CPU seconds since the clocks were started: of the interpreter, and of its children as of the last look."""
-        own_cpu_s = max(self._cpu_time_s() - self._cpu_start, 0.0)
-        self._children_cpu_s = max(self._children_cpu_s, self._beside(own_cpu_s))
-        self.seen_cpu_s = own_cpu_s + self._children_cpu_s
+    def cell_cpu_s(self, *, to_the_moment: bool = False) -> float:
+        """CPU seconds since the clocks were started, of the interpreter's children as of the last look.
+
+        Or `to_the_moment` where there is a cgroup.
+        """
+        if to_the_moment:
+            self._children_cpu_s = max(self._children_cpu_s, self._beside(self._own_cpu_s()) or 0.0)
+        self.seen_cpu_s = self._own_cpu_s() + self._children_cpu_s
         return self.seen_cpu_s
+
+    def _own_cpu_s(self) -> float:
+        return max(self._cpu_time_s() - self._cpu_start, 0.0)
 
     def _group_cpu_s(self) -> float | None:
         return None if self._cgroup is None else self._cgroup.cpu_time_s()
 
-    def _beside(self, own_cpu_s: float) -> float:
-        """CPU seconds of all but the interpreter by the cgroup; 0 without."""
+    def _beside(self, own_cpu_s: float) -> float | None:
+        """CPU seconds of all but the interpreter by the cgroup; None without."""
         group_cpu_s = self._group_cpu_s()
         if group_cpu_s is None or self._group_start is None:
-            return 0.0
+            return None
         beside = group_cpu_s - self._group_start - own_cpu_s
         return beside if beside > _NOT_COUNTED_S else 0.0
 
@@ -85,22 +91,25 @@ class SessionProcesses:
         """Look at the CPU time of all but the snapshot; their memory in bytes, shared pages once for each."""
         assert self._tree is not None
         self.reap_orphans()
-        memory_bytes, cpu_s = 0, 0.0 if self._group_start is not None else _reaped_cpu_s() - self._orphans_start
-        for process in self._tree.descendants():
-            if process.namespace_pid == self.snapshot:
-                continue
-            memory_bytes += process.memory_bytes
-            if self._group_start is not None:
-                continue
-            cpu = self._tree.cpu_time_s(process)
+        processes = [p for p in self._tree.descendants() if p.namespace_pid != self.snapshot]
+        beside = self._beside(self._own_cpu_s())
+        if beside is None:
+            beside = self._beside_one_by_one(self._tree, processes)
+        self._children_cpu_s = max(self._children_cpu_s, beside)
+        return sum(process.memory_bytes for process in processes)
+
+    def _beside_one_by_one(self, tree: ProcessTree, processes: list[Descendant]) -> float:
+        """CPU seconds of all but the interpreter: of `processes`, and of those that somebody has waited for."""
+        cpu_s = _reaped_cpu_s() - self._orphans_start
+        for process in processes:
+            cpu = tree.cpu_time_s(process)
             if process.namespace_pid == self._pid:
                 waited = cpu - self._cpu_time_s()
                 if self._waited_start is None:
                     self._waited_start = waited
                 cpu = waited - self._waited_start
             cpu_s += cpu
-        self._children_cpu_s = max(self._children_cpu_s, cpu_s)
-        return memory_bytes
+        return cpu_s
 
     def memory_bytes(self) -> int:
         """The memory that all but the snapshot have, shared pages counted once. Takes milliseconds for each process."""
@@ -192,7 +201,7 @@ class SessionProcesses:
             self._end_leftovers(self._tree)
         # Of the interpreter and the children that it waited for; of all of them.
         waited_cpu_s = usage.ru_utime + usage.ru_stime - self._cpu_start
-        cpu_time_s = max(waited_cpu_s + self._beside(waited_cpu_s), self.seen_cpu_s)
+        cpu_time_s = max(waited_cpu_s + (self._beside(waited_cpu_s) or 0.0), self.seen_cpu_s)
         os.close(self.pidfd)
         return wait_status, cpu_time_s, usage.ru_maxrss * 1024
 

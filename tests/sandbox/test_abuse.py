@@ -94,7 +94,7 @@ def named(*names: str) -> list[Attempt]:
         (
             "namespaces",
             "from gtpo.sandbox import keeper, session_cgroup\nkeeper.Keeper._watch = lambda self: None\n"
-            "session_cgroup.SessionCgroup.add = lambda self, pid: None",
+            "session_cgroup.SessionCgroup.join = lambda self: None",
             ("children_touch_memory_at_once",),
         ),
         (

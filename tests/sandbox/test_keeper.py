@@ -128,9 +128,9 @@ class FakeProcesses:
     def say_end(self) -> None:
         os.write(self._end, b"x")
 
-    def __getattr__(self, name: str) -> Callable[[], float]:
+    def __getattr__(self, name: str) -> Callable[..., float]:
         assert name in ("reap_orphans", "start_clocks", "resume", "cell_cpu_s")
-        return lambda: 0.0
+        return lambda **_: 0.0
 
     def settle(self) -> tuple[str, int]:
         if self._failure is not None:
