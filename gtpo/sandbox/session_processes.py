@@ -167,15 +167,22 @@ class SessionProcesses:
         if snapshot is not None:
             self._dying[os.pidfd_open(snapshot)] = snapshot
             _kill(snapshot)
+        dead: set[int] = set()
         while True:
-            state, peak_bytes, leftovers = "lost", 0, 0
+            state, peak_bytes, leftovers, known = "lost", 0, 0, dead
+            dead = set()
             for process in self._tree.descendants():
                 if process.namespace_pid == self._pid:
                     state, peak_bytes = "kept" if process.alive else "lost", process.peak_bytes
-                elif process.alive and process.namespace_pid != snapshot:
+                elif process.namespace_pid == snapshot:
+                    continue
+                elif process.alive:
                     _kill(process.namespace_pid)
                     leftovers += 1
-            if not leftovers:
+                else:
+                    dead.add(process.namespace_pid)
+            # The children of one that died while it was looked for may have been missed: they have another parent.
+            if not leftovers and dead <= known:
                 return state, peak_bytes
             # They must be dead before the next cell, which could look for them.
             time.sleep(0.0005)

@@ -1,13 +1,16 @@
 """What the keeper makes of processes that hostile code has prepared, or that are just ending."""
 
 import asyncio
+import os
 import signal
+import types
 from pathlib import Path
 
 import pytest
 
-from gtpo.sandbox import CellStatus, SandboxPool
-from gtpo.sandbox.descendants import ProcessTree
+from gtpo.sandbox import CellStatus, SandboxPool, session_processes
+from gtpo.sandbox.descendants import Descendant, ProcessTree
+from gtpo.sandbox.session_processes import SessionProcesses
 from tests.sandbox.conftest import LIMITS, children
 
 STATUS = """Name:\tpython
@@ -65,3 +68,26 @@ def test_signals_to_the_snapshot_reach_no_other_call(number):
     sent, *innocent = asyncio.run(run())
     assert sent.stdout == "sent\n"
     assert [(result.status, result.stdout) for result in innocent] == [(CellStatus.OK, "innocent\n")] * 2
+
+
+def test_a_process_whose_parent_dies_while_they_are_listed_is_not_left(monkeypatch):
+    class Listed:
+        """What is found one time after the other: the parent 7 dies before its child 8 is found."""
+
+        def __init__(self) -> None:
+            found = [{1: "S", 7: "T", 8: "T"}, {1: "T", 7: "Z"}, {1: "T", 7: "Z", 8: "T"}, {1: "T", 7: "Z", 8: "Z"}]
+            self.left = [*found, found[-1]]
+
+        def descendants(self) -> list[Descendant]:
+            return [
+                Descendant(pid, os.getpid() if pid == 1 else pid, state != "Z", state == "T", 1, 0, 0)
+                for pid, state in self.left.pop(0).items()
+            ]
+
+    killed = []
+    processes = SessionProcesses(os.getpid(), proc_fd=None)
+    processes._tree = listed = Listed()
+    monkeypatch.setattr(session_processes, "os", types.SimpleNamespace(kill=lambda *signal: killed.append(signal)))
+    assert processes.settle() == ("kept", 0)
+    assert killed == [(-1, signal.SIGSTOP), *[(pid, signal.SIGKILL) for pid in (7, 8, 8)]] and not listed.left
+    os.close(processes.pidfd)
