@@ -14,7 +14,7 @@ from gtpo.methods import Method, Term
 from gtpo.rewards import TurnRewards, is_void_turn
 from gtpo.types import StopReason, Trajectory
 from gtpo_kernels import CreditRule, CreditTerm, TurnAdvantages, combined_advantages
-from gtpo_kernels.turn_advantages.op import check_rule
+from gtpo_kernels.turn_advantages.op import Others, check_rule
 
 # verl adds 1e-8 to the variance; this differs from it by less than 1e-6 of the result where the deviation is above 0.1
 _WHITEN = CreditRule("turn_reward", scope="batch", population="tokens", eps=1e-8)
@@ -51,7 +51,7 @@ def method_advantages(
     [0.5, 0.5, -0.5]
     """
     terms = [
-        CreditTerm(rule, term.weight, _turns(term, turns_with_calls))
+        CreditTerm(rule, term.weight, *_turns(term, turns_with_calls))
         for term, rule in zip(_terms(method), credit_rules(method), strict=False)
     ]
     return combined_advantages(
@@ -162,12 +162,12 @@ def _terms(method: Method) -> tuple[Method | Term, ...]:
     return (method, *method.extra_terms)
 
 
-def _turns(term: Method | Term, turns_with_calls: Tensor | None) -> Tensor | None:
+def _turns(term: Method | Term, turns_with_calls: Tensor | None) -> tuple[Tensor | None, Others]:
     if isinstance(term, Method) or term.turns == "all":
-        return None
+        return None, "leave"
     if turns_with_calls is None:
         raise ValueError("turns_with_calls must be [K] for a term of turns='with_calls', got None")
-    return turns_with_calls
+    return turns_with_calls, term.others
 
 
 def to_sequence(

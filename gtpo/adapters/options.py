@@ -8,8 +8,8 @@ from gtpo.credit import check_credit, credit_rules
 from gtpo.methods import METHODS, Method, Term
 
 PER_BATCH = ("outcomes", "anchor_ids", "turns_with_calls")
-CREDIT_FIELDS = frozenset({*Term.__dataclass_fields__, "extra_terms", "whiten"} - {"turns"})
 METHOD_FIELDS = frozenset(Method.__dataclass_fields__)
+CREDIT_FIELDS = (METHOD_FIELDS & Term.__dataclass_fields__.keys()) | {"extra_terms", "whiten"}
 
 
 class CreditSettings(NamedTuple):

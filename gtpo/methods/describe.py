@@ -28,7 +28,7 @@ def describe_credit(method: Method) -> str:
     >>> describe_credit(METHODS["matchtir"])
     '0.5 norm[group, one a trajectory](trajectory return) + 0.5 norm[group and turn](turn return, gamma 0.9)'
     """
-    first = Term(**{name: getattr(method, name) for name in Term.__dataclass_fields__ if name != "turns"})
+    first = Term(**{name: getattr(method, name) for name in Term.__dataclass_fields__ if hasattr(method, name)})
     credit = " + ".join(_describe_term(term) for term in (first, *method.extra_terms))
     return f"whiten[tokens of the batch]({credit})" if method.whiten else credit
 
@@ -74,4 +74,5 @@ def _describe_term(term: Term) -> str:
     if term.order == "normalise_first":
         values = f"returns(gamma {term.gamma:g}) of {values}"
     values += " on turns with calls" if term.turns == "with_calls" else ""
+    values += ", of the others 0" if term.others == "zero" else ""
     return values if term.weight == 1 else f"{term.weight:g} {values}"

@@ -12,14 +12,19 @@ Centre = Literal["mean", "leave_one_out", "none"]
 Scale = Literal["std", "none"]
 Singleton = Literal["zero", "keep"]
 Turns = Literal["all", "with_calls"]
+Others = Literal["leave", "zero"]
 
 
 @dataclass(frozen=True)
 class Term:
-    """A further term of a credit: its weight, which turns get it, and the fields of `gtpo_kernels.CreditRule`."""
+    """A further term of a credit: its weight, which turns get it, and the fields of `gtpo_kernels.CreditRule`.
+
+    others: the turns that do not get it "leave" its statistics, or stay there with a reward of "zero".
+    """
 
     weight: float = 1.0
     turns: Turns = "all"
+    others: Others = "leave"
     quantity: Quantity = "turn_return"
     gamma: float = 0.9
     order: Order = "discount_first"
@@ -103,6 +108,7 @@ _IDLE_IN_TERM: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("scope", ("none",), "population centre scale ddof eps singleton"),
     ("scale", ("none",), "ddof eps"),
 )
+_IDLE_IN_FURTHER_TERM = (("turns", ("all",), "others"), *_IDLE_IN_TERM)
 
 
 def check_method(method: Method) -> None:
@@ -152,7 +158,7 @@ def drop_idle(fields: Mapping[str, Any], given: Collection[str], record: type[Me
 
 
 def _idle_tables(record: type[Method] | type[Term]) -> tuple[tuple[str, tuple[str, ...], str], ...]:
-    return (*_IDLE_IN_LOSS, *_IDLE_IN_TERM) if record is Method else _IDLE_IN_TERM
+    return (*_IDLE_IN_LOSS, *_IDLE_IN_TERM) if record is Method else _IDLE_IN_FURTHER_TERM
 
 
 def _check_idle(record: Method | Term, where: str) -> None:

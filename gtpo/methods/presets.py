@@ -177,20 +177,26 @@ PRESETS: dict[str, Preset] = {
             quantity="outcome",
             population="trajectories",
             eps=1e-4,
-            extra_terms=(Term(turns="with_calls", quantity="turn_reward", scope="group_turn", eps=1e-4),),
+            extra_terms=(
+                Term(turns="with_calls", others="zero", quantity="turn_reward", scope="group_turn", eps=1e-4),
+            ),
         ),
         "MT-GRPO, arXiv 2505.11821",
         """
-        All turns get the normalised outcome; those that call a tool also their reward, normalised among the calls at
-        the same turn. The paper has two turns, a call and an answer. Its turn rewards are of search
-        results, ours of format and execution. Loss and eps are of the authors' mt_grpo_env_trainer.py and
-        run_mt_grpo.sh (github.com/SiliangZeng/Multi-Turn-RL-Agent): token-mean, TRL's clip 0.2, beta 0; their
-        example has KL 0.01 by default. There the turn's statistics also count a 0 for every rollout that made no call,
-        and such a rollout gets its normalised sum of both rewards; here it gets its outcome. By hand: outcomes 1, 0
-        give 0.7070 and -0.7070 (eps 1e-4), first turns of 0.2 and 0 another 0.7066 and -0.7066.
+        All turns get the normalised outcome; those that call a tool also their reward, normalised among all at the
+        same turn, of which those without a call count 0. The paper has two turns, a call and an answer. Its turn
+        rewards are of search results, ours of format and execution. Credit, loss and eps are of the authors'
+        mt_grpo_env_trainer.py and run_mt_grpo.sh (github.com/SiliangZeng/Multi-Turn-RL-Agent): token-mean, TRL's clip
+        0.2, beta 0; their example has KL 0.01 by default. There a rollout without a call gets its normalised sum of
+        both rewards; here it gets its outcome. By hand: outcomes 1, 0 give 0.7070 and -0.7070 (eps 1e-4), first turns
+        of 0.2 and 0 another 0.7066 and -0.7066; and 1, 1, 0 give 0.5773 and -1.1545, calls of 1, 0 beside an answer
+        (0) mean 1/3, deviation 0.5774: 1.1545 and -0.5773.
 
         >>> group_advantages(method, [[0.2, 1.0], [0.0, 0.0]], outcomes=[1.0, 0.0], calls=[[True, False]] * 2)
         [[1.4136, 0.707], [-1.4136, -0.707]]
+        >>> rewards, calls = [[1.0, 0.0], [0.0, 0.0], [0.5]], [[True, False], [True, False], [False]]
+        >>> group_advantages(method, rewards, outcomes=[1.0, 1.0, 0.0], calls=calls)
+        [[1.7318, 0.5773], [0.0, 0.5773], [-1.1545]]
         """,
     ),
     "matchtir": Preset(

@@ -1,7 +1,7 @@
 """`turn_returns`, `turn_advantages`, `combined_advantages` and `TurnCredit`: public functions and registration."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from gtpo_kernels.turn_advantages.reference import (
 )
 
 FAMILY = "turn_advantages"
+Others = Literal["leave", "zero"]
 CHOICES = {
     name: get_args(kind)
     for name, kind in (
@@ -103,12 +104,14 @@ class CreditTerm(NamedTuple):
     """One summand of a credit.
 
     weight: what the rule's advantages are multiplied by: a number, or [K] float, one a turn.
-    turns: [K] bool, the turns it is about, None for all; others leave its statistics, and get nothing from it.
+    turns: [K] bool, the turns it is about, None for all; others get nothing from it.
+    others: these "leave" its statistics, or stay there with a reward of "zero".
     """
 
     rule: CreditRule
     weight: float | Tensor = 1.0
     turns: Tensor | None = None
+    others: Others = "leave"
 
 
 def combined_advantages(
@@ -146,6 +149,8 @@ def combined_advantages(
     """
     if not terms:
         raise ValueError("terms must hold at least one CreditTerm, got none")
+    for term in terms:
+        check_choice("others", term.others, get_args(Others))
     batch = TurnBatch(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids)
     plain = terms[0].turns is None and not isinstance(terms[0].weight, Tensor) and terms[0].weight == 1.0
     if plain and len(terms) == 1 and then is None:
@@ -157,16 +162,18 @@ def combined_advantages(
     shape, device = tuple(turn_rewards.shape), turn_rewards.device
     dtype = accumulator_dtype(turn_rewards.dtype)
     total, first = torch.zeros_like(turn_rewards, dtype=torch.float64), None
-    for rule, weight, turns in terms:
+    for rule, weight, turns, others in terms:
         if isinstance(weight, Tensor):
             check_tensor("weight", weight, layout="[K]", shape=shape, kind="float", device=device)
-        ids = turn_ids
+        ids, rewards = turn_ids, turn_rewards.double()
         if turns is not None:
             check_tensor("turns", turns, layout="[K]", shape=shape, kind="bool", device=device)
-            # one more entry, which the index -1 finds
-            ids = turn_ids.masked_fill(~torch.cat([turns, turns.new_zeros(1)])[turn_ids.long()], -1)
-        of_term = batch._replace(turn_rewards=turn_rewards.double(), turn_ids=ids)
-        credit = _advantages_of_rule(of_term, rule, backend)
+            if others == "zero":
+                rewards, weight = rewards.masked_fill(~turns, 0.0), weight * turns.double()
+            else:
+                # one more entry, which the index -1 finds
+                ids = turn_ids.masked_fill(~torch.cat([turns, turns.new_zeros(1)])[turn_ids.long()], -1)
+        credit = _advantages_of_rule(batch._replace(turn_rewards=rewards, turn_ids=ids), rule, backend)
         total = total + weight * credit.turn_advantages
         first = credit.returns if first is None else first
     if then is not None:

@@ -106,6 +106,17 @@ def test_turns_that_a_term_is_not_about_leave_its_statistics(backend: str) -> No
     assert_equal([credit.advantages], [torch.cat([credit.turn_advantages, torch.zeros(1)])[turn_ids]])
 
 
+def test_turns_that_a_term_is_not_about_may_count_as_zero(backend: str) -> None:
+    case = general_case(4, torch.float64)
+    about = torch.arange(len(case["turn_rewards"])) % 3 > 0
+    rule = CreditRule("turn_reward", scope="batch")
+    credit = combined_advantages(**case, terms=[CreditTerm(rule, 0.1, about, "zero")], backend=backend)
+    zeros = {**case, "turn_rewards": case["turn_rewards"] * about}
+    alone = combined_advantages(**zeros, terms=[CreditTerm(rule)], backend=backend).turn_advantages
+    assert alone[~about].any()
+    torch.testing.assert_close(credit.turn_advantages, 0.1 * alone * about)
+
+
 def test_one_term_is_turn_advantages(backend: str) -> None:
     case = random_case(6)
     for options in ({}, {"gamma": 0.5, "scope": "batch", "population": "tokens", "ddof": 0, "eps": 0.1}):
@@ -272,6 +283,7 @@ def test_turn_credit_of_terms(backend: str) -> None:
         ({}, {"terms": []}, "terms must hold at least one CreditTerm, got none"),
         ({}, {"terms": [CreditTerm(CreditRule(), torch.zeros(3))]}, r"weight must be \[K\] = \[2\], got shape \(3,\)"),
         ({}, {"terms": [CreditTerm(CreditRule(), 1.0, torch.ones(2))]}, "turns must be bool, got float32"),
+        ({}, {"terms": [CreditTerm(CreditRule(), others="drop")]}, "others must be one of 'leave', 'zero', got 'drop'"),  # type: ignore[arg-type]
         ({"gamma": 1.5}, {}, r"gamma must lie in \[0, 1\], got 1.5"),
     ],
 )

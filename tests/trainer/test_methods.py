@@ -13,7 +13,7 @@ import torch
 
 from gtpo.__main__ import main
 from gtpo.config import config_from_dict, load_config
-from gtpo.credit import anchor_ids, assign_credit, check_credit, credit_rules, method_advantages
+from gtpo.credit import anchor_ids, assign_credit, check_credit, credit_rules, group_advantages, method_advantages
 from gtpo.methods import (
     METHODS,
     PRESETS,
@@ -132,7 +132,7 @@ def mt_grpo(trial: Trial, i: int, j: int) -> float:
     outcome = normalised(trial.outcomes[i], [trial.outcomes[p] for p in peers], eps=1e-4)
     if not trial.calls[i][j]:
         return outcome
-    same_turn = [trial.rewards[p][j] for p in peers if len(trial.rewards[p]) > j and trial.calls[p][j]]
+    same_turn = [trial.rewards[p][j] * trial.calls[p][j] for p in peers if len(trial.rewards[p]) > j]
     return outcome + normalised(trial.rewards[i][j], same_turn, eps=1e-4)
 
 
@@ -183,6 +183,29 @@ def test_a_preset_is_its_formula(name: str) -> None:
         expected = [[FORMULAS[name](trial, i, j) for j in range(len(turns))] for i, turns in enumerate(trial.rewards)]
         for ours, theirs in zip(by_method(METHODS[name], trial), expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-9)
+
+
+def test_mt_grpo_gives_the_authors_credit_to_whoever_calls() -> None:
+    """Restated from SiliangZeng/Multi-Turn-RL-Agent, mt_grpo_env_trainer.py, `_assign_advantages` ("aae"): a call, its
+    result and an answer, where statistics run over all rollouts of the group and TRL's eps is 1e-4."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        outcome, turn = torch.rand(2, 8, generator=generator, dtype=torch.float64)
+        calls = torch.rand(8, generator=generator) < 0.7
+        turn = turn * calls
+        outcome_advantage, turn_advantage = ((x - x.mean()) / (x.std() + 1e-4) for x in (outcome, turn))
+        rewards = [[value, 0.0] if called else [0.0] for value, called in zip(turn.tolist(), calls, strict=True)]
+        found = group_advantages(
+            METHODS["mt_grpo"],
+            rewards,
+            outcomes=outcome.tolist(),
+            calls=[[True, False] if called else [False] for called in calls],
+            digits=12,
+        )
+        for i, row in enumerate(found):
+            if calls[i]:
+                expected = [outcome_advantage[i] + turn_advantage[i], outcome_advantage[i]]
+                assert row == pytest.approx([value.item() for value in expected], rel=1e-9)
 
 
 class Loss(NamedTuple):
