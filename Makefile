@@ -88,7 +88,7 @@ bench-sandbox: $(VENV)/.bench-sandbox
 bench-skip: $(VENV)/.dev $(VENV)/.smollm2
 	$(BIN)/python -m benchmarks.skip
 
-#: make bias         what each method, credit and loss, makes of a known policy gradient: docs/credit.md (4 minutes)
+#: make bias         what each method, credit and loss, makes of a known policy gradient: docs/credit.md (3 minutes)
 bias: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.bias
 
