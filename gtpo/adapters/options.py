@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from gtpo.credit import check_credit, credit_rules
-from gtpo.methods import METHODS, Method, Term
+from gtpo.methods import METHODS, Method, Term, check_method, drop_idle
 
 PER_BATCH = ("outcomes", "anchor_ids", "turns_with_calls")
 METHOD_FIELDS = frozenset(Method.__dataclass_fields__)
@@ -46,7 +46,7 @@ def credit_settings(options: Mapping[str, Any], *, given: Collection[str] = PER_
         may hold mappings in the place of `Term`s.
     given: which of `PER_BATCH` comes with each batch.
     Raises ValueError for fields of the rewards or of the loss, which are the trainer's; for unknown names, fields that
-    contradict one another, and credits that need what is not given.
+    contradict one another or have no effect beside the others, and credits that need what is not given.
 
     >>> credit_settings({"method": "rloo"}).method.centre
     'leave_one_out'
@@ -69,8 +69,11 @@ def credit_settings(options: Mapping[str, Any], *, given: Collection[str] = PER_
         raise ValueError(f"a credit has no field {', '.join(unknown)}: it has {', '.join(sorted(CREDIT_FIELDS))}")
     if "extra_terms" in fields:
         fields["extra_terms"] = tuple(_term(number, term) for number, term in enumerate(fields["extra_terms"]))
-    settings = CreditSettings(dataclasses.replace(METHODS[name or "gtpo"], **fields), backend)
+    preset = METHODS[name or "gtpo"]
+    of_preset = {field.name: getattr(preset, field.name) for field in dataclasses.fields(Method)}
+    settings = CreditSettings(Method(**drop_idle({**of_preset, **fields}, fields, Method)), backend)
     check_credit(settings.method)
+    check_method(settings.method)
     missing = sorted(settings.needs - set(given))
     if missing:
         of = "this credit" if name is None else f"the credit of method={name!r}"

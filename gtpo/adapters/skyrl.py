@@ -72,7 +72,8 @@ def gtpo_advantages(
         )
     options = dict(credit or {})
     if "method" not in options:
-        options.setdefault("gamma", gamma)
+        if options.get("quantity") != "turn_reward":  # which is not discounted
+            options.setdefault("gamma", gamma)
     elif gamma not in (1.0, options.get("gamma", METHODS[options["method"]].gamma)):
         raise ValueError(
             f"trainer.algorithm.gamma={gamma} is not that of the method {options['method']!r}: pass gamma to register()"

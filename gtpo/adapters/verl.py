@@ -59,11 +59,11 @@ def _credit_options(config: Any) -> dict[str, Any]:
         return {}
     options = dict(config.get(NAME, None) or {})
     gamma = config.get("gamma", None)
-    if "method" not in options and gamma is not None:
+    if "method" not in options and gamma is not None and options.get("quantity") != "turn_reward":
         options.setdefault("gamma", float(gamma))
     settings = credit_settings(options, given=())
     # 1.0 is verl's default, which says nothing about a preset
-    if gamma not in (None, 1.0, settings.method.gamma) and "gamma" not in options:
+    if "method" in options and gamma not in (None, 1.0, settings.method.gamma) and "gamma" not in options:
         raise ValueError(
             f"algorithm.gamma={gamma} is not that of the method {options['method']!r}, {settings.method.gamma}: "
             "set algorithm.gtpo.gamma to change the preset"

@@ -317,6 +317,14 @@ IDS, REWARDS = torch.tensor([[0, -1, 1], [0, 0, -1]]), [[0.0, 1.0], [0.0]]
             ),
             "outcomes must be",
         ),
+        (
+            lambda: list_turn_advantages(REWARDS, "aa", scale="none", eps=0.1),
+            "credit.eps has no effect with credit.scale = 'none': it must be 1e-06, got 0.1",
+        ),
+        (
+            lambda: list_turn_advantages(REWARDS, "aa", extra_terms=[{"quantity": "turn_reward", "gamma": 0.5}]),
+            "credit.extra_terms.0.gamma has no effect",
+        ),
         (lambda: list_turn_advantages(REWARDS, "aa", extra_terms=[3]), "extra_terms must hold Terms or mappings"),
         (lambda: number_groups(["a"], 1, group_size=2), "group_size=2 trajectories, but 'a' has 1"),
     ],

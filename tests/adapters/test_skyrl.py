@@ -95,6 +95,11 @@ def test_skyrl_options_come_from_register(monkeypatch: pytest.MonkeyPatch) -> No
     assert_close(estimator(**arguments, gamma=1.0)[0], padded(expected))
     with pytest.raises(ValueError, match=r"algorithm.gamma=0.8 is not that of the method 'gtpo'"):
         estimator(**arguments, gamma=0.8)
+    # the discount that SkyRL always sends is none of a reward that is not discounted
+    skyrl.register(quantity="turn_reward", scope="none")
+    rows = zip(ATTEMPTS.rewards, TURN_IDS, strict=True)
+    plain = padded([0.0 if turn < 0 else rewards[turn] for turn in turns] for rewards, turns in rows)
+    assert_close(registered["gtpo gtpo_advantages"](**arguments, gamma=1.0)[0], plain)
     config = SimpleNamespace(eps_clip_low=0.2, eps_clip_high=0.28, off_policy_correction=None)
     one = torch.ones(1, 1)
     assert loss(one, 0 * one, -one, config)[0].item() == pytest.approx(1.5)

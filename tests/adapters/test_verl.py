@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gtpo.adapters import verl
-from tests.adapters.attempts import ATTEMPTS, BY_TOKEN, MASK, assert_close, padded, token_rewards
+from tests.adapters.attempts import ATTEMPTS, BY_TOKEN, MASK, TURN_IDS, assert_close, padded, token_rewards
 
 
 def test_verl_estimator() -> None:
@@ -56,11 +56,17 @@ def test_verl_options_are_those_of_a_credit() -> None:
     arguments = (token_rewards(), MASK, ATTEMPTS.groups)
     half = {"method": "matchtir", "extra_terms": [{"weight": 0.3, "scope": "group_turn"}]}
     assert verl.gtpo_advantages(*arguments, {"gtpo": half})[0].isfinite().all()
+    # the discount that verl always sends is none of a reward that is not discounted
+    config = {"gamma": 1.0, "gtpo": {"quantity": "turn_reward", "scope": "none"}}
+    rows = zip(ATTEMPTS.rewards, TURN_IDS, strict=True)
+    expected = padded([0.0 if turn < 0 else rewards[turn] for turn in turns] for rewards, turns in rows)
+    assert_close(verl.gtpo_advantages(*arguments, config)[0], expected)
     for options, message in (
         ({"gama": 1}, "a credit has no field gama"),
         ({"method": "gspo", "clip_low": 0.1}, "a credit has no clip_low: rewards and loss are the trainer's"),
         ({"method": "mt_grpo"}, "'mt_grpo' needs outcomes, turns_with_calls, which is not given here"),
         ({"extra_terms": [{"wait": 0.3}]}, "extra_terms.0 has no field wait"),
+        ({"scale": "none", "eps": 0.1}, "credit.eps has no effect with credit.scale = 'none'"),
     ):
         with pytest.raises(ValueError, match=message):
             verl.gtpo_advantages(*arguments, {"gtpo": options})
