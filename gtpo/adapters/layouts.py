@@ -198,7 +198,7 @@ def list_turn_advantages(
         if (lengths < 0).any():
             raise ValueError(f"num_tokens must be 0 or more, got {int(lengths.min())}")
         # only whether there are any counts elsewhere, and one token says so
-        turn_ids = turn_ids.repeat_interleave(lengths if settings.counts_tokens else lengths.clamp(max=1))
+        turn_ids = turn_ids.repeat_interleave(lengths) if settings.counts_tokens else turn_ids[lengths > 0]
     groups = number_groups(group_ids, len(counts), group_size=group_size)
     values = _of_settings(settings, of_batch, rewards, cu_turns, groups, turn_ids).turn_advantages.tolist()
     ends = cu_turns.tolist()
