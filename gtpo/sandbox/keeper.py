@@ -119,6 +119,12 @@ class Keeper:
             self._host.sendall(frame)
         if alive:
             self._end_interpreter()
+            return
+        # What the trainer still sends, the answer to a tool call of that cell, must find a reader until it has read the
+        # last answer: else its connection breaks, and the fault would be the sandbox's.
+        with contextlib.suppress(OSError):
+            while self._host.recv(65536):
+                pass
 
     def _answer(self, request: dict[str, Any], hello: dict[str, Any]) -> tuple[bytes, bool]:
         """The answer to a request, as a frame with `hello` added, and whether the session can go on.

@@ -274,6 +274,31 @@ def test_what_a_tool_raises_is_raised_and_is_no_fault_of_the_sandbox(cage, failu
     assert (after.stdout, calls, faults) == ("1\n", ["look"], 0)
 
 
+def test_a_cell_that_ends_while_a_tool_works_for_it_has_crashed(cage):
+    """Also where no snapshot is left, so that its keeper ends, too: the answer that is still sent breaks nothing."""
+    code = """
+import json, os, time
+call = {"name": "look", "arguments": {"word": os.urandom(4).hex()}}
+body = json.dumps({"cell": __cell__, "call": call}).encode()
+os.write(3, len(body).to_bytes(4, "big") + body)
+time.sleep(0.005)
+try: os.kill(-1, 9)
+finally: os._exit(3)
+"""
+
+    async def call(name: str, arguments: dict[str, Any]) -> tuple[bool, str]:
+        # longer than the keeper lives
+        await asyncio.sleep(0.05)
+        return True, ""
+
+    async def run() -> CellResult:
+        async with await cage.pool.open() as session:
+            return await session.run(code, tools=CodeTools({"look": ("word",)}, call))
+
+    result = cage.do(run())
+    assert (result.status, result.exit_status, result.num_tries) == (CellStatus.CRASH, 3, 1)
+
+
 def test_a_forged_file_is_an_error(cage):
     forge = """
 import json, os
