@@ -39,7 +39,9 @@ class SandboxTier(IntEnum):
 class SandboxLimits:
     """Bounds of one session (memory, files) and of one cell (time, output).
 
-    CPU time is the main limit; wall time is the larger, second one, so that a busy machine does not fail slow code.
+    CPU time is the main limit; wall time is the larger, second one, so that a busy machine does not fail slow code. Of
+    it, the time in which the interpreter waited for a CPU does not count, as far as `max_wall_time_s` allows; nor that
+    in which it waited for tools, which is `tool_time_s` together.
     `memory_bytes` bounds the address space of a process beyond the libraries', and the memory of a session's processes
     together; `file_bytes` each file (with namespaces: all files together).  `max_processes` is how many processes and
     threads a cell may have besides its own; below the tier "namespaces" it can start none.
@@ -52,6 +54,7 @@ class SandboxLimits:
 
     cpu_time_s: float = 2.0
     wall_time_s: float = 20.0
+    tool_time_s: float = 600.0
     memory_bytes: int = 512 * 2**20
     output_bytes: int = 4096
     file_bytes: int = 16 * 2**20
@@ -66,6 +69,11 @@ class SandboxLimits:
         # the self test reads what it printed, which needs some room too
         if not 2**9 <= self.output_bytes <= 2**14:
             raise ValueError(f"output_bytes must be from {2**9} to {2**14}, got {self.output_bytes}")
+
+    @property
+    def max_wall_time_s(self) -> float:
+        """The wall time of a cell, without that of tools, on a machine however busy."""
+        return 10 * self.wall_time_s
 
 
 class CellStatus(Enum):

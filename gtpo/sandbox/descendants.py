@@ -60,6 +60,14 @@ class ProcessTree:
             return 0.0
         return sum(map(int, ticks)) / _TICKS_PER_S
 
+    def run_delay_s(self, namespace_pid: int) -> float:
+        """Seconds for which the first thread of that descendant waited for a CPU; 0 where the kernel does not count."""
+        for process in self.descendants():
+            if process.namespace_pid == namespace_pid:
+                with contextlib.suppress(OSError):
+                    return int(self._read(f"{process.pid}/schedstat").split()[1]) / 1e9
+        return 0.0
+
     def memory_share_bytes(self, process: Descendant) -> int:
         """Of what `process` shares with no file, its share: a page that n processes have counts as 1/n of one.
 

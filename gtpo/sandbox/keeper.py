@@ -16,6 +16,7 @@ import time
 from typing import Any, NoReturn
 
 from gtpo.sandbox import cell, confinement, frames, removal
+from gtpo.sandbox.descendants import ProcessTree
 from gtpo.sandbox.output import Output, without_addresses
 from gtpo.sandbox.session_processes import SessionProcesses
 
@@ -225,6 +226,9 @@ class Keeper:
 
     def _start_clocks(self) -> None:
         self._wall_start = time.monotonic()
+        # What of the wall time does not count: for tools, and for a CPU as of when it was last asked.
+        self._tool_time_s = self._run_delay_s = 0.0
+        self._run_delay_start: float | None = None
         self._processes.start_clocks()
         self._next_watch = self._wall_start + _WATCH_S
         # Since when the trainer works on a tool call of the cell.
@@ -238,14 +242,11 @@ class Keeper:
         self._send(request)
         while True:
             now = time.monotonic()
-            wall_left = self._limits.wall_time_s - (now - self._wall_start)
+            wall_left = self._wall_left_s(now)
             cpu_left = self._limits.cpu_time_s - self._processes.cell_cpu_s()
-            if self._call_start is not None:
-                # The time of a tool is not the cell's.
-                wall_left = math.inf
             # A single thread spends no more CPU time than wall time passes.
             pause = min(cpu_left, wall_left, self._cancel_time - now)
-            if self._plan.processes:
+            if self._plan.processes or self._run_delay_start is None:
                 pause = min(pause, self._next_watch - now)
             ready = {key.fileobj for key, _ in self._selector.select(max(pause, 0.0))}
             if self._host in ready:
@@ -261,12 +262,46 @@ class Keeper:
             if cpu_left <= 0:
                 raise TimeoutError(f"CPU time limit of {self._limits.cpu_time_s:g} s exceeded")
             if wall_left <= 0:
-                raise TimeoutError(f"wall time limit of {self._limits.wall_time_s:g} s exceeded")
-            if self._plan.processes and (start := time.monotonic()) >= self._next_watch:
-                self._watch()
+                self._extend_wall_time(now)
+            if (start := time.monotonic()) >= self._next_watch:
+                if self._run_delay_start is None:
+                    self._run_delay_start = self._whole_run_delay_s()
+                if self._plan.processes:
+                    self._watch()
                 now = time.monotonic()
                 # Of much memory a look takes long: not more than half of the time.
                 self._next_watch = now + max(_WATCH_S, now - start)
+
+    def _wall_left_s(self, now: float) -> float:
+        """Until the wall clock has to be looked at more closely."""
+        if self._call_start is not None:
+            return self._limits.tool_time_s - self._tool_time_s - (now - self._call_start)
+        return self._limits.wall_time_s + self._run_delay_s - (now - self._wall_start)
+
+    def _extend_wall_time(self, now: float) -> None:
+        """Let the cell have the wall time in which it waited for a CPU; TimeoutError where it has had all it may."""
+        if self._wall_left_s(now) > 0:
+            # A call of a tool has just begun or ended.
+            return
+        if self._call_start is not None:
+            raise TimeoutError(f"time limit of {self._limits.tool_time_s:g} s for tools exceeded")
+        if self._run_delay_start is not None:
+            most_s = self._limits.max_wall_time_s - self._limits.wall_time_s
+            self._run_delay_s = min(self._whole_run_delay_s() - self._run_delay_start, most_s)
+            left_s = self._wall_left_s(now)
+            if left_s > 0 and self._run_delay_s < most_s:
+                # Not asked again at once on a machine that is busy now.
+                self._run_delay_s += max(_WATCH_S - left_s, 0.0)
+        if self._wall_left_s(now) <= 0:
+            raise TimeoutError(f"wall time limit of {self._limits.wall_time_s:g} s exceeded")
+
+    def _whole_run_delay_s(self) -> float:
+        """For how long the interpreter has waited for a CPU since it was started."""
+        try:
+            return ProcessTree(self._plan.proc_fd).run_delay_s(self._processes.pid)
+        except OSError:
+            # The kernel lists no children: it counts nothing then.
+            return 0.0
 
     def _pass_call(self, request: dict[str, Any], call: object) -> None:
         """Tell the trainer which tool the cell calls. ValueError for anything but a call that it may make."""
@@ -294,7 +329,9 @@ class Keeper:
             # The trainer closed the session, or died, in the middle of a cell.
             self._end_interpreter()
             raise SystemExit
-        self._wall_start += time.monotonic() - self._call_start
+        waited_s = time.monotonic() - self._call_start
+        self._tool_time_s += waited_s
+        self._wall_start += waited_s
         self._call_start = None
         self._send(answer)
 

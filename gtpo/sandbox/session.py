@@ -307,7 +307,7 @@ class SandboxSession:
         try:
             while True:
                 # the keeper's time, without that of a tool
-                async with asyncio.timeout(2 * self._pool.limits.wall_time_s + _KEEPER_TIMEOUT_S):
+                async with asyncio.timeout(self._pool.limits.max_wall_time_s + _KEEPER_TIMEOUT_S):
                     writer.write(request)
                     await writer.drain()
                     answer = await self._read_answer(reader)

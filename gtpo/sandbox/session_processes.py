@@ -151,6 +151,11 @@ class SessionProcesses:
             time.sleep(0.0005)
         return False
 
+    @property
+    def pid(self) -> int:
+        """The interpreter's."""
+        return self._pid
+
     def resume(self) -> None:
         """Let the interpreter run again."""
         os.kill(self._pid, signal.SIGCONT)

@@ -200,7 +200,7 @@ def test_a_keeper_that_hangs_is_given_up(monkeypatch):
             (keeper,) = (pid for pid in children(zygote) if is_alive(pid))
             os.kill(keeper, signal.SIGSTOP)
             # long since over, so that the first answer is not waited for
-            monkeypatch.setattr("gtpo.sandbox.session._KEEPER_TIMEOUT_S", -2 * LIMITS.wall_time_s)
+            monkeypatch.setattr("gtpo.sandbox.session._KEEPER_TIMEOUT_S", -LIMITS.max_wall_time_s)
             running = asyncio.ensure_future(session.run("print(x)"))
             while session._stream is not None:
                 await asyncio.sleep(0)
