@@ -37,7 +37,8 @@ def credit_of(name: str, **changes: object) -> Method:
     return dataclasses.replace(METHODS["rloo"], **{field: getattr(method, field) for field in fields})
 
 
-# credits by themselves: those that differ, and two that no preset has
+AMONG_CALLS = dataclasses.replace(METHODS["mt_grpo"].extra_terms[0], others="leave")
+# credits by themselves: those that differ, and three that no preset has
 CREDITS: dict[str, Method] = {
     **{
         name: credit_of(name)
@@ -56,6 +57,7 @@ CREDITS: dict[str, Method] = {
     },
     "gtpo, gamma 1": credit_of("gtpo", gamma=1.0),
     "igpo by turn": credit_of("igpo", scope="group_turn"),
+    "mt_grpo, among calls": credit_of("mt_grpo", extra_terms=(AMONG_CALLS,)),
 }
 # those on which a loss makes no other difference than the number of turns; of the others the credits see nothing new
 TURN_PROCESSES = [

@@ -170,6 +170,7 @@ def test_biases_of_credits_are_found(credits: Findings) -> None:
     assert credits["gtpo, gamma 1", "loan"].is_biased and credits["gtpo, gamma 1", "loan"].drift > 0
     # turns without a call count 0 beside those with one, or nothing would say that calls are paid
     assert credits["mt_grpo", "paid calls"].is_found and credits["mt_grpo", "paid calls"].drift > 0
+    assert not credits["mt_grpo, among calls", "paid calls"].is_found
     for finding in credits.values():
         assert math.isfinite(finding.bias) and finding.bias_error > 0
 
@@ -254,6 +255,9 @@ def test_what_the_document_says_of_the_tables_is_in_them(kept: bias.Results) -> 
     pooled = [f for f in kept.credits_by_size if (f.method, f.process) == ("gtpo, gamma 1", "search")]
     assert sorted((f.angle[0] for f in pooled), reverse=True) == [f.angle[0] for f in pooled] and pooled[0].angle[0] < 7
     assert presets["igpo", "paid calls"].cosine[2] < 0
+    assert presets["mt_grpo", "paid calls"].angle[0] == pytest.approx(11, abs=0.5)
+    assert variance(presets, "mt_grpo", "paid calls") == pytest.approx(4.7, abs=0.3)
+    assert 7 < credits["mt_grpo, among calls", "loan"].bias / credits["mt_grpo", "loan"].bias < 8
     assert max(METHODS, key=lambda name: presets[name, "late"].cosine[0]) == "cispo"
     size = presets["gspo", "late"].size
     assert size is not None and abs(size) < 0.1
