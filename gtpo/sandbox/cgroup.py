@@ -241,12 +241,13 @@ def _hierarchies(proc: Path = Path("/proc/self")) -> list[_Hierarchy]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what pools left whose trainer was killed; one with processes stays."""
+    """Remove what pools left whose trainer was killed, here or in a cgroup beside it, such as that of another job."""
     with contextlib.suppress(OSError):
-        for path in parent.glob(f"{_PREFIX}*"):
+        for path in (*parent.glob(f"{_PREFIX}*"), *parent.parent.glob(f"*/{_PREFIX}*")):
             lock = lock_directory(str(path))
             if lock is None:
                 continue
+            # One with processes stays.
             with contextlib.suppress(OSError):
                 for inner in path.glob("*/"):
                     inner.rmdir()

@@ -11,6 +11,7 @@ import pytest
 
 from gtpo.sandbox import CellStatus, SandboxLimits, SandboxPool, SessionState, abuse, cgroup, fork_server
 from gtpo.sandbox.attempts import ATTEMPTS
+from gtpo.sandbox.directory_lock import lock_directory
 from gtpo.sandbox.session_cgroup import SessionCgroup
 from tests.sandbox.conftest import LIMITS, children, eventually, is_alive, process_states, soon
 
@@ -172,6 +173,16 @@ def test_what_a_killed_trainer_left_is_removed_by_the_next_and_nothing_else(cgro
     assert eventually(lambda: not any(is_alive(pid) for pid in family))
     assert paths and all(path.exists() for path in paths)
     asyncio.run(run(paths))
+
+
+def test_what_was_left_beside_is_removed_where_nobody_holds_it(tmp_path):
+    left, held, other = (tmp_path / name for name in ("job/gtpo-sandbox-1", "job/gtpo-sandbox-2", "job/other"))
+    for path in (left, held, other):
+        (path / "0").mkdir(parents=True)
+    lock = lock_directory(str(held))
+    cgroup._sweep(tmp_path / "own")
+    os.close(lock)
+    assert not left.exists() and (held / "0").exists() and (other / "0").exists()
 
 
 def test_without_cgroups_the_report_says_so_and_the_watch_is_left(monkeypatch):
