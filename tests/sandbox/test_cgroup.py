@@ -167,11 +167,11 @@ def test_what_a_killed_trainer_left_is_removed_by_the_next_and_nothing_else(cgro
         [sys.executable, "-c", TRAINER], env=environment, stdout=subprocess.PIPE, text=True
     ) as trainer:
         launcher, *left = trainer.stdout.readline().split()
+        paths = [Path(path) for path in left]
+        assert paths and all(path.exists() for path in paths)
         family = process_states(int(launcher))
         trainer.kill()
-    paths = [Path(path) for path in left]
     assert eventually(lambda: not any(is_alive(pid) for pid in family))
-    assert paths and all(path.exists() for path in paths)
     asyncio.run(run(paths))
 
 
