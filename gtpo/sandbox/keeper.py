@@ -118,6 +118,8 @@ class Keeper:
                 continue
             frame, alive = self._answer(request, hello)
             self._host.sendall(frame)
+            # Said once, with the answer to the setup code.
+            hello = {}
         if alive:
             self._end_interpreter()
             return
