@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from gtpo.sandbox.code_tools import CodeTools
 from gtpo.sandbox.contract import CellResult, SandboxReport
@@ -14,6 +14,27 @@ from gtpo.sandbox.pool import SandboxPool
 from gtpo.sandbox.session import SandboxSession
 
 T = TypeVar("T")
+
+
+class _Call(Generic[T]):
+    """`work` on its way to the loop of another thread: can be given up before, while and after it is done."""
+
+    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
+        self._work = work
+        self._task: asyncio.Task[Any] | None = None
+        self._given_up = False
+
+    async def run(self) -> T:
+        self._task = asyncio.current_task()
+        if self._given_up:
+            self._work.close()
+            raise asyncio.CancelledError
+        return await self._work
+
+    def give_up(self) -> None:
+        self._given_up = True
+        if self._task is not None and not self._task.done():
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
 
 class BlockingSandboxPool:
@@ -79,16 +100,17 @@ class BlockingSandboxPool:
         self.close()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        with self._door:
-            if self._loop is None:
-                work.close()
-                raise RuntimeError("the sandbox pool is not started or closed")
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        call = _Call(work)
         try:
+            with self._door:
+                if self._loop is None:
+                    work.close()
+                    raise RuntimeError("the sandbox pool is not started or closed")
+                future = asyncio.run_coroutine_threadsafe(call.run(), self._loop)
             return future.result()
         except BaseException:
-            # Ctrl-C: nobody waits for it any more.
-            future.cancel()
+            # Ctrl-C, at whatever moment: nobody waits for it any more.
+            call.give_up()
             raise
 
     @property

@@ -161,6 +161,25 @@ def test_an_interrupted_blocking_call_is_cancelled():
         assert interrupted.is_set()
 
 
+def test_a_blocking_call_that_is_interrupted_as_it_is_handed_over_is_cancelled(monkeypatch):
+    hand_over = asyncio.run_coroutine_threadsafe
+
+    def interrupted(call, loop):
+        hand_over(call, loop)
+        raise KeyboardInterrupt
+
+    async def for_ever(*_):
+        await asyncio.sleep(20)
+        return True, ""
+
+    with BlockingSandboxPool(SandboxPool(LIMITS, min_tier="landlock")) as pool, pool.open("x = 1") as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                session.run("x = 2\nhere()", tools=CodeTools({"here": ()}, for_ever))
+        assert session.run("print(x)").stdout == "1\n"
+
+
 class Launches:
     """Stands in for `fork_server.launch`: waits for `go`, then fails `num_failures` times; keeps the servers."""
 
