@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -197,6 +198,40 @@ async def measure_ours(num_calls: int) -> list[Row]:
                 rows.append(row)
             await asyncio.gather(*(session.close() for session in sessions))
     return rows
+
+
+async def snapshot_over_bwrap(cell: str, num_rounds: int, num_calls: int) -> float | None:
+    """How many times as many calls a second snapshot turns are as `bwrap`: the median of rounds that take turns.
+
+    num_calls: of bwrap in a round; ours are ten times as many. None where bwrap is not installed.
+    """
+    code, expected = CELLS[cell]
+    try:
+        with bwrap() as call:
+            async with SandboxPool(profile=PROFILES[cell], max_concurrent=NUM_CALLERS) as pool:
+                sessions = [await pool.open() for _ in range(NUM_CALLERS)]
+
+                def theirs() -> list[str]:
+                    with ThreadPoolExecutor(NUM_CALLERS) as callers:
+                        return list(callers.map(call, [code] * num_calls))
+
+                async def turns(session: SandboxSession) -> list[str]:
+                    return [(await session.run(code)).stdout for _ in range(10 * num_calls // NUM_CALLERS)]
+
+                ratios = []
+                for _ in range(num_rounds):
+                    start = time.perf_counter()
+                    printed = theirs()
+                    between = time.perf_counter()
+                    lists = await asyncio.gather(*map(turns, sessions))
+                    end = time.perf_counter()
+                    ours = [output for outputs in lists for output in outputs]
+                    if {*printed, *ours} != {expected}:
+                        raise RuntimeError(f"printed { ({*printed, *ours} - {expected})!r}")
+                    ratios.append((len(ours) / (end - between)) / (len(printed) / (between - start)))
+                return statistics.median(ratios)
+    except ImportError:
+        return None
 
 
 NOTES = {
