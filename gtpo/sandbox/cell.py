@@ -1,7 +1,8 @@
 """The interpreter of one session: locks itself in, then runs cells in one set of globals. Its memory is the code's.
 
 A request is a cell to run, or a file to write or read, with `op` "run", "put" or "get". With `snapshot` the interpreter
-first clones itself; the clone waits for the request after this one, which it gets only if this one fails.
+first clones itself; the clone waits for the request after this one, which it gets only if this one fails. Its process
+id goes to the keeper on a pipe, which wakes nobody.
 A cell that calls one of the tools which its request names sends the call, and reads the answer before it goes on.
 """
 
@@ -14,21 +15,23 @@ import contextlib
 import ctypes
 import fcntl
 import functools
-import io
 import os
 import random
-import select
 import signal
 import sys
+import time
 import traceback
 import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from gtpo.sandbox import confinement, frames
+from gtpo.sandbox.cell_streams import CellStreams
 
-_CONTROL_FD, _OUTPUT_FD, _NULL_FD, _FIRST_FREE_FD = 3, 4, 5, 6
+_CONTROL_FD, _OUTPUT_FD, _NULL_FD, _CLONES_FD, _FIRST_FREE_FD = 3, 4, 5, 6, 7
 _MAX_ERROR_CHARS = 2000
+CLONE_BYTES = 4
+"""What the process id of a clone takes on its pipe."""
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE_PARENT, _SIGCHLD = 0x8000, 17
 _getpid, _kill = os.getpid, os.kill
@@ -41,7 +44,7 @@ class ToolError(Exception):
     __module__ = "__main__"
 
 
-def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int) -> NoReturn:
+def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int, clones_fd: int) -> NoReturn:
     """Become the interpreter: confine this process, tell the keeper, then answer its cells until it is killed."""
     try:
         # Where /proc is read-only it is as likely to be taken as others.
@@ -54,7 +57,7 @@ def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int) -> 
             os.write(control_fd, frames.encode({"failed": f"cgroup: {confinement.describe_failure(failure)}"}))
             os._exit(1)
         # The way into the cgroup is closed, too.
-        _keep_descriptors(control_fd, output_fd)
+        _keep_descriptors(control_fd, output_fd, clones_fd)
         try:
             layers, missing = confinement.confine(plan)
         except OSError as failure:
@@ -66,13 +69,22 @@ def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int) -> 
         os._exit(1)
 
 
-def _keep_descriptors(control_fd: int, output_fd: int) -> None:
-    """Leave the control socket on 3, and on 4 and 5 spares of the output and of /dev/null. 0 to 2 are set per cell."""
-    # By way of high numbers, so that neither is overwritten before it is copied.
-    control_fd, output_fd = (fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in (control_fd, output_fd))
-    os.dup2(control_fd, _CONTROL_FD)
-    os.dup2(output_fd, _OUTPUT_FD)
-    os.dup2(0, _NULL_FD)
+def decode_clone(data: bytes) -> int:
+    """The process id that the interpreter has said; ValueError where it is not one."""
+    if len(data) != CLONE_BYTES:
+        raise ValueError(f"the process id of a clone must have {CLONE_BYTES} bytes, got {len(data)}")
+    return int.from_bytes(data)
+
+
+def _keep_descriptors(control_fd: int, output_fd: int, clones_fd: int) -> None:
+    """Leave the control socket on 3, on 4 and 5 spares of the output and of /dev/null, and the pipe for clones on 6.
+
+    0 to 2 are set per cell.
+    """
+    # By way of high numbers, so that none is overwritten before it is copied.
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in (control_fd, output_fd, 0, clones_fd)]
+    for fd, place in zip(high, (_CONTROL_FD, _OUTPUT_FD, _NULL_FD, _CLONES_FD), strict=True):
+        os.dup2(fd, place)
     os.closerange(_FIRST_FREE_FD, os.sysconf("SC_OPEN_MAX"))
 
 
@@ -95,9 +107,11 @@ def _serve(clone: Callable[[], int] | None) -> NoReturn:
     here = os.getcwd()
     os.environ.clear()
     os.environ.update(HOME=here, TMPDIR=here, PATH="/usr/bin:/bin", LANG="C.UTF-8")
+    streams = CellStreams(_OUTPUT_FD, _NULL_FD)
     main = sys.modules["__main__"] = types.ModuleType("__main__")
+    receive = functools.partial(os.read, _CONTROL_FD)
     while True:
-        request = frames.read_frame(functools.partial(os.read, _CONTROL_FD))
+        request = frames.read_frame(receive)
         if "op" not in request:
             # The answer to a tool call of a cell that did not wait for it.
             continue
@@ -107,21 +121,24 @@ def _serve(clone: Callable[[], int] | None) -> NoReturn:
         if request["op"] == "run":
             # All of this before the clone: a page that is written to after it has to be copied.
             _offer_tools(number, request["tools"])
-            _fresh_output(with_stderr=request["with_stderr"])
             try:
-                _fresh_input(request["stdin"])
+                streams.renew(request["stdin"], with_stderr=request["with_stderr"])
             except OSError as failed:
                 failure = f"the standard input does not fit: {_describe(failed)}", None
         if clone is not None:
             _reap_children()
             if request["snapshot"]:
+                if _thread._count():
+                    # A thread that has asked for the GIL gets it: the clone would wait for it, which it has not.
+                    time.sleep(0)
                 pid = clone()
                 if pid == 0:
+                    streams.forget()
                     continue
                 if pid > 0:
                     # The keeper does so, too, but later: until then the clone would write to pages.
                     _kill(pid, signal.SIGSTOP)
-                    _write(frames.enclose(b'{"cell":%d,"snapshot":%d}' % (number, pid)))
+                    os.write(_CLONES_FD, pid.to_bytes(CLONE_BYTES))
         own_pid = _getpid()
         if request["op"] != "run":
             failure, value = _move_file(request, here)
@@ -129,7 +146,7 @@ def _serve(clone: Callable[[], int] | None) -> NoReturn:
             name = f"<cell {request['number']}>" if request["number"] else "<setup>"
             main.__dict__["__cell__"] = request["number"]
             failure = _run(request["code"], name, main.__dict__)
-            _flush_output()
+            streams.flush()
         if _getpid() != own_pid:
             # A child that the cell forked has run past the cell's end: it does not answer for its parent.
             os._exit(0)
@@ -194,45 +211,6 @@ def _move_file(request: dict[str, Any], here: str) -> tuple[tuple[str, int | Non
             return None, base64.b64encode(file.read(frames.MAX_PIECE_BYTES)).decode()
     except Exception as failure:
         return (_describe(failure), None), None
-
-
-def _fresh_input(text: str) -> None:
-    """Have `text` on standard input: a pipe, an unlinked file where that is too small, /dev/null for an empty text."""
-    data = text.encode("utf-8", "surrogatepass")
-    if not data:
-        os.dup2(_NULL_FD, 0)
-    elif len(data) <= select.PIPE_BUF:
-        read_end, write_end = os.pipe()
-        os.write(write_end, data)
-        os.close(write_end)
-        os.dup2(read_end, 0)
-        os.close(read_end)
-    else:
-        # Not at the top: it brings six libraries, whose mappings would make every fork slower.
-        import tempfile
-
-        with tempfile.TemporaryFile(dir=".") as file:
-            file.write(data)
-            file.seek(0)
-            os.dup2(file.fileno(), 0)
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
-
-
-def _flush_output() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except Exception:
-            # The cell put something else there, or closed it: its own output is lost.
-            continue
-
-
-def _fresh_output(*, with_stderr: bool) -> None:
-    """Undo what the last cell did to stdout and stderr. Line buffered, so that a killed cell leaves its lines."""
-    for fd, name, place in ((1, "stdout", _OUTPUT_FD), (2, "stderr", _OUTPUT_FD if with_stderr else _NULL_FD)):
-        os.dup2(place, fd)
-        raw = io.BufferedWriter(io.FileIO(fd, "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(raw, "utf-8", "backslashreplace", line_buffering=True))
 
 
 def _run(code: str, name: str, variables: dict[str, Any]) -> tuple[str, int | None] | None:

@@ -15,18 +15,24 @@ _STOP_SIGNALS = sum(1 << number - 1 for number in (signal.SIGSTOP, signal.SIGTST
 
 @dataclass(frozen=True)
 class Descendant:
-    """A process: its id in the /proc that was read and in its own namespace, whether it has not ended, its threads.
-
-    `memory_bytes` is what it shares with no file, `peak_bytes` the most that it had, shared or not.
-    """
+    """A process: its id in the /proc that was read and in its own namespace, whether it has not ended, its threads."""
 
     pid: int
     namespace_pid: int
     alive: bool
     stopped: bool
     num_threads: int
-    memory_bytes: int
-    peak_bytes: int
+    status: str
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it shares with no file. A process that is ending has no memory lines any more."""
+        return _bytes(self.status, "RssAnon") + _bytes(self.status, "RssShmem")
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that it had, shared or not."""
+        return _bytes(self.status, "VmHWM")
 
 
 class ProcessTree:
@@ -106,9 +112,7 @@ class ProcessTree:
             alive=state not in "ZX" or num_threads != 1,
             stopped=state == "T",
             num_threads=num_threads,
-            # A process that is ending has no memory lines any more.
-            memory_bytes=_bytes(status, "RssAnon") + _bytes(status, "RssShmem"),
-            peak_bytes=_bytes(status, "VmHWM"),
+            status=status,
         )
 
     def _threads(self, pid: int) -> list[int]:

@@ -112,11 +112,12 @@ async def launch(
         raise SandboxUnavailable(str(failure)) from failure
     package = os.path.dirname(os.path.abspath(__file__))
     interpreter, parent, prefix = sys.executable, os.path.dirname(package), list[str]()
-    if jail == "bubblewrap":
-        # Linux only, as this.
-        from gtpo.sandbox.confinement import readable_paths
+    # Linux only, as this.
+    from gtpo.sandbox.confinement import readable_paths
 
-        prefix = bubblewrap.command(package, readable_paths(), libraries)
+    readable = readable_paths()
+    if jail == "bubblewrap":
+        prefix = bubblewrap.command(package, readable, libraries)
         interpreter, parent, package = bubblewrap.interpreter(), bubblewrap.PACKAGE, f"{bubblewrap.PACKAGE}/sandbox"
     # Linux only, as this.
     from gtpo.sandbox.cgroup import PoolCgroup, session_bytes
@@ -157,6 +158,7 @@ async def launch(
             "own_users": os.geteuid() != 0,
             "pool_cgroup": total_memory_bytes is not None,
             "limits": asdict(limits),
+            "readable": readable,
             "libraries": libraries,
             "modules": profiles.modules(profile),
             "warm_up": profiles.warm_up(profile),

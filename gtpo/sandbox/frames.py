@@ -15,7 +15,7 @@ MAX_PIECE_BYTES = 64 * 1024
 HEADER = struct.Struct(">I")
 # Bound here, so that a cell that replaces json.dumps in its interpreter does not break its own answers.
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_from_json = json.JSONDecoder().decode
+_from_json = json.JSONDecoder().raw_decode
 
 
 def encode(message: dict[str, Any]) -> bytes:
@@ -37,9 +37,12 @@ def enclose(body: bytes) -> bytes:
 def decode(body: bytes) -> dict[str, Any]:
     """The message of a frame without its header; ValueError for anything but a JSON object."""
     try:
-        message = _from_json(body.decode("utf-8", "surrogatepass"))
+        text = body.decode("utf-8", "surrogatepass")
+        message, end = _from_json(text)
     except RecursionError:
         raise ValueError("frame nested too deeply") from None
+    if end != len(text):
+        raise ValueError(f"a frame must hold one JSON object, got {len(text) - end} more characters")
     if not isinstance(message, dict):
         raise ValueError(f"a frame must hold a JSON object, got {type(message).__name__}")
     return message
@@ -55,14 +58,14 @@ def body_length(header: bytes) -> int:
 
 def read_frame(receive: Callable[[int], bytes]) -> dict[str, Any]:
     """The next message from a blocking `receive(num_bytes)`; EOFError at the end of the stream."""
+    return decode(_exactly(receive, body_length(_exactly(receive, HEADER.size))))
 
-    def exactly(count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            piece = receive(count - len(data))
-            if not piece:
-                raise EOFError("the other end closed the stream")
-            data += piece
-        return data
 
-    return decode(exactly(body_length(exactly(HEADER.size))))
+def _exactly(receive: Callable[[int], bytes], count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = receive(count - len(data))
+        if not piece:
+            raise EOFError("the other end closed the stream")
+        data += piece
+    return data

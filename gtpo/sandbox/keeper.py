@@ -23,8 +23,12 @@ from gtpo.sandbox.session_processes import SessionProcesses
 _MAX_ERROR_CHARS = 2000
 # How often a running cell's memory and the CPU time of its children are looked at.
 _WATCH_S = 0.05
+# For how long what a cell prints may wait in the pipe: most cells have ended by then, and wake the keeper once.
+_QUIET_S = 0.003
 # How long a cell that was cancelled at its start may take to leave a snapshot.
 _MAX_CLONE_S = 1.0
+# How often that is looked at. Nothing else has to know at once: what wakes the keeper costs every cell.
+_CLONE_LOOK_S = 0.001
 # The trainer must be able to decode what a cell gives to a tool.
 _MAX_CALL_LEVELS = 64
 _MAX_PIECE_CHARS = 4 * math.ceil(frames.MAX_PIECE_BYTES / 3)
@@ -69,6 +73,7 @@ _STATUS_OF_END: dict[type[Exception], str] = {
     OutOfMemory: "out_of_memory",
     KilledForOthers: "infra_error",
 }
+_FORGED = "the cell wrote to the interpreter's control channel"
 _KILLED_FOR_OTHERS = "out of memory outside of the session: the kernel took a process of it"
 
 
@@ -82,20 +87,24 @@ class Keeper:
         self._box = box
         self._control, self._remote = socket.socketpair()
         self._output_fd, self._output_end = os.pipe()
+        self._clones_fd, clones_end = os.pipe()
         pid = os.fork()
         if pid == 0:
-            cell.run_interpreter(plan, self._remote.fileno(), self._output_end)
+            cell.run_interpreter(plan, self._remote.fileno(), self._output_end, clones_end)
         if plan.cgroup is not None:
             plan.cgroup.lock()
         os.chdir("/")
         confinement.confine_keeper(plan)
-        os.set_blocking(self._output_fd, False)
+        os.close(clones_end)
+        for fd in (self._output_fd, self._clones_fd):
+            os.set_blocking(fd, False)
         self._processes = SessionProcesses(pid, plan.proc_fd if plan.processes else None, plan.cgroup)
         self._received = b""
         self._output = Output(plan.limits.output_bytes)
         self._selector = selectors.DefaultSelector()
-        for fileobj in (host, self._control, self._output_fd, self._processes.pidfd):
+        for fileobj in (host, self._control, self._processes.pidfd):
             self._selector.register(fileobj, selectors.EVENT_READ)
+        self._reads_output = False
         self._start_clocks()
 
     def serve(self) -> None:
@@ -139,12 +148,14 @@ class Keeper:
             answer = self._run_cell(request)
             return frames.encode(answer | hello), answer["state"] != "lost"
         except Exception as failure:
-            answer = self._crash(f"the keeper failed under the cell: {type(failure).__name__}")
+            answer = self._crash(request, f"the keeper failed under the cell: {type(failure).__name__}")
             return frames.encode(answer | hello), answer["state"] != "lost"
 
-    def _crash(self, error: str) -> dict[str, Any]:
+    def _crash(self, request: dict[str, Any], error: str) -> dict[str, Any]:
         """Kill what is left of a cell that made the keeper fail; its answer."""
         try:
+            with contextlib.suppress(InterpreterGone):
+                self._learn_of_snapshot(request)
             self._end_interpreter()
             state = self._roll_back(empty_box=False)
         except Exception:
@@ -176,6 +187,7 @@ class Keeper:
         peak_bytes = 0
         try:
             message = self._exchange(request)
+            self._learn_of_snapshot(request)
             self._look_for_kills()
             status, error, line, value = (message[key] for key in ("status", "error", "line", "value"))
             cpu_time_s = self._processes.cell_cpu_s(to_the_moment=True)
@@ -185,6 +197,8 @@ class Keeper:
                 state, peak_bytes = self._processes.settle()
         except tuple(_STATUS_OF_END) as failure:
             end, state = failure, "lost"
+            with contextlib.suppress(InterpreterGone):
+                self._learn_of_snapshot(request)
             wait_status, cpu_time_s, peak_bytes = self._end_interpreter()
             try:
                 self._look_for_kills()
@@ -194,6 +208,7 @@ class Keeper:
             exit_status = None if str(end) else os.waitstatus_to_exitcode(wait_status)
             status, error = _STATUS_OF_END[type(end)], str(end) or _describe_exit(wait_status)
         wall_time_s = time.monotonic() - self._wall_start
+        self._read_output(False)
         self._take_output()
         if request["op"] != "run":
             # What threads of the cell before print meanwhile; with a piece of a file it could be too much for a frame.
@@ -244,12 +259,17 @@ class Keeper:
         self._send(request)
         while True:
             now = time.monotonic()
+            self._read_output(now >= self._wall_start + _QUIET_S)
             wall_left = self._wall_left_s(now)
             cpu_left = self._limits.cpu_time_s - self._processes.cell_cpu_s()
             # A single thread spends no more CPU time than wall time passes.
             pause = min(cpu_left, wall_left, self._cancel_time - now)
             if self._plan.processes or self._run_delay_start is None:
                 pause = min(pause, self._next_watch - now)
+            if self._cancel_time < math.inf:
+                pause = min(pause, _CLONE_LOOK_S)
+            if not self._reads_output:
+                pause = min(pause, _QUIET_S)
             ready = {key.fileobj for key, _ in self._selector.select(max(pause, 0.0))}
             if self._host in ready:
                 self._hear(request)
@@ -259,8 +279,10 @@ class Keeper:
                 return message
             if self._processes.pidfd in ready:
                 raise InterpreterGone
-            if self._cancel_time < math.inf and (self._processes.snapshot is not None or now >= self._cancel_time):
-                raise InterpreterGone("cancelled")
+            if self._cancel_time < math.inf:
+                self._learn_of_snapshot(request)
+                if self._processes.snapshot is not None or now >= self._cancel_time:
+                    raise InterpreterGone("cancelled")
             if cpu_left <= 0:
                 raise TimeoutError(f"CPU time limit of {self._limits.cpu_time_s:g} s exceeded")
             if wall_left <= 0:
@@ -269,10 +291,20 @@ class Keeper:
                 if self._run_delay_start is None:
                     self._run_delay_start = self._whole_run_delay_s()
                 if self._plan.processes:
+                    self._learn_of_snapshot(request)
                     self._watch()
                 now = time.monotonic()
                 # Of much memory a look takes long: not more than half of the time.
                 self._next_watch = now + max(_WATCH_S, now - start)
+
+    def _read_output(self, wanted: bool) -> None:
+        """Have output wake the keeper from now on, or not."""
+        if wanted != self._reads_output:
+            self._reads_output = wanted
+            if wanted:
+                self._selector.register(self._output_fd, selectors.EVENT_READ)
+            else:
+                self._selector.unregister(self._output_fd)
 
     def _wall_left_s(self, now: float) -> float:
         """Until the wall clock has to be looked at more closely."""
@@ -379,11 +411,6 @@ class Keeper:
             while (message := self._next_frame()) is not None:
                 if message.get("cell") != request["cell"]:
                     raise ValueError("not an answer to this cell")
-                if "snapshot" in message:
-                    if not request["snapshot"]:
-                        raise ValueError("no snapshot was asked for")
-                    self._processes.hold_snapshot(message["snapshot"])
-                    continue
                 if "call" in message:
                     self._pass_call(request, message["call"])
                     continue
@@ -396,8 +423,23 @@ class Keeper:
                     raise ValueError("not an answer")
                 return {"line": None, "value": None} | message
         except ValueError:
-            raise InterpreterGone("the cell wrote to the interpreter's control channel") from None
+            raise InterpreterGone(_FORGED) from None
         return None
+
+    def _learn_of_snapshot(self, request: dict[str, Any]) -> None:
+        """Take the number of the interpreter's clone, once it has been said. It is untrusted, too."""
+        if not request["snapshot"] or self._processes.snapshot is not None:
+            return
+        try:
+            said = os.read(self._clones_fd, cell.CLONE_BYTES + 1)
+        except BlockingIOError:
+            return
+        try:
+            # Nothing: it has ended.
+            if said:
+                self._processes.hold_snapshot(cell.decode_clone(said))
+        except ValueError:
+            raise InterpreterGone(_FORGED) from None
 
     def _next_frame(self) -> dict[str, Any] | None:
         header = self._received[: frames.HEADER.size]
@@ -425,6 +467,9 @@ class Keeper:
                 while end.recv(65536):
                     pass
         self._remote.setblocking(True)
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._clones_fd, 65536):
+                pass
         self._received = b""
         try:
             if not self._processes.adopt_snapshot():

@@ -117,10 +117,10 @@ class SessionProcesses:
         processes = [p for p in self._tree.descendants() if p.namespace_pid != self.snapshot]
         return sum(map(self._tree.memory_share_bytes, processes))
 
-    def hold_snapshot(self, pid: object) -> None:
+    def hold_snapshot(self, pid: int) -> None:
         """Stop the interpreter's clone `pid`. ValueError when it is none: only a child of the keeper can be one."""
-        if self.snapshot is not None or type(pid) is not int or pid == self._pid:
-            raise ValueError("no snapshot was asked for")
+        if pid == self._pid:
+            raise ValueError("not a clone of the interpreter")
         try:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             os.kill(pid, signal.SIGSTOP)
@@ -172,14 +172,14 @@ class SessionProcesses:
         if snapshot is not None:
             self._dying[os.pidfd_open(snapshot)] = snapshot
             _kill(snapshot)
-        dead: set[int] = set()
+        dying, dead = set(self._dying.values()), set[int]()
         while True:
             state, peak_bytes, leftovers, known = "lost", 0, 0, dead
             dead = set()
             for process in self._tree.descendants():
                 if process.namespace_pid == self._pid:
                     state, peak_bytes = "kept" if process.alive else "lost", process.peak_bytes
-                elif process.namespace_pid == snapshot:
+                elif process.namespace_pid in dying:
                     continue
                 elif process.alive:
                     _kill(process.namespace_pid)

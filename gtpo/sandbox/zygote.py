@@ -6,6 +6,7 @@ code or output, so nothing of one session can be found in the memory of another.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import importlib
@@ -41,7 +42,7 @@ def main(config_json: str) -> None:
             own_users = confinement.enter_namespaces(proc_fd)
         else:
             own_users = jail == "bubblewrap" and config["own_users"]
-        readable, libraries = confinement.readable_paths(), config["libraries"]
+        readable, libraries = tuple(config["readable"]), config["libraries"]
         plan = confinement.Plan(
             limits=SandboxLimits(**config["limits"]),
             jail=jail,
@@ -95,6 +96,7 @@ def _run_zygote(control: socket.socket, plan: confinement.Plan, config: dict[str
         # Not Python's: before Linux 6.12 a cell can send it to its keeper, where it would raise KeyboardInterrupt.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         gc.collect()
+        _return_free_memory()
         gc.freeze()
         plan, missing = _measured(plan)
         _report(control, ready=True, missing=missing, library_bytes=plan.library_memory_bytes)
@@ -104,6 +106,14 @@ def _run_zygote(control: socket.socket, plan: confinement.Plan, config: dict[str
         _report(control, failed=error)
     finally:
         os._exit(0)
+
+
+def _return_free_memory() -> None:
+    """Give back the pages that hold nothing any more: a fork costs by the page."""
+    # musl has it not.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _measured(plan: confinement.Plan) -> tuple[confinement.Plan, dict[str, str]]:

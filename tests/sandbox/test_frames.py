@@ -32,6 +32,7 @@ def test_lone_surrogates_pass():
     ("data", "message"),
     [
         (b"\xff\xff\xff\xff", "at most 131072 bytes, got 4294967295"),
+        (b"\0\0\0\x04{}{}", "must hold one JSON object, got 2 more characters"),
         (b"\0\0\0\x02[]", "must hold a JSON object, got list"),
         (b"\0\0\xc3\x50" + b"[" * 50_000, "nested too deeply"),
     ],

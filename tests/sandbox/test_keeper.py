@@ -25,7 +25,7 @@ JSON = st.recursive(
 )
 NEARLY_ANSWERS = st.fixed_dictionaries(
     {"cell": st.sampled_from([1, 1, 1, 2, "1", None]), "status": st.sampled_from(["ok", "error", "infra_error", 1])},
-    optional={"error": st.text(max_size=4) | JSON, "line": JSON, "value": JSON, "snapshot": JSON},
+    optional={"error": st.text(max_size=4) | JSON, "line": JSON, "value": JSON},
 )
 
 
@@ -46,12 +46,14 @@ PIECES = st.lists(st.binary(max_size=12) | JSON.map(framed) | NEARLY_ANSWERS.map
 
 
 class Listener(Keeper):
-    """A keeper with nothing but its end of the control channel."""
+    """A keeper with nothing but its ends of the control channel and of the pipe for clones."""
 
     def __init__(self) -> None:
         self._control, self.interpreter = socket.socketpair()
         self._control.setblocking(False)
         self._received = b""
+        self._clones_fd, self.clones_end = os.pipe()
+        os.set_blocking(self._clones_fd, False)
         self._processes = SessionProcesses(os.getpid(), proc_fd=None)
 
     def __enter__(self) -> "Listener":
@@ -60,16 +62,17 @@ class Listener(Keeper):
     def __exit__(self, *_: object) -> None:
         self._control.close()
         self.interpreter.close()
-        os.close(self._processes.pidfd)
+        for fd in (self._clones_fd, self.clones_end, self._processes.pidfd):
+            os.close(fd)
 
 
-@given(PIECES, st.integers(1, 40), st.booleans(), st.sampled_from(["run", "put", "get"]))
-def test_whatever_an_interpreter_says_is_an_answer_or_its_end(data, piece, snapshot, op):
+@given(PIECES, st.integers(1, 40), st.sampled_from(["run", "put", "get"]))
+def test_whatever_an_interpreter_says_is_an_answer_or_its_end(data, piece, op):
     with Listener() as keeper:
         for start in range(0, len(data), piece):
             keeper.interpreter.send(data[start : start + piece])
             try:
-                answer = keeper._receive({"op": op, "cell": 1, "snapshot": snapshot})
+                answer = keeper._receive({"op": op, "cell": 1})
             except InterpreterGone:
                 return
             if answer is not None:
@@ -78,8 +81,6 @@ def test_whatever_an_interpreter_says_is_an_answer_or_its_end(data, piece, snaps
                 assert answer["line"] is None or type(answer["line"]) is int
                 assert answer["value"] is None or (op == "get" and isinstance(answer["value"], str))
                 return
-        # Nobody is made a snapshot, let alone stopped, who is not a child of the keeper.
-        assert keeper._processes.snapshot is None
 
 
 class Served(Listener):
@@ -98,8 +99,9 @@ class Served(Listener):
         self._said, self._printed = said, printed
         self._processes = end
         self._selector = selectors.DefaultSelector()
-        for fileobj in (self._control, self._output_fd, end.pidfd):
+        for fileobj in (self._control, end.pidfd):
             self._selector.register(fileobj, selectors.EVENT_READ)
+        self._reads_output = False
 
     def _send(self, message: dict) -> None:
         self.interpreter.sendall(self._said)
@@ -172,34 +174,59 @@ def test_a_call_that_the_trainer_could_not_decode_is_the_end_of_the_cell():
             keeper._receive({"op": "run", "cell": 1, "snapshot": False, "tools": {"look": ["a"]}})
 
 
+@given(st.binary(min_size=1, max_size=12) | st.integers(0, 2**32 - 1).map(lambda pid: pid.to_bytes(4)))
+def test_whatever_is_said_of_a_clone_nobody_else_is_stopped(said):
+    with Listener() as keeper:
+        os.write(keeper.clones_end, said)
+        with pytest.raises(InterpreterGone, match="control channel"):
+            keeper._learn_of_snapshot({"snapshot": True})
+        assert keeper._processes.snapshot is None
+
+
 # names for the ids of processes: the processes that tests are spread over must collect the same
 @pytest.mark.parametrize(
     "pid",
     [
-        *(0, 1, -1, -2, 2**31, 2**70, True, 1.5, "2", None),
+        *(0, 1, 2**31, 2**32 - 1, 2**32 - 2),
         pytest.param(os.getpid(), id="own"),
         pytest.param(os.getppid(), id="parent"),
     ],
 )
 def test_only_a_child_can_be_a_snapshot(pid):
     with Listener() as keeper:
-        keeper.interpreter.send(framed({"cell": 1, "snapshot": pid}))
+        os.write(keeper.clones_end, pid.to_bytes(4))
         with pytest.raises(InterpreterGone, match="control channel"):
-            keeper._receive({"op": "run", "cell": 1, "snapshot": True})
+            keeper._learn_of_snapshot({"snapshot": True})
         assert keeper._processes.snapshot is None
 
 
-def test_an_answer_may_come_in_pieces_after_the_snapshot_of_a_child():
+def test_a_snapshot_is_a_child_of_which_was_said_once_that_it_is_one():
     with subprocess.Popen(["sleep", "60"]) as child, Listener() as keeper:
-        answer = framed({"cell": 1, "status": "error", "error": "E", "line": 3})
-        keeper.interpreter.send(framed({"cell": 1, "snapshot": child.pid}) + answer[:5])
-        assert (
-            keeper._receive({"op": "run", "cell": 1, "snapshot": True}) is None
-            and keeper._processes.snapshot == child.pid
-        )
-        keeper.interpreter.send(answer[5:])
-        said = keeper._receive({"op": "run", "cell": 1, "snapshot": True})
+        keeper._learn_of_snapshot({"snapshot": True})
+        assert keeper._processes.snapshot is None
+        os.write(keeper.clones_end, child.pid.to_bytes(4))
+        keeper._learn_of_snapshot({"snapshot": False})
+        assert keeper._processes.snapshot is None
+        keeper._learn_of_snapshot({"snapshot": True})
+        assert keeper._processes.snapshot == child.pid
         child.kill()
+
+
+def test_of_a_clone_nothing_is_said_by_an_interpreter_that_has_ended():
+    with Listener() as keeper:
+        os.close(keeper.clones_end)
+        keeper._learn_of_snapshot({"snapshot": True})
+        assert keeper._processes.snapshot is None
+        keeper.clones_end = os.open(os.devnull, os.O_WRONLY)
+
+
+def test_an_answer_may_come_in_pieces():
+    with Listener() as keeper:
+        answer = framed({"cell": 1, "status": "error", "error": "E", "line": 3})
+        keeper.interpreter.send(answer[:5])
+        assert keeper._receive({"op": "run", "cell": 1}) is None
+        keeper.interpreter.send(answer[5:])
+        said = keeper._receive({"op": "run", "cell": 1})
     assert said == {"cell": 1, "status": "error", "error": "E", "line": 3, "value": None}
 
 

@@ -80,7 +80,7 @@ def test_a_process_whose_parent_dies_while_they_are_listed_is_not_left(monkeypat
 
         def descendants(self) -> list[Descendant]:
             return [
-                Descendant(pid, os.getpid() if pid == 1 else pid, state != "Z", state == "T", 1, 0, 0)
+                Descendant(pid, os.getpid() if pid == 1 else pid, state != "Z", state == "T", 1, "")
                 for pid, state in self.left.pop(0).items()
             ]
 
