@@ -21,14 +21,12 @@ from gtpo.sandbox.output import Output, without_addresses
 from gtpo.sandbox.session_processes import SessionProcesses
 
 _MAX_ERROR_CHARS = 2000
-# How often a running cell's memory and the CPU time of its children are looked at.
+# How often a running cell's snapshot, its memory and the CPU time of its children are looked at.
 _WATCH_S = 0.05
 # For how long what a cell prints may wait in the pipe: most cells have ended by then, and wake the keeper once.
 _QUIET_S = 0.003
 # How long a cell that was cancelled at its start may take to leave a snapshot.
 _MAX_CLONE_S = 1.0
-# How often that is looked at. Nothing else has to know at once: what wakes the keeper costs every cell.
-_CLONE_LOOK_S = 0.001
 # The trainer must be able to decode what a cell gives to a tool.
 _MAX_CALL_LEVELS = 64
 _MAX_PIECE_CHARS = 4 * math.ceil(frames.MAX_PIECE_BYTES / 3)
@@ -148,14 +146,12 @@ class Keeper:
             answer = self._run_cell(request)
             return frames.encode(answer | hello), answer["state"] != "lost"
         except Exception as failure:
-            answer = self._crash(request, f"the keeper failed under the cell: {type(failure).__name__}")
+            answer = self._crash(f"the keeper failed under the cell: {type(failure).__name__}")
             return frames.encode(answer | hello), answer["state"] != "lost"
 
-    def _crash(self, request: dict[str, Any], error: str) -> dict[str, Any]:
+    def _crash(self, error: str) -> dict[str, Any]:
         """Kill what is left of a cell that made the keeper fail; its answer."""
         try:
-            with contextlib.suppress(InterpreterGone):
-                self._learn_of_snapshot(request)
             self._end_interpreter()
             state = self._roll_back(empty_box=False)
         except Exception:
@@ -208,7 +204,6 @@ class Keeper:
             exit_status = None if str(end) else os.waitstatus_to_exitcode(wait_status)
             status, error = _STATUS_OF_END[type(end)], str(end) or _describe_exit(wait_status)
         wall_time_s = time.monotonic() - self._wall_start
-        self._read_output(False)
         self._take_output()
         if request["op"] != "run":
             # What threads of the cell before print meanwhile; with a piece of a file it could be too much for a frame.
@@ -266,8 +261,6 @@ class Keeper:
             pause = min(cpu_left, wall_left, self._cancel_time - now)
             if self._plan.processes or self._run_delay_start is None:
                 pause = min(pause, self._next_watch - now)
-            if self._cancel_time < math.inf:
-                pause = min(pause, _CLONE_LOOK_S)
             if not self._reads_output:
                 pause = min(pause, _QUIET_S)
             ready = {key.fileobj for key, _ in self._selector.select(max(pause, 0.0))}
@@ -279,10 +272,8 @@ class Keeper:
                 return message
             if self._processes.pidfd in ready:
                 raise InterpreterGone
-            if self._cancel_time < math.inf:
-                self._learn_of_snapshot(request)
-                if self._processes.snapshot is not None or now >= self._cancel_time:
-                    raise InterpreterGone("cancelled")
+            if self._cancel_time < math.inf and (self._processes.snapshot is not None or now >= self._cancel_time):
+                raise InterpreterGone("cancelled")
             if cpu_left <= 0:
                 raise TimeoutError(f"CPU time limit of {self._limits.cpu_time_s:g} s exceeded")
             if wall_left <= 0:

@@ -105,6 +105,13 @@ def test_a_crash_loses_neither_the_state_nor_the_output(cage, code, error):
     assert crash.state is SessionState.ROLLED_BACK and (after.stdout, after.state) == ("1\n", SessionState.KEPT)
 
 
+def test_lies_about_clones_end_with_their_cell(cage):
+    lies = "import os, time\nx = 2\ntime.sleep(0.1)\nos.write(6, bytes(20))\nos._exit(0)"
+    _, crash, after = cage.cells("x = 1", lies, "print(x)")
+    assert (crash.status, crash.state) == (CellStatus.CRASH, SessionState.ROLLED_BACK)
+    assert (after.status, after.stdout) == (CellStatus.OK, "1\n")
+
+
 def test_output_is_taken_from_the_descriptors_and_cut(cage):
     code = "import os, sys\nprint('a')\nprint('b', file=sys.stderr)\nos.write(1, b'c\\xff\\n')\nsys.stdout = None"
     flood = "print('é' * 100_000)"
