@@ -357,14 +357,16 @@ def test_the_memory_of_all_sessions_together_is_bounded_by_a_cgroup():
                 place.leave.set()
             results = await asyncio.gather(*cells)
             after = [(await session.run("print(kept)")).stdout for session in (good, *greedy)]
-        return results, after, path.exists()
+            faults = pool.metrics()["sandbox/faults"]
+        return results, after, faults, path.exists()
 
     try:
-        results, after, exists = asyncio.run(run())
+        results, after, faults, exists = asyncio.run(run())
     except SandboxUnavailable as refused:
         assert "total_memory_bytes needs a memory cgroup" in str(refused)
         return
-    assert {result.status for result in results} == {CellStatus.OK, CellStatus.INFRA_ERROR}
+    # two had to go at least; a cell that is tried again after the others have ended finds room
+    assert {result.status for result in results} <= {CellStatus.OK, CellStatus.INFRA_ERROR} and faults >= 2
     assert after == ["1\n", *["2\n"] * 4] and not exists
 
 
