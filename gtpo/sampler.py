@@ -4,11 +4,13 @@ Every decoding step is one packed forward pass over the sequences that have some
 a whole prompt or tool output. Each sequence draws from its own stream of uniforms, one a token, by inverting the
 cumulative distribution: what it samples does not depend on which others run beside it (up to floating-point rounding).
 The order of events is a function of step numbers alone (see `RolloutConfig.tool_join_steps`), so a run repeats bit for
-bit.
+bit. The model runs in a thread of its own, so that tools get on while it does.
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -119,6 +121,7 @@ class Sampler:
         waiting.reverse()
         self._running: list[SampledSequence] = []
         tasks: list[asyncio.Task[T]] = []
+        loop, decoder = asyncio.get_running_loop(), ThreadPoolExecutor(max_workers=1)
         try:
             while waiting or self._running:
                 while waiting and len(self._running) < self.num_slots:
@@ -133,15 +136,19 @@ class Sampler:
                     sequence for sequence in self._running if sequence.wants_tokens and sequence.due_step <= self._step
                 ]
                 if ready:
-                    self._advance(ready)
+                    # nothing that the thread reads of these sequences changes before it has ended
+                    self._append(ready, await loop.run_in_executor(decoder, self._decode, ready))
+                    # those that need no tool are back by the next step
                     await asyncio.sleep(0)
                 elif self._running:
-                    self._step = min(sequence.due_step for sequence in self._running)
+                    # never back: what has ended at a later step would not be released
+                    self._step = max(self._step, min(sequence.due_step for sequence in self._running))
             return [task.result() for task in tasks]
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            decoder.shutdown()
 
     async def _drive(
         self,
@@ -179,8 +186,8 @@ class Sampler:
                 last.slot = sequence.slot
             self._running.remove(sequence)
 
-    def _advance(self, ready: list[SampledSequence]) -> None:
-        """One packed forward pass and one sampled token for each ready sequence."""
+    def _decode(self, ready: list[SampledSequence]) -> list[tuple[int, float]]:
+        """One packed forward pass: the next token of each ready sequence, and its log-prob."""
         device = self.policy.device
         self._cache.begin_step(
             [sequence.slot for sequence in ready],
@@ -190,14 +197,19 @@ class Sampler:
         )
         input_ids = torch.tensor([token for sequence in ready for token in sequence.pending], device=device)
         logits = self.policy.extend(input_ids, self._cache)
-        # a greatest logit of NaN or infinity leaves no distribution to draw from
-        if not bool(logits.amax(dim=-1).isfinite().all()):
-            raise FloatingPointError(f"the policy's logits are NaN or infinite at decoding step {self._step}")
         uniforms = torch.tensor([sequence.uniforms[sequence.length] for sequence in ready], device=device)
         tokens, logprobs = sample_tokens(logits, uniforms, temperature=self.temperature)
+        # one copy to the host, so that it waits for the device once a step
+        found = torch.stack([tokens.double(), logprobs.double(), logits.amax(dim=-1).double()]).tolist()
+        # a greatest logit of NaN or infinity leaves no distribution to draw from
+        if not all(map(math.isfinite, found[2])):
+            raise FloatingPointError(f"the policy's logits are NaN or infinite at decoding step {self._step}")
+        return [(int(token), logprob) for token, logprob in zip(found[0], found[1], strict=True)]
+
+    def _append(self, ready: list[SampledSequence], sampled: list[tuple[int, float]]) -> None:
         self._step += 1
         self.num_sampled_tokens += len(ready)
-        for sequence, token, logprob in zip(ready, tokens.tolist(), logprobs.tolist(), strict=True):
+        for sequence, (token, logprob) in zip(ready, sampled, strict=True):
             completion = sequence.completion
             assert completion is not None
             completion.token_ids.append(token)
@@ -228,7 +240,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tu
     total = cumulative[:, -1:]
     # strictly below the total: tokens of probability 0 behind the last possible one must stay out of reach
     thresholds = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
+    # of a row of NaN the search finds the place behind the last token
+    tokens = torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
