@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from gtpo.config_values import read_toml, refuse_wrong_types, shortened
 from gtpo.methods import METHODS, Method, Term, check_method, drop_idle
 
 
@@ -61,10 +62,12 @@ class EnvironmentConfig:
 
 @dataclass(frozen=True)
 class TasksConfig:
-    """Sizes of the two disjoint splits. Training tasks are visited in a seeded order, epoch after epoch."""
+    """Sizes of the two disjoint splits. Training tasks are visited in a seeded order, epoch after epoch. A prompt that
+    leaves no room in `rollout.max_trajectory_tokens` is refused at the start, or left out and counted."""
 
     num_train: Annotated[int, "size of the training split"] = 2000
     num_eval: Annotated[int, "size of the held-out split"] = 200
+    overlong_prompts: Annotated[Literal["refuse", "leave_out"], "what becomes of tasks of such prompts"] = "refuse"
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ class Config:
 
 # Which numbers the keys may have: what is said of them, least, greatest, keys. None stands for a key left out.
 _GREATEST, _LEAST_ABOVE_0 = sys.float_info.max, math.ulp(0.0)
+_MOST_THREADS = 4096
 _RANGES: tuple[tuple[str, float, float, str], ...] = (
     ("at least 2", 2, _GREATEST, "rollout.group_size"),
     (
@@ -214,6 +218,10 @@ def _check(config: Config) -> None:
             # written so that NaN is refused too
             if value is not None and not least <= value <= greatest:
                 raise ValueError(f"{key} must be {expected}, got {value}")
+    if config.num_threads > _MOST_THREADS:
+        raise ValueError(f"num_threads must be at most {_MOST_THREADS}, got {config.num_threads}")
+    if "\0" in config.output_dir or not config.output_dir.strip():
+        raise ValueError(f"output_dir must be the path of a folder, got {config.output_dir!r}")
     if config.model.num_heads % config.model.num_kv_heads:
         raise ValueError(
             f"model.num_heads must be a multiple of model.num_kv_heads = {config.model.num_kv_heads}, "
@@ -244,6 +252,7 @@ def config_from_dict(raw: Mapping[str, Any]) -> Config:
     import pydantic
 
     raw = {key: dict(value) if isinstance(value, Mapping) else value for key, value in raw.items()}
+    refuse_wrong_types(raw, Config)
     _refuse_unknown_keys(raw, Config, prefix="")
     method = raw.get("method", "gtpo")
     if method not in METHODS:
@@ -256,7 +265,7 @@ def config_from_dict(raw: Mapping[str, Any]) -> Config:
         key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         where = f"config key {key!r}: " if key else ""
-        raise ValueError(f"{where}{message}" + (f", got {first['input']!r}" if key else "")) from None
+        raise ValueError(f"{where}{message}" + (f", got {shortened(first['input'])}" if key else "")) from None
 
 
 def _overridden(preset: Mapping[str, Any], credit: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,11 +286,7 @@ def _overridden(preset: Mapping[str, Any], credit: Mapping[str, Any]) -> dict[st
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML file and applies `--table.key value` pairs (`--table.key=value` works too)."""
-    with open(path, "rb") as file:
-        try:
-            raw = tomllib.load(file)
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
+    raw = read_toml(path)
     for key, value in _override_pairs(overrides):
         *tables, last = key.split(".")
         table: Any = raw
@@ -390,5 +395,5 @@ def _is_text(key: str) -> bool:
 def _toml_literal(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
