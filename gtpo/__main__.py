@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from gtpo.config import METHODS, Config, describe_keys, load_config
 from gtpo.methods import NAMESAKES, PRESETS, describe_credit, describe_loss, describe_reward
 from gtpo.sandbox import SandboxUnavailable
+from gtpo.types import RunFault
 
 if TYPE_CHECKING:
     from gtpo.trainer import Trainer
@@ -77,7 +78,7 @@ class _Refused(Exception):
 def _refusing_mistakes() -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError, ImportError, SandboxUnavailable) as error:
+    except (ValueError, OSError, ImportError, SandboxUnavailable, RunFault) as error:
         raise _Refused(" ".join(str(error).split())) from error
 
 

@@ -10,7 +10,14 @@ import torch
 
 from gtpo.chat import Chat
 from gtpo.config import Config
-from gtpo.environments import Answer, Environment, Mixture, make_environment
+from gtpo.environments import (
+    Answer,
+    CheckedEnvironment,
+    Environment,
+    EnvironmentFault,
+    Mixture,
+    make_environment,
+)
 from gtpo.policy import Policy
 from gtpo.sandbox import Sandbox, SandboxLimits, SandboxPool
 from gtpo.tools import ToolSet
@@ -44,11 +51,26 @@ def refuse_unusable_model(config: Config) -> None:
 def make_mixture(config: Config) -> Environment:
     """The environments of the configuration as one. Raises ValueError for an unknown name, option or type of option."""
     made = []
-    for item in config.environments:
+    for number, item in enumerate(config.environments):
+        where = f"environments.{number} ({item.name!r})"
         try:
-            made.append(make_environment(item.name, **item.options))
+            made.append(CheckedEnvironment(make_environment(item.name, **item.options)))
+        except OSError as error:
+            path = str(error.filename)
+            option = next((f".options.{key}" for key, value in item.options.items() if str(value) == path), "")
+            raise ValueError(
+                f"environments.{number}{option} must be a file that can be read, got {path!r}: {error.strerror}"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         except TypeError as error:
-            raise ValueError(f"options of environment '{item.name}': {error}, got {dict(item.options)}") from error
+            raise ValueError(
+                f"{where}: options of environment '{item.name}': {error}, got {dict(item.options)}"
+            ) from error
+        except (EnvironmentFault, ImportError):
+            raise
+        except Exception as error:
+            raise EnvironmentFault(f"{where} raised {type(error).__name__}: {error}") from error
     return made[0] if len(made) == 1 else Mixture(made, [item.weight for item in config.environments])
 
 

@@ -16,6 +16,10 @@ from enum import Enum
 from typing import Any
 
 
+class RunFault(RuntimeError):
+    """What ends a run through no fault of the trainer's own code: said in one line, without a traceback."""
+
+
 class ToolStatus(Enum):
     """How a tool call ended. Every value but `INFRA_ERROR` is an observation for the model."""
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gtpo.environments.base import Answer, Call, Demonstration, Environment, GeneratedEnvironment, Split
+from gtpo.environments.checked import CheckedEnvironment, EnvironmentFault
 from gtpo.environments.jsonl import JsonlEnvironment
 from gtpo.environments.mixture import Mixture
 from gtpo.environments.programs import ProgramCase, passes, program_of
@@ -21,8 +22,10 @@ __all__ = [
     "ENVIRONMENTS",
     "Answer",
     "Call",
+    "CheckedEnvironment",
     "Demonstration",
     "Environment",
+    "EnvironmentFault",
     "GeneratedEnvironment",
     "JsonlEnvironment",
     "Mixture",

@@ -67,13 +67,71 @@ def test_split_does_not_depend_on_the_order_of_the_file(write: Write) -> None:
 
 
 def test_repeated_prompts_stay_on_one_side(write: Write) -> None:
-    rows = [{"question": f"question {n % 10}", "answer": n} for n in range(20)]
+    rows = [{"question": f"question {n % 10}", "answer": n % 10} for n in range(20)]
     environment = JsonlEnvironment(write(*rows, *rows))
-    held_out = environment.tasks("eval", 4, seed=0)
-    assert len({task.prompt for task in held_out}) == 2
-    train = environment.tasks("train", 16, seed=0)
-    assert not {task.prompt for task in train} & {task.prompt for task in held_out}
-    assert len({(task.prompt, task.answer) for task in train}) == 16
+    held_out = environment.tasks("eval", 2, seed=0)
+    train = environment.tasks("train", 8, seed=0)
+    assert {task.prompt for task in train} | {task.prompt for task in held_out} == {f"question {n}" for n in range(10)}
+    with pytest.raises(ValueError, match="at most the 2 rows"):
+        environment.tasks("eval", 3, seed=0)
+
+
+def test_a_second_answer_to_a_prompt_is_refused_unless_it_is_the_same(write: Write) -> None:
+    rows = [{"question": "a", "answer": "4"}, {"question": "b", "answer": "x"}, {"question": "a", "answer": "4.0"}]
+    assert len(JsonlEnvironment(write(*rows)).tasks("train", 1, seed=0)) == 1
+    with pytest.raises(ValueError, match=r"line 4: expected one answer to a prompt, got '5' here and '4' in line 1"):
+        JsonlEnvironment(write(*rows, {"question": "a", "answer": 5}))
+
+
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        ("She sells 16 - 3 = 13.\nThat makes 13 + 3 = <<13+3=16>>16.\n#### 16", "16"),
+        ("#### 1,200\n", "1,200"),
+        ("One ####\n#### 7 ", "7"),
+        ("no mark", "no mark"),
+        ("a ####", "a ####"),
+    ],
+)
+def test_of_a_worked_solution_the_answer_is_read(write: Write, answer: str, read: str) -> None:
+    path = write({"question": "a", "answer": answer}, {"question": "b", "answer": answer})
+    (task,) = JsonlEnvironment(path).tasks("eval", 1, seed=0)
+    assert task.answer == read
+
+
+def test_a_mark_and_line_ends_of_another_system_are_no_fault(write: Write) -> None:
+    path = Path(write(*numbered(4)))
+    expected = JsonlEnvironment(str(path)).tasks("train", 3, seed=0)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert JsonlEnvironment(str(path)).tasks("train", 3, seed=0) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "caf\xe9", "answer": "b"}', "expected text in UTF-8, got the byte 0xe9; save the file as UTF-8"),
+        (b'\xff\xfe{"prompt": "a", "answer": "b"}', "expected text in UTF-8, got the byte 0xff"),
+        (b'{"prompt": "a\\ud83d", "answer": "b"}', "whole characters, got half a surrogate pair at character 1 of 'a"),
+        (b'{"prompt": "a", "answer": "\\udc00"}', "whole characters, got half a surrogate pair at character 0"),
+        (b'{"messages": [{"role": "user", "content": "\\ud83d"}], "answer": "b"}', "got half a surrogate pair"),
+        (b'{"prompt": "a", "answer": NaN}', "got NaN, which is no answer"),
+        (b'{"prompt": "a", "answer": -Infinity}', "got -Infinity, which is no answer"),
+        (b'{"prompt": "a", "answer": 1e999}', "expected an answer that is a text or a number, got inf"),
+        (b'{"prompt": "a", "answer": 4, "answer": 5}', "got the key 'answer' twice"),
+        (b'{"prompt": "a", "answer": ' + b"9" * 5000 + b"}", "expected one JSON object a line, got Exceeds"),
+        (b"[" * 100_000, "expected one JSON object a line, got"),
+        (b"\0" * 40, "expected one JSON object a line, got"),
+        (b'{"prompt": "a", "ans', "expected one JSON object a line, got"),
+        (b'{"prompt": "a", "answer": "one\\ntwo"}', "expected an answer of one line, .* got 'one"),
+        (b'{"prompt": "a", "answer": "so ####\\n"}{', "expected one JSON object a line, got Extra data"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_bytes(b'{"prompt": "first", "answer": "1"}\n\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"tasks\.jsonl, line 3: .*{message}") as refused:
+        JsonlEnvironment(str(path))
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 600
 
 
 def test_training_goes_through_the_file_again_in_a_new_order(write: Write) -> None:
