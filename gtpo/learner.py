@@ -111,7 +111,7 @@ class Learner:
             self.policy.head.weight,
             batch.targets,
             advantages,
-            bias=self.policy.head.bias,
+            bias=self.policy.logit_bias,
             loss_mask=batch.loss_mask,
             old_logprobs=batch.old_logprobs,
             temperature=self.config.rollout.temperature,
@@ -173,7 +173,7 @@ class Learner:
             hidden,
             self.policy.head.weight,
             targets,
-            bias=self.policy.head.bias,
+            bias=self.policy.logit_bias,
             temperature=self.config.rollout.temperature,
         ).logprobs
         return logprobs

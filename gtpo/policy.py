@@ -12,19 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from gtpo.attention import SlotCache, block_causal_attention, flash_varlen_attention
-from gtpo.batch import Batch, PackedSequence, pack
-from gtpo.config import ModelConfig
+from gtpo.batch import Batch
+from gtpo.config import ModelConfig, RolloutConfig
+from gtpo.trial import refuse_unknown_ids, refuse_unsupported, refuse_wrong_logits
 
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# of a policy for which nothing else is said
+_MAX_TOKENS = RolloutConfig().max_trajectory_tokens
 
 
 def _attention(
@@ -43,12 +47,15 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention that transformers calls in every layer: packed training, or sampling with a `SlotCache`.
 
-    Raises ValueError for any other argument that changes the result, such as a window, a softcap or a sink (`s_aux`).
+    Raises ValueError for any other argument that changes the result, such as a window, a softcap or a sink (`s_aux`),
+    and for a mask: transformers makes none for this attention, so it is one of the model's own.
     """
     # dropout is 0 in every layer (`Policy._dropout_off`), positions are in query and key already
     unknown = others.keys() - {"position_ids", "use_cache", "dropout"}
     if refused := sorted(name for name in unknown if others[name] is not None):
         raise ValueError(f"{type(module).__name__} needs attention that is not supported: {', '.join(refused)}")
+    if attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} masks or biases its attention in a way that is not supported")
     if slot_cache is not None:
         output = slot_cache.attend(query, key, value, scale=scaling)
     elif packed_lengths is None:
@@ -68,11 +75,17 @@ transformers.utils.logging.disable_progress_bar()
 
 
 class Policy:
-    """A causal language model and its tokenizer, ready for packed training and for sampling."""
+    """A causal language model and its tokenizer, ready for packed training and for sampling.
 
-    def __init__(self, model: Any, tokenizer: Any, config: ModelConfig) -> None:
-        _refuse_unsupported(model.config.get_text_config())
+    max_tokens: of the longest sequence that it is to see; up to there it is known to be the model itself.
+    Raises ValueError for a model that it would compute wrongly, see `gtpo.trial`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, config: ModelConfig, *, max_tokens: int = _MAX_TOKENS) -> None:
+        refuse_unsupported(model.config.get_text_config(), max_tokens=max_tokens)
         self.config = config
+        self.max_tokens = max_tokens
+        self.bfloat16 = config.dtype == "bfloat16"
         self.tokenizer = tokenizer
         self.device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -81,6 +94,7 @@ class Policy:
         self.model.set_attn_implementation("gtpo_packed")
         self.decoder = model.get_decoder()
         self.head: nn.Linear = model.get_output_embeddings()
+        self._without_token = self._ids_without_token()
         self.use_flash = config.attention == "flash" or (
             config.attention == "auto"
             and self.device.type == "cuda"
@@ -102,11 +116,22 @@ class Policy:
             self.model.enable_input_require_grads()
         # dropout is off in training too: the policy that samples and the one that is trained must be the same function
         self._dropout_off()
-        self._refuse_wrong_logits()
+        refuse_wrong_logits(self, max_tokens=max_tokens)
 
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """What is added to every row of logits, [V]: the head's own bias, and -inf at ids that have no token.
+
+        Those ids, rows that pad a head, would else be sampled, decode to nothing, and be trained on.
+        """
+        bias: Tensor | None = self.head.bias
+        if self._without_token is None or bias is None:
+            return bias if self._without_token is None else self._without_token
+        return bias + self._without_token
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -137,8 +162,10 @@ class Policy:
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]; row i predicts `batch.targets[i]`.
 
-        No attention crosses sequences.
+        No attention crosses sequences. Raises ValueError for sequences of more than `max_tokens`.
         """
+        if (longest := max(batch.lengths) + 1) > self.max_tokens:
+            raise ValueError(f"a sequence must have at most the policy's {self.max_tokens} tokens, got {longest}")
         # transformers checkpoints in training mode only, and drops the cache that `extend` needs while it does
         self.model.train(self.config.gradient_checkpointing)
         output = self.decoder(
@@ -163,7 +190,11 @@ class Policy:
             use_cache=True,
             slot_cache=cache,
         )
-        return self.head(output.last_hidden_state[0][cache.last_rows]).float()
+        return self.project(output.last_hidden_state[0][cache.last_rows]).float()
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The logits of hidden states, [rows, D] to [rows, V], as the losses compute them."""
+        return F.linear(hidden, self.head.weight, self.logit_bias)
 
     def save_model(self, folder: Path) -> None:
         """Writes a plain Hugging Face model and tokenizer; LoRA weights are merged into a copy first."""
@@ -175,6 +206,17 @@ class Policy:
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
+    def _ids_without_token(self) -> Tensor | None:
+        """[V] of the head's dtype: -inf at ids for which the tokenizer has no token, else 0; None where it has all."""
+        num_logits = self.head.weight.shape[0]
+        if self.tokenizer is None:
+            return None
+        num_embeddings = self.model.get_input_embeddings().weight.shape[0]
+        refuse_unknown_ids(self.tokenizer, num_embeddings=num_embeddings, num_logits=num_logits)
+        bias = torch.full_like(self.head.weight[:, 0], -torch.inf, requires_grad=False)
+        bias[list(set(self.tokenizer.get_vocab().values()))] = 0.0
+        return bias if bool(bias.any()) else None
+
     def _dropout_off(self) -> None:
         for module in self.model.modules():
             if isinstance(module, nn.Dropout):
@@ -182,60 +224,26 @@ class Policy:
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
 
-    def _refuse_wrong_logits(self) -> None:
-        """Raises ValueError unless packed training and cached sampling give the logits that transformers computes."""
-        unsupported = f"models of type {self.model.config.model_type!r} are not supported"
-        try:
-            # less their mean, which softmax forgets and which would hide a difference
-            plain, packed, sampled = (x - x.mean(dim=1, keepdim=True) for x in self._logits_of_three_ways())
-        except Exception as error:
-            raise ValueError(f"{unsupported}: a trial run raised {type(error).__name__}: {error}") from error
-        # of SmolLM2-135M: rounding makes 0.04 and 2e-6, tokens of another sequence in sight 0.5
-        tolerance = 0.2 if self.config.dtype == "bfloat16" else 1e-3
-        for way, found, expected in (("packed training", packed, plain), ("sampling", sampled, plain[[3, 9, 4, 11]])):
-            distance, norm = float((found - expected).norm()), float(expected.norm())
-            # not >: NaN is refused too
-            if not distance <= tolerance * norm:
-                gap = f"distance {distance:.2g}, norm {norm:.2g}"
-                raise ValueError(f"{unsupported}: logits in {way} are not those of the model itself ({gap})")
 
-    @torch.no_grad()
-    def _logits_of_three_ways(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits of two sequences, of 7 and 5 tokens: one by one by transformers' own attention, [12, V]; packed,
-        [12, V]; and after each of two steps of the sampler, [4, V]."""
-        vocab_size = self.model.get_input_embeddings().num_embeddings
-        # a generator of its own: the global one stays as it is
-        ids = torch.randint(vocab_size, (12,), generator=torch.Generator().manual_seed(0)).to(self.device)
-        sequences = ids.split([7, 5])
-        # the last token of a packed sequence is a target only
-        batch = pack([_without_credit([*part.tolist(), 0]) for part in sequences], device=self.device)
-        packed = self.head(self.hidden_states(batch))
-        cache = SlotCache(num_slots=2, max_tokens=7)
-        sampled = []
-        for starts, ends in (((0, 0), (4, 3)), ((4, 3), (5, 5))):
-            new = [ids[start:end] for ids, start, end in zip(sequences, starts, ends, strict=True)]
-            cache.begin_step([0, 1], new_lengths=[len(part) for part in new], lengths=list(ends), device=self.device)
-            sampled.append(self.extend(torch.cat(new), cache))
-        self.model.set_attn_implementation("eager")
-        plain = torch.cat([self.model(input_ids=part[None], use_cache=False).logits[0] for part in sequences])
-        self.model.set_attn_implementation("gtpo_packed")
-        return plain.float(), packed.float(), torch.cat(sampled)
+def load_policy(
+    config: ModelConfig, *, corpus: Iterable[str] = (), seed: int = 0, max_tokens: int = _MAX_TOKENS
+) -> Policy:
+    """The policy that `config.source` names, for sequences of at most `max_tokens`.
 
-
-def load_policy(config: ModelConfig, *, corpus: Iterable[str] = (), seed: int = 0) -> Policy:
-    """The policy that `config.source` names. `corpus` trains the tokenizer of a "tiny" model, and of no other."""
+    `corpus` trains the tokenizer of a "tiny" model, and of no other.
+    """
     if config.source == "tiny":
-        return build_tiny_policy(config, corpus=corpus, seed=seed)
+        return build_tiny_policy(config, corpus=corpus, seed=seed, max_tokens=max_tokens)
     if config.source.startswith("package:"):
         model, tokenizer = _load_gguf_package(config.source.removeprefix("package:"))
-        return Policy(model, tokenizer, config)
+        return Policy(model, tokenizer, config, max_tokens=max_tokens)
     if not Path(config.source).is_dir():
         raise ValueError(f'model.source must be "tiny", "package:NAME" or a folder, got {config.source!r}')
     model = transformers.AutoModelForCausalLM.from_pretrained(config.source, dtype=getattr(torch, config.dtype))
-    return Policy(model, transformers.AutoTokenizer.from_pretrained(config.source), config)
+    return Policy(model, transformers.AutoTokenizer.from_pretrained(config.source), config, max_tokens=max_tokens)
 
 
-def build_tiny_policy(config: ModelConfig, *, corpus: Iterable[str], seed: int) -> Policy:
+def build_tiny_policy(config: ModelConfig, *, corpus: Iterable[str], seed: int, max_tokens: int) -> Policy:
     """A random Qwen3-style model with a byte-level BPE tokenizer trained on `corpus`, digits kept apart."""
     tokenizer = _train_tokenizer(corpus, config.vocab_size)
     model_config = transformers.Qwen3Config(
@@ -246,7 +254,7 @@ def build_tiny_policy(config: ModelConfig, *, corpus: Iterable[str], seed: int) 
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        max_position_embeddings=4096,
+        max_position_embeddings=max(4096, max_tokens),
         tie_word_embeddings=False,
         initializer_range=config.initializer_range,
         bos_token_id=None,
@@ -256,7 +264,7 @@ def build_tiny_policy(config: ModelConfig, *, corpus: Iterable[str], seed: int) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.Qwen3ForCausalLM(model_config)
-    return Policy(model, tokenizer, config)
+    return Policy(model, tokenizer, config, max_tokens=max_tokens)
 
 
 def _train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
@@ -320,24 +328,8 @@ def _with_lora(model: Any, config: ModelConfig) -> Any:
         return peft.get_peft_model(model, lora)
 
 
-def _without_credit(ids: list[int]) -> PackedSequence:
-    return PackedSequence(ids, [0.0] * len(ids), [False] * len(ids), [0.0] * len(ids))
-
-
 def _checkpoint_activations(model: Any) -> None:
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _refuse_unsupported(config: Any) -> None:
-    """Heads and attentions that the packed path would compute wrongly are refused, not approximated."""
-    for key in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, key, None) not in (None, 1.0):
-            raise ValueError(f"models with {key} are not supported: the packed path knows plain scores and logits only")
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None) is not None:
-        layer_types = {"sliding_attention"}
-    if layer_types != {"full_attention"}:
-        raise ValueError(f"every layer must have full causal attention, got layer types {sorted(layer_types)}")

@@ -93,6 +93,8 @@ class Sampler:
         stop_ids: Collection[int],
         join_steps: int,
     ) -> None:
+        if max_tokens > policy.max_tokens:
+            raise ValueError(f"max_tokens must be at most the policy's {policy.max_tokens}, got {max_tokens}")
         self.policy = policy
         self.num_slots = num_slots
         self.max_tokens = max_tokens

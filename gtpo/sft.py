@@ -86,7 +86,7 @@ def accumulate_sft_gradient(policy: Policy, sequences: Sequence[PackedSequence],
         batch = pack(group, device=policy.device)
         hidden = policy.hidden_states(batch)[batch.loss_mask]
         logprobs = linear_token_logprobs(
-            hidden, policy.head.weight, batch.targets[batch.loss_mask], bias=policy.head.bias
+            hidden, policy.head.weight, batch.targets[batch.loss_mask], bias=policy.logit_bias
         ).logprobs
         loss = -logprobs.sum() / num_loss_tokens
         loss.backward()

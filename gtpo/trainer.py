@@ -92,7 +92,10 @@ class Trainer:
     def _load(self) -> None:
         config = self.config
         self.policy = load_policy(
-            config.model, corpus=tokenizer_corpus(self.environment, self.train_tasks), seed=config.seed
+            config.model,
+            corpus=tokenizer_corpus(self.environment, self.train_tasks),
+            seed=config.seed,
+            max_tokens=config.rollout.max_trajectory_tokens,
         )
         self.learner = Learner(self.policy, config)
         self.chat = make_chat(self.policy, config, self.environment, self.tools)

@@ -16,6 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tools", "chat"),
     ("environments",),
     ("attention", "batch", "rewards"),
+    ("trial",),
     ("credit", "policy"),
     ("sampler", "schedule"),
     ("rollout",),

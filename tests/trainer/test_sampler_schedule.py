@@ -65,6 +65,7 @@ class StepClock(asyncio.SelectorEventLoop):
 class Steps:
     """A policy that gives the same logits to all, and keeps who took part in which step."""
 
+    max_tokens = 64
     slots: list[list[int]] = dataclasses.field(default_factory=list)
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
