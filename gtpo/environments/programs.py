@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from gtpo.sandbox import CellStatus, SandboxPool, SandboxUnavailable
 
 _FENCED = re.compile(r"^```[^\n`]*\n(.*?)^```\s*$", re.DOTALL | re.MULTILINE)
-# what `sys.exit()` at the end of a program looks like in a cell
-_PLAIN_EXITS = ("SystemExit", "SystemExit: 0", "SystemExit: None")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ async def passes(sandbox: SandboxPool, program: str, cases: Sequence[ProgramCase
         result = await sandbox.run(code, stdin=case.stdin, with_stderr=False)
         if result.status is CellStatus.INFRA_ERROR:
             raise SandboxUnavailable(result.error)
-        ended = result.status is CellStatus.OK or (not case.call and result.error in _PLAIN_EXITS)
+        ended = result.status is CellStatus.OK or result.exit_status == 0
         if not ended or result.output_truncated or _lines(result.stdout) != _lines(case.output):
             return False
     return True

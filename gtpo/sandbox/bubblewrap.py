@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 from gtpo.sandbox.contract import SandboxUnavailable
-from gtpo.sandbox.layout import BOX, DEVICES, LIBRARIES, LINKS_TO_BOX, NOBODY
+from gtpo.sandbox.layout import BOX, DEVICES, LIBRARIES, LINKS_TO_BOX, NOBODY, STDIN
 
 # Where the jail has this package; cells cannot read it.
 PACKAGE = "/opt/gtpo"
@@ -45,6 +45,8 @@ def command(package: str, readable: Iterable[str], libraries: Mapping[str, str])
         placed[f"{LIBRARIES}/{name}"] = ["--ro-bind", path, f"{LIBRARIES}/{name}"]
     for device in DEVICES:
         placed[device] = ["--dev-bind", device, device]
+    # Something to mount each session's own on.
+    placed[STDIN] = ["--ro-bind", DEVICES[0], STDIN]
     # Directories that it makes without being asked to are closed to others.
     parents = {str(parent) for path in (*placed, *LINKS_TO_BOX) for parent in PurePosixPath(path).parents} | {BOX}
     # An interpreter can lie in /tmp.

@@ -20,28 +20,33 @@ import random
 import signal
 import sys
 import time
-import traceback
 import types
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gtpo.sandbox import confinement, frames
+from gtpo.sandbox import channel, confinement, ending, frames
 from gtpo.sandbox.cell_streams import CellStreams
+from gtpo.sandbox.layout import CLONES_FD, CONTROL_FD, MAX_FILES, NULL_FD, OUTPUT_FD, STDIN
 
-_CONTROL_FD, _OUTPUT_FD, _NULL_FD, _CLONES_FD, _FIRST_FREE_FD = 3, 4, 5, 6, 7
-_MAX_ERROR_CHARS = 2000
 CLONE_BYTES = 4
 """What the process id of a clone takes on its pipe."""
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE_PARENT, _SIGCHLD = 0x8000, 17
+_WAIT_FOR_ALL = os.WNOHANG | 0x4000_0000  # __WALL: also those whose end sends no signal
+# Of the sandbox below those of a cell, for which code could recurse less deep.
+_NUM_FRAMES = 5
 _getpid, _kill = os.getpid, os.kill
-_calling = _thread.allocate_lock()
 
 
-class ToolError(Exception):
-    """Raised in a cell by a tool that it called; the message is what the model would have read."""
+class Start(BaseException):
+    """Raised in a process that is to be the interpreter, and caught at the bottom of its stack, which is its own then.
 
-    __module__ = "__main__"
+    Else code would find the frames of the sandbox below its own, could recurse less deep for them, and could use what
+    lies in them.
+    """
+
+    def __init__(self, plan: confinement.Plan, control_fd: int, output_fd: int, clones_fd: int) -> None:
+        self.run = functools.partial(run_interpreter, plan, control_fd, output_fd, clones_fd)
 
 
 def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int, clones_fd: int) -> NoReturn:
@@ -58,13 +63,17 @@ def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int, clo
             os._exit(1)
         # The way into the cgroup is closed, too.
         _keep_descriptors(control_fd, output_fd, clones_fd)
+        control = channel.Channel(CONTROL_FD)
         try:
             layers, missing = confinement.confine(plan)
         except OSError as failure:
-            _send({"failed": confinement.describe_failure(failure)})
+            control.write(frames.encode({"failed": confinement.describe_failure(failure)}))
             os._exit(1)
-        _send({"layers": layers, "missing": missing})
-        _serve(_cloner() if plan.processes else None)
+        control.write(frames.encode({"layers": layers, "missing": missing}))
+        streams = CellStreams(OUTPUT_FD, NULL_FD, STDIN if plan.namespaces else None)
+        clone = _cloner() if plan.processes else None
+        del plan
+        _serve(control, streams, clone)
     finally:
         os._exit(1)
 
@@ -77,15 +86,22 @@ def decode_clone(data: bytes) -> int:
 
 
 def _keep_descriptors(control_fd: int, output_fd: int, clones_fd: int) -> None:
-    """Leave the control socket on 3, on 4 and 5 spares of the output and of /dev/null, and the pipe for clones on 6.
+    """Leave the control socket, spares of the output and of /dev/null, and the pipe for clones.
 
     0 to 2 are set per cell.
     """
+    places = {
+        CONTROL_FD: control_fd,
+        OUTPUT_FD: output_fd,
+        NULL_FD: os.open("/dev/null", os.O_RDWR),
+        CLONES_FD: clones_fd,
+    }
     # By way of high numbers, so that none is overwritten before it is copied.
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in (control_fd, output_fd, 0, clones_fd)]
-    for fd, place in zip(high, (_CONTROL_FD, _OUTPUT_FD, _NULL_FD, _CLONES_FD), strict=True):
+    high = {place: fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for place, fd in places.items()}
+    for place, fd in high.items():
         os.dup2(fd, place)
-    os.closerange(_FIRST_FREE_FD, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(3, min(places))
+    os.closerange(MAX_FILES, os.sysconf("SC_OPEN_MAX"))
 
 
 def _cloner() -> Callable[[], int]:
@@ -100,31 +116,26 @@ def _cloner() -> Callable[[], int]:
     return functools.partial(syscall, number, flags, 0, 0, 0, 0)
 
 
-def _serve(clone: Callable[[], int] | None) -> NoReturn:
-    random.seed(0)
-    if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed(0)
-    here = os.getcwd()
-    os.environ.clear()
-    os.environ.update(HOME=here, TMPDIR=here, PATH="/usr/bin:/bin", LANG="C.UTF-8")
-    streams = CellStreams(_OUTPUT_FD, _NULL_FD)
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
-    receive = functools.partial(os.read, _CONTROL_FD)
+def _serve(control: channel.Channel, streams: CellStreams, clone: Callable[[], int] | None) -> NoReturn:
+    here, main = os.getcwd(), _prepare()
     while True:
-        request = frames.read_frame(receive)
-        if "op" not in request:
-            # The answer to a tool call of a cell that did not wait for it.
+        try:
+            request = control.receive()
+        except EOFError:
+            os._exit(1)
+        except BaseException:
+            # A handler of a signal, set by an earlier cell.
             continue
         number = request["cell"]
         failure: tuple[str, int | None] | None = None
         value = None
         if request["op"] == "run":
             # All of this before the clone: a page that is written to after it has to be copied.
-            _offer_tools(number, request["tools"])
+            _offer_tools(control, request["tools"])
             try:
                 streams.renew(request["stdin"], with_stderr=request["with_stderr"])
             except OSError as failed:
-                failure = f"the standard input does not fit: {_describe(failed)}", None
+                failure = f"the standard input does not fit: {ending.describe(failed)}", None
         if clone is not None:
             _reap_children()
             if request["snapshot"]:
@@ -134,73 +145,93 @@ def _serve(clone: Callable[[], int] | None) -> NoReturn:
                 pid = clone()
                 if pid == 0:
                     streams.forget()
+                    control.forget()
                     continue
                 if pid > 0:
                     # The keeper does so, too, but later: until then the clone would write to pages.
                     _kill(pid, signal.SIGSTOP)
-                    os.write(_CLONES_FD, pid.to_bytes(CLONE_BYTES))
-        own_pid = _getpid()
+                    os.write(CLONES_FD, pid.to_bytes(CLONE_BYTES))
         if request["op"] != "run":
-            failure, value = _move_file(request, here)
+            failure, value = _move_file(request, here, streams)
         elif failure is None:
-            name = f"<cell {request['number']}>" if request["number"] else "<setup>"
-            main.__dict__["__cell__"] = request["number"]
-            failure = _run(request["code"], name, main.__dict__)
-            streams.flush()
-        if _getpid() != own_pid:
-            # A child that the cell forked has run past the cell's end: it does not answer for its parent.
-            os._exit(0)
+            main["__cell__"] = request["number"]
+            control.begin()
+            failure = _run(request, main, streams)
+            control.end()
         if failure is None and value is None:
-            # Like the message above without the encoder of JSON, which writes to sixty pages.
-            _write(frames.enclose(b'{"cell":%d,"status":"ok","error":"","line":null,"value":null}' % number))
-            continue
-        status, error, line = ("ok", "", None) if failure is None else ("error", *failure)
-        _send({"cell": number, "status": status, "error": error, "line": line, "value": value})
+            # Like the message below without the encoder of JSON, which writes to sixty pages.
+            answer = frames.enclose(b'{"cell":%d,"status":"ok","error":"","line":null,"value":null}' % number)
+        else:
+            status, error, line = ("ok", "", None) if failure is None else ("error", *failure)
+            answer = frames.encode({"cell": number, "status": status, "error": error, "line": line, "value": value})
+        control.write(answer)
 
 
-def _offer_tools(cell: int, tools: dict[str, list[str]]) -> None:
+def _prepare() -> dict[str, Any]:
+    """Have all as in a Python that has just started; the variables of its main module."""
+    random.seed(0)
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(0)
+    here = os.getcwd()
+    os.environ.clear()
+    os.environ.update(HOME=here, TMPDIR=here, PATH="/usr/bin:/bin", LANG="C.UTF-8")
+    sys.path.insert(0, "")
+    sys.setrecursionlimit(sys.getrecursionlimit() + _NUM_FRAMES)
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    variables = vars(main)
+    variables |= {"__builtins__": builtins, "__annotations__": {}}
+    return variables
+
+
+def _run(request: dict[str, Any], variables: dict[str, Any], streams: CellStreams) -> tuple[str, int | None] | None:
+    """Execute a cell; None, or what it raised and at which of its lines."""
+    own_pid = _getpid()
+    name = f"<cell {request['number']}>" if request["number"] else "<setup>"
+    failure = status = None
+    try:
+        exec(compile(request["code"], name, "exec", dont_inherit=True), variables)
+    except BaseException as exception:
+        failure, status = ending.judge(exception, name, show=_getpid() != own_pid)
+    is_child = _getpid() != own_pid
+    if is_child or request["discard"]:
+        # It will run nothing more.
+        ending.finish()
+    streams.flush()
+    if is_child:
+        # Of the cell, and has run past the cell's end: it does not answer for its parent.
+        os._exit(status or 0)
+    return failure
+
+
+def _offer_tools(control: channel.Channel, tools: dict[str, list[str]]) -> None:
     """Put a function for each tool into the builtins, so that a variable of the code with its name stays what it is."""
     for name, parameters in tools.items():
-        vars(builtins)[name] = _tool(cell, name, parameters)
+        vars(builtins)[name] = channel.tool(control, name, parameters)
     if tools:
-        vars(builtins)["ToolError"] = ToolError
-
-
-def _tool(cell: int, name: str, parameters: list[str]) -> Callable[..., str]:
-    """A function that asks the trainer to call the tool `name`, while `cell` runs, and returns what it says."""
-
-    def tool(*values: Any, **arguments: Any) -> str:
-        if len(values) > len(parameters):
-            raise TypeError(f"{name}() takes {len(parameters)} arguments ({', '.join(parameters)}), got {len(values)}")
-        by_position = dict(zip(parameters, values, strict=False))
-        if twice := by_position.keys() & arguments.keys():
-            raise TypeError(f"{name}() got multiple values for argument {min(twice)!r}")
-        call = {"name": name, "arguments": by_position | arguments}
-        with _calling:
-            _send({"cell": cell, "call": call})
-            answer = frames.read_frame(functools.partial(os.read, _CONTROL_FD))
-        if not answer["ok"]:
-            raise ToolError(answer["text"])
-        text: str = answer["text"]
-        return text
-
-    tool.__name__ = tool.__qualname__ = name
-    return tool
+        vars(builtins)["ToolError"] = channel.ToolError
 
 
 def _reap_children() -> None:
     """Let the dead children of earlier cells go, which count against the number of processes."""
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
+        while os.waitpid(-1, _WAIT_FOR_ALL)[0]:
             pass
     except ChildProcessError:
         return
 
 
-def _move_file(request: dict[str, Any], here: str) -> tuple[tuple[str, int | None] | None, str | None]:
-    """Write or read a piece of a file of the working directory; what failed, and the piece that was read."""
-    path = os.path.join(here, request["name"])
+def _move_file(
+    request: dict[str, Any], here: str, streams: CellStreams
+) -> tuple[tuple[str, int | None] | None, str | None]:
+    """Write or read a piece of a file of the working directory, or write one of the next cell's standard input.
+
+    What failed, and the piece that was read.
+    """
     try:
+        if request["op"] == "stdin":
+            streams.add_input(base64.b64decode(request["data"]), first=request["offset"] == 0)
+            return None, None
+        path = os.path.join(here, request["name"])
         if request["op"] == "put":
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "ab" if request["offset"] else "wb") as file:
@@ -210,48 +241,4 @@ def _move_file(request: dict[str, Any], here: str) -> tuple[tuple[str, int | Non
             file.seek(request["offset"])
             return None, base64.b64encode(file.read(frames.MAX_PIECE_BYTES)).decode()
     except Exception as failure:
-        return (_describe(failure), None), None
-
-
-def _run(code: str, name: str, variables: dict[str, Any]) -> tuple[str, int | None] | None:
-    """Execute one cell; None, or what it raised and at which of its lines."""
-    try:
-        exec(compile(code, name, "exec", dont_inherit=True), variables)
-    except BaseException as exception:
-        try:
-            return _describe(exception)[:_MAX_ERROR_CHARS], _line(exception, name)
-        except BaseException:
-            # The exception's own methods failed, or memory or the stack is exhausted.
-            return "the cell raised an exception that cannot be shown", None
-    return None
-
-
-def _describe(exception: BaseException) -> str:
-    """The last lines of the traceback: "Type: message".
-
-    >>> _describe(ValueError("no")), _describe(KeyError("a")), _describe(EOFError())
-    ('ValueError: no', "KeyError: 'a'", 'EOFError')
-    """
-    kind = type(exception)
-    name = (
-        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
-    )
-    # str() of a SyntaxError also names the file.
-    message = exception.msg if isinstance(exception, SyntaxError) and exception.msg else str(exception)
-    return f"{name}: {message}" if message else name
-
-
-def _line(exception: BaseException, name: str) -> int | None:
-    if isinstance(exception, SyntaxError) and exception.filename == name:
-        return exception.lineno
-    lines = [line for frame, line in traceback.walk_tb(exception.__traceback__) if frame.f_code.co_filename == name]
-    return lines[-1] if lines else None
-
-
-def _send(message: dict[str, Any]) -> None:
-    _write(frames.encode(message))
-
-
-def _write(data: bytes) -> None:
-    while data:
-        data = data[os.write(_CONTROL_FD, data) :]
+        return (ending.describe(failure), None), None

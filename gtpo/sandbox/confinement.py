@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from gtpo.sandbox import removal, session_users, syscall_filter
 from gtpo.sandbox.contract import SandboxLimits
-from gtpo.sandbox.layout import BOX, DEVICES, LIBRARIES, LINKS_TO_BOX, NOBODY
+from gtpo.sandbox.layout import BOX, DEVICES, LIBRARIES, LINKS_TO_BOX, MAX_FILES, NOBODY, STDIN
 from gtpo.sandbox.session_cgroup import SessionCgroup
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -216,6 +216,7 @@ def enter_root(plan: Plan) -> None:
         target = f"{plan.scratch}{LIBRARIES}/{name}"
         os.mkdir(target) if os.path.isdir(path) else _make_file(target)
         _mount(path, target, None, _MS_BIND | _MS_REC)
+    _make_file(plan.scratch + STDIN)
     os.mkdir(plan.scratch + BOX)
     for link in LINKS_TO_BOX:
         # An interpreter can lie in /tmp.
@@ -251,6 +252,7 @@ def make_box(plan: Plan) -> str:
         owner = NOBODY if plan.uid is None else plan.uid
         options = f"size={plan.limits.file_bytes},nr_inodes=4096,mode=0700,uid={owner},gid={owner}"
         _mount("tmpfs", BOX, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, options)
+        _make_stdin(owner)
         box = BOX
     else:
         box = f"{plan.scratch}/{os.urandom(8).hex()}"
@@ -259,6 +261,23 @@ def make_box(plan: Plan) -> str:
             os.chown(box, plan.uid, plan.uid)
     os.chdir(box)
     return box
+
+
+def _make_stdin(owner: int) -> None:
+    """Have the session's standard input at STDIN: a file that counts as one of its box, but has no name there."""
+    path = f"{BOX}/stdin"
+    _make_file(path)
+    os.chmod(path, 0o600)
+    os.chown(path, owner, owner)
+    _mount(path, STDIN, None, _MS_BIND)
+    os.unlink(path)
+
+
+def empty_box(plan: Plan, box: str) -> None:
+    """Delete what a session has written."""
+    removal.empty_directory(box)
+    if plan.namespaces:
+        os.truncate(STDIN, 0)
 
 
 def remove_box(plan: Plan, box: str) -> None:
@@ -319,7 +338,8 @@ def confine(plan: Plan) -> tuple[list[str], dict[str, str]]:
     missing: dict[str, str] = {}
     os.setsid()
     try:
-        ruleset: int | None = _landlock_ruleset((*plan.readable, *plan.library_paths))
+        own_files = (STDIN,) if plan.namespaces else ()
+        ruleset: int | None = _landlock_ruleset((*plan.readable, *plan.library_paths), own_files=own_files)
     except OSError as failure:
         ruleset, missing["landlock"] = None, str(failure)
     if plan.uid is not None:
@@ -359,7 +379,7 @@ def _set_rlimits(plan: Plan) -> None:
         (resource.RLIMIT_FSIZE, limits.file_bytes),
         # The interpreter, its snapshot and, where it has the same user, the keeper come on top.
         (resource.RLIMIT_NPROC, 3 + limits.max_processes if plan.processes else 1),
-        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_NOFILE, MAX_FILES),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
@@ -369,8 +389,9 @@ def _set_rlimits(plan: Plan) -> None:
         resource.setrlimit(kind, (value, value))
 
 
-def _landlock_ruleset(readable: tuple[str, ...], *, box: str | None = ".") -> int:
-    """A ruleset: read `readable` and the devices, change the directory `box`, connect to nothing, signal nobody."""
+def _landlock_ruleset(readable: tuple[str, ...], *, box: str | None = ".", own_files: tuple[str, ...] = ()) -> int:
+    """A ruleset: read `readable` and the devices, change the directory `box` and `own_files`, connect to nothing,
+    signal nobody."""
     abi = _checked(_libc.syscall(444, None, ctypes.c_size_t(0), 1), "landlock_create_ruleset")
     write, read, read_dir, truncate = 1 << 1, 1 << 2, 1 << 3, 1 << 14
     remove_dir, remove_file, make_dir, make_file, refer = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 13
@@ -381,6 +402,7 @@ def _landlock_ruleset(readable: tuple[str, ...], *, box: str | None = ".") -> in
     in_box = write | read | read_dir | truncate | remove_dir | remove_file | make_dir | make_file | refer
     rules = [(path, read | (read_dir if os.path.isdir(path) else 0)) for path in readable]
     rules += [(path, read | write) for path in DEVICES] + ([] if box is None else [(box, in_box)])
+    rules += [(path, read | write | truncate) for path in own_files]
     for path, rights in rules:
         parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = struct.pack("=Qi", rights & handled, parent)

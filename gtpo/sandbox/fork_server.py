@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,11 +21,13 @@ if TYPE_CHECKING:
 # Stand-ins for the two packages, so that the fork server imports its own modules and not the trainer's.
 _BOOTSTRAP = """
 import sys, types
-for name, path in (("gtpo", sys.argv[1]), ("gtpo.sandbox", sys.argv[2])):
-    module = sys.modules[name] = types.ModuleType(name)
-    module.__path__ = [path]
+while packages:
+    name, path = packages.popitem()
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [path]
+del name, path
 from gtpo.sandbox import zygote
-zygote.main(sys.argv[3])
+zygote.main(globals().pop("config"))
 """
 # Not -I: it would ignore PYTHONHASHSEED. With an environment of our own, -P -s -S isolate as much.
 _FLAGS = ("-P", "-s", "-S", "-B")
@@ -111,14 +112,14 @@ async def launch(
     except ImportError as failure:
         raise SandboxUnavailable(str(failure)) from failure
     package = os.path.dirname(os.path.abspath(__file__))
-    interpreter, parent, prefix = sys.executable, os.path.dirname(package), list[str]()
+    parent, prefix = os.path.dirname(package), list[str]()
     # Linux only, as this.
     from gtpo.sandbox.confinement import readable_paths
 
     readable = readable_paths()
     if jail == "bubblewrap":
         prefix = bubblewrap.command(package, readable, libraries)
-        interpreter, parent, package = bubblewrap.interpreter(), bubblewrap.PACKAGE, f"{bubblewrap.PACKAGE}/sandbox"
+        parent, package = bubblewrap.PACKAGE, f"{bubblewrap.PACKAGE}/sandbox"
     # Linux only, as this.
     from gtpo.sandbox.cgroup import PoolCgroup, session_bytes
 
@@ -131,7 +132,7 @@ async def launch(
             raise SandboxUnavailable(reason) from failure
         missing["cgroup"] = f"the kernel bounds no session's memory, it is only looked at from time to time: {failure}"
     scratch, first_user = "", None
-    with contextlib.ExitStack() as held, tempfile.TemporaryFile() as log:
+    with contextlib.ExitStack() as held, tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as script:
         # bubblewrap needs none.
         if jail != "bubblewrap":
             # Linux only, as this.
@@ -163,12 +164,16 @@ async def launch(
             "modules": profiles.modules(profile),
             "warm_up": profiles.warm_up(profile),
         }
+        # Not on its command line, which code can find in the memory of its interpreter.
+        packages = {"gtpo": parent, "gtpo.sandbox": package}
+        script.write(f"packages, config = {packages!r}, {json.dumps(config)!r}\n{_BOOTSTRAP}".encode())
+        script.seek(0)
         try:
             process = subprocess.Popen(
-                [*prefix, interpreter, *_FLAGS, "-c", _BOOTSTRAP, parent, package, json.dumps(config)],
+                [*prefix, bubblewrap.interpreter(), *_FLAGS, "-"],
                 env=_ENVIRONMENT | {name: os.environ[name] for name in _PASSED_ON if name in os.environ},
                 cwd="/",
-                stdin=subprocess.DEVNULL,
+                stdin=script,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 pass_fds=[theirs.fileno(), trainer_fd, proc_fd],

@@ -12,6 +12,8 @@ from typing import Any
 MAX_FRAME_BYTES = 128 * 1024
 # Bytes of a file in one message: in base 64 they fit into a frame.
 MAX_PIECE_BYTES = 64 * 1024
+# Of what a cell passes to a tool: the trainer must be able to decode it.
+MAX_LEVELS = 64
 HEADER = struct.Struct(">I")
 # Bound here, so that a cell that replaces json.dumps in its interpreter does not break its own answers.
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -59,6 +61,18 @@ def body_length(header: bytes) -> int:
 def read_frame(receive: Callable[[int], bytes]) -> dict[str, Any]:
     """The next message from a blocking `receive(num_bytes)`; EOFError at the end of the stream."""
     return decode(_exactly(receive, body_length(_exactly(receive, HEADER.size))))
+
+
+def nests_at_most(value: object, levels: int) -> bool:
+    """Whether no list or object lies more than `levels` deep in `value`.
+
+    >>> nests_at_most({"a": [1]}, 2), nests_at_most({"a": [[]]}, 2)
+    (True, False)
+    """
+    if not isinstance(value, list | tuple | dict):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(nests_at_most(item, levels - 1) for item in inner)
 
 
 def _exactly(receive: Callable[[int], bytes], count: int) -> bytes:

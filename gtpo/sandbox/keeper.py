@@ -13,9 +13,9 @@ import selectors
 import signal
 import socket
 import time
-from typing import Any, NoReturn
+from typing import Any
 
-from gtpo.sandbox import cell, confinement, frames, removal
+from gtpo.sandbox import cell, confinement, frames
 from gtpo.sandbox.descendants import ProcessTree
 from gtpo.sandbox.output import Output, without_addresses
 from gtpo.sandbox.session_processes import SessionProcesses
@@ -27,24 +27,28 @@ _WATCH_S = 0.05
 _QUIET_S = 0.003
 # How long a cell that was cancelled at its start may take to leave a snapshot.
 _MAX_CLONE_S = 1.0
-# The trainer must be able to decode what a cell gives to a tool.
-_MAX_CALL_LEVELS = 64
 _MAX_PIECE_CHARS = 4 * math.ceil(frames.MAX_PIECE_BYTES / 3)
 
 
-def keep(host: socket.socket, plan: confinement.Plan) -> NoReturn:
-    """Serve one session on `host` until the trainer closes it or the interpreter dies."""
+def keep(host: socket.socket, plan: confinement.Plan) -> None:
+    """Serve one session on `host` until the trainer closes it or the interpreter dies, then exit.
+
+    Raises cell.Start in another process, which is to be the interpreter.
+    """
+    own_pid = os.getpid()
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         box = confinement.make_box(plan)
         try:
             Keeper(host, plan, box).serve()
         finally:
-            confinement.remove_box(plan, box)
+            if os.getpid() == own_pid:
+                confinement.remove_box(plan, box)
     except OSError as failure:
         report_failure(host, confinement.describe_failure(failure))
     finally:
-        os._exit(0)
+        if os.getpid() == own_pid:
+            os._exit(0)
 
 
 def report_failure(host: socket.socket, error: str) -> None:
@@ -88,7 +92,7 @@ class Keeper:
         self._clones_fd, clones_end = os.pipe()
         pid = os.fork()
         if pid == 0:
-            cell.run_interpreter(plan, self._remote.fileno(), self._output_end, clones_end)
+            raise cell.Start(plan, self._remote.detach(), self._output_end, clones_end)
         if plan.cgroup is not None:
             plan.cgroup.lock()
         os.chdir("/")
@@ -245,6 +249,7 @@ class Keeper:
         self._next_watch = self._wall_start + _WATCH_S
         # Since when the trainer works on a tool call of the cell.
         self._call_start: float | None = None
+        self._num_calls = 0
         # By when the trainer's cancellation ends the cell.
         self._cancel_time = math.inf
 
@@ -333,9 +338,14 @@ class Keeper:
         name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(arguments, dict):
             raise ValueError("not a call")
-        if name not in request.get("tools", ()) or self._call_start is not None:
+        self._num_calls += 1
+        if (
+            name not in request.get("tools", ())
+            or self._call_start is not None
+            or self._num_calls > request["max_calls"]
+        ):
             raise ValueError("no tool can be called so")
-        if not _nests_at_most(arguments, _MAX_CALL_LEVELS):
+        if not frames.nests_at_most(arguments, frames.MAX_LEVELS):
             raise ValueError("nested too deeply")
         self._host.sendall(frames.encode({"call": {"name": name, "arguments": arguments}}))
         self._call_start = time.monotonic()
@@ -467,7 +477,7 @@ class Keeper:
                 return "lost"
             self._selector.register(self._processes.pidfd, selectors.EVENT_READ)
             if empty_box:
-                removal.empty_directory(self._box)
+                confinement.empty_box(self._plan, self._box)
         except OSError:
             return "lost"
         return "rolled_back"
@@ -482,18 +492,6 @@ class Keeper:
             self._output.add(data)
             if once:
                 return
-
-
-def _nests_at_most(value: object, levels: int) -> bool:
-    """Whether no list or object lies more than `levels` deep in `value`.
-
-    >>> _nests_at_most({"a": [1]}, 2), _nests_at_most({"a": [[]]}, 2)
-    (True, False)
-    """
-    if not isinstance(value, list | dict):
-        return True
-    inner = value.values() if isinstance(value, dict) else value
-    return levels > 0 and all(_nests_at_most(item, levels - 1) for item in inner)
 
 
 def _is_piece(value: object) -> bool:

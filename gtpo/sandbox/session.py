@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import json
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,6 @@ _MAX_REPLAY_WALL_S = 120.0
 _MAX_REPLAY_BYTES = 4 * 2**20
 # A keeper that takes this much longer than its own limits is given up.
 _KEEPER_TIMEOUT_S = 60.0
-# The rest of the frame is for the code.
-_MAX_STDIN_BYTES = 3 * frames.MAX_FRAME_BYTES // 4
 
 
 class _ToolFailed(Exception):
@@ -80,8 +77,8 @@ class SandboxSession:
     ) -> CellResult:
         """Run `code` as the next cell, with `stdin` on its standard input. Never raises for what the code does.
 
-        ValueError where `stdin` is longer than 96 KiB; `put` takes any length.  `tools` are functions to the code;
-        their time is not the cell's.
+        ValueError where `stdin` has more than `file_bytes`.  `tools` are functions to the code; their time is not the
+        cell's.
 
         After a TIMEOUT or CRASH the variables are as before the cell (its files stay); without `rollback`, which
         saves the snapshot, they are lost.  A cell that is cancelled before its end leaves them as before it, and so
@@ -96,9 +93,10 @@ class SandboxSession:
         await self._work.do(self._put(name, data))
 
     async def _put(self, name: str, data: bytes) -> None:
-        for offset in range(0, max(len(data), 1), frames.MAX_PIECE_BYTES):
-            piece = base64.b64encode(data[offset : offset + frames.MAX_PIECE_BYTES]).decode()
-            await self._move({"op": "put", "name": name, "offset": offset, "data": piece})
+        async with self._turn, self._slot:
+            failed = await self._send_pieces({"op": "put", "name": name}, data)
+        if failed is not None:
+            raise OSError(f"{name}: {failed.error}")
 
     async def get(self, name: str, *, max_bytes: int = 16 * 2**20) -> bytes:
         """What the file `name` of the session's directory holds; OSError when it cannot be read or is larger."""
@@ -108,9 +106,8 @@ class SandboxSession:
     async def _get(self, name: str, max_bytes: int) -> bytes:
         data = b""
         while True:
-            text = await self._move({"op": "get", "name": name, "offset": len(data)})
             try:
-                piece = base64.b64decode(text, validate=True)
+                piece = base64.b64decode(await self._get_piece(name, len(data)), validate=True)
             except ValueError:
                 raise OSError(f"{name}: the session gave no data") from None
             data += piece
@@ -149,24 +146,46 @@ class SandboxSession:
         tools: CodeTools | None = None,
         with_stderr: bool = True,
     ) -> CellResult:
-        self._check_stdin(stdin)
+        data = stdin.encode("utf-8", "surrogatepass")
+        if len(data) > (most := self._pool.limits.file_bytes):
+            raise ValueError(f"stdin must have at most file_bytes={most} bytes, got {len(data)}")
         async with self._turn, self._slot:
             self._num_cells += 1
-            parameters = {} if tools is None else {name: list(names) for name, names in tools.parameters.items()}
-            request = {"op": "run", "number": self._num_cells, "code": code, "stdin": stdin, "tools": parameters}
-            request["with_stderr"] = with_stderr
-            self._calls = ToolCalls(tools)
-            result, _ = await self._request(request, rollback=rollback, discard=discard)
+            request: dict[str, Any] = {"op": "run", "number": self._num_cells, "code": code, "stdin": stdin}
+            request |= {"with_stderr": with_stderr, "tools": {}}
+            if tools is not None:
+                request["tools"] = {name: list(names) for name, names in tools.parameters.items()}
+                request["max_calls"] = tools.max_calls
+            if len(data) > frames.MAX_PIECE_BYTES // 2:
+                # In pieces, ahead of the code: as JSON it could take six times as much.
+                request["stdin"] = None
+                result = await self._send_pieces({"op": "stdin"}, data)
+            else:
+                result = None
+            if result is None:
+                self._calls = ToolCalls(tools)
+                result, _ = await self._request(request, rollback=rollback, discard=discard)
             self._pool._count(result)
         return result
 
-    async def _move(self, request: dict[str, Any]) -> str:
+    async def _send_pieces(self, request: dict[str, Any], data: bytes) -> CellResult | None:
+        """Have the interpreter write `data` where `request` says; the result of the piece that failed, if one did."""
+        self._calls = ToolCalls(None)
+        for offset in range(0, max(len(data), 1), frames.MAX_PIECE_BYTES):
+            piece = base64.b64encode(data[offset : offset + frames.MAX_PIECE_BYTES]).decode()
+            result, _ = await self._request(request | {"offset": offset, "data": piece}, rollback=True, discard=False)
+            if result.status is not CellStatus.OK:
+                return result
+        return None
+
+    async def _get_piece(self, name: str, offset: int) -> str:
         async with self._turn, self._slot:
             self._calls = ToolCalls(None)
+            request = {"op": "get", "name": name, "offset": offset}
             result, value = await self._request(request, rollback=True, discard=False)
-        if result.status is not CellStatus.OK or (value is None and request["op"] == "get"):
-            raise OSError(f"{request['name']}: {result.error or 'the session gave no data'}")
-        return value or ""
+        if result.status is not CellStatus.OK or value is None:
+            raise OSError(f"{name}: {result.error or 'the session gave no data'}")
+        return value
 
     async def _request(
         self, request: dict[str, Any], *, rollback: bool, discard: bool
@@ -245,7 +264,7 @@ class SandboxSession:
         self._history_bytes += self._calls.num_bytes
         self._history_cpu_s += answer["cpu_time_s"]
         self._history_wall_s += answer["wall_time_s"]
-        self._history_bytes += sum(len(request.get(key, "")) for key in ("code", "stdin", "data"))
+        self._history_bytes += sum(len(request.get(key) or "") for key in ("code", "stdin", "data"))
         too_long = self._history_cpu_s > _MAX_REPLAY_CPU_S or self._history_wall_s > _MAX_REPLAY_WALL_S
         if too_long or self._history_bytes > _MAX_REPLAY_BYTES:
             self._history = None
@@ -366,13 +385,6 @@ class SandboxSession:
         if self._stream is not None:
             stream, self._stream = self._stream, None
             await end_stream(*stream)
-
-    @staticmethod
-    def _check_stdin(stdin: str) -> None:
-        # Here, and not where the code does not fit either, which is the code's fault.
-        size = len(json.dumps(stdin, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-        if size > _MAX_STDIN_BYTES:
-            raise ValueError(f"stdin must have at most {_MAX_STDIN_BYTES} bytes as JSON, got {size}: use put()")
 
     @staticmethod
     def _check_name(name: str) -> None:

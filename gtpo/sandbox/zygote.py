@@ -6,6 +6,7 @@ code or output, so nothing of one session can be found in the memory of another.
 
 from __future__ import annotations
 
+import _imp
 import ctypes
 import dataclasses
 import gc
@@ -14,11 +15,14 @@ import json
 import os
 import select
 import signal
+import site
 import socket
 import sys
+import traceback
+import types
 from typing import Any, NoReturn
 
-from gtpo.sandbox import confinement, keeper, removal, session_users
+from gtpo.sandbox import cell, confinement, keeper, removal, session_users
 from gtpo.sandbox.contract import SandboxLimits
 from gtpo.sandbox.descendants import ProcessTree
 from gtpo.sandbox.layout import NOBODY
@@ -32,11 +36,26 @@ keyword math numbers operator random re statistics string struct textwrap time t
 
 
 def main(config_json: str) -> None:
-    """Run as the launcher: fork the zygote, wait for it, remove the scratch directory. Under bubblewrap: be it."""
-    config: dict[str, Any] = json.loads(config_json)
+    """Run the fork server; in an interpreter that it starts, go on as that, with nothing of the server on the stack."""
+    try:
+        _launch(json.loads(config_json))
+    except cell.Start as start:
+        run = start.run
+    else:
+        return
+    del config_json
+    run()
+
+
+def _launch(config: dict[str, Any]) -> None:
+    """Be the launcher: fork the zygote, wait for it, remove the scratch directory. Under bubblewrap: be the zygote."""
     control = socket.socket(fileno=config["control_fd"])
     jail, proc_fd = config["jail"], config["proc_fd"]
     os.set_inheritable(proc_fd, False)
+    # In the place of the script that brought it here.
+    null_fd = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null_fd, 0)
+    os.close(null_fd)
     try:
         if jail == "namespaces":
             own_users = confinement.enter_namespaces(proc_fd)
@@ -92,20 +111,45 @@ def _run_zygote(control: socket.socket, plan: confinement.Plan, config: dict[str
         for name in (*_PRELOADED.split(), *config["modules"]):
             importlib.import_module(name)
         exec(config["warm_up"], {})
+        # What -S leaves out: exit, quit, help and the like.
+        site.setquit()
+        site.setcopyright()
+        site.sethelper()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         # Not Python's: before Linux 6.12 a cell can send it to its keeper, where it would raise KeyboardInterrupt.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        _hide_plumbing()
         gc.collect()
         _return_free_memory()
         gc.freeze()
         plan, missing = _measured(plan)
         _report(control, ready=True, missing=missing, library_bytes=plan.library_memory_bytes)
         _serve(control, config["trainer_fd"], plan, own_namespace)
+    except cell.Start:
+        raise
     except (OSError, ImportError) as failure:
         error = confinement.describe_failure(failure) if isinstance(failure, OSError) else str(failure)
         _report(control, failed=error)
-    finally:
-        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(0)
+
+
+def _hide_plumbing() -> None:
+    """Leave code no trace of this package: neither in `sys` nor in tracebacks, nor as something to import."""
+    sys.argv, sys.orig_argv, sys.executable = [""], [""], ""
+    for function in gc.get_objects():
+        if isinstance(function, types.FunctionType) and _is_own(function.__module__):
+            _imp._fix_co_filename(function.__code__, "<sandbox>")  # type: ignore[attr-defined]
+    for name in [name for name in sys.modules if _is_own(name)]:
+        module = vars(sys.modules.pop(name))
+        for attribute in ("__file__", "__cached__", "__path__", "__spec__", "__loader__"):
+            path = module.pop(attribute, None)
+            sys.path_importer_cache.pop(path[0] if attribute == "__path__" and path else "", None)
+
+
+def _is_own(name: str | None) -> bool:
+    return name is not None and name.partition(".")[0] == "gtpo"
 
 
 def _return_free_memory() -> None:
@@ -156,18 +200,19 @@ def _serve(control: socket.socket, trainer_fd: int, plan: confinement.Plan, own_
         own = dataclasses.replace(plan, cgroup=SessionCgroup(files) if files else None)
         if plan.uid not in (None, NOBODY):
             own = dataclasses.replace(own, uid=plan.uid + slot)
+        is_keeper = False
         try:
             if plan.namespaces:
                 confinement.unshare(confinement.NEW_PID)
-            if os.fork() == 0:
-                control.close()
-                os.close(trainer_fd)
-                keeper.keep(host, own)
+            is_keeper = os.fork() == 0
         except OSError as failure:
             keeper.report_failure(host, confinement.describe_failure(failure))
-        finally:
-            if plan.namespaces:
-                confinement.return_to_namespace(own_namespace)
-            for descriptor in descriptors[1:]:
-                os.close(descriptor)
-            host.close()
+        if is_keeper:
+            control.close()
+            os.close(trainer_fd)
+            keeper.keep(host, own)
+        if plan.namespaces:
+            confinement.return_to_namespace(own_namespace)
+        for descriptor in descriptors[1:]:
+            os.close(descriptor)
+        host.close()

@@ -20,6 +20,8 @@ _NOTES = {
     "ROLLED_BACK": "All variables are as they were before this call.",
     "LOST": "The interpreter was restarted: all variables are lost.",
 }
+# of what a tool said to code, for the record
+_MAX_KEPT_CHARS = 1000
 
 
 @functools.cache
@@ -82,13 +84,13 @@ class PythonTool:
         calls: list[tuple[str, ToolResult]] = []
 
         async def call(name: str, arguments: Mapping[str, Any]) -> tuple[bool, str]:
-            if len(calls) == self._max_code_calls:
-                return False, f"no call is left, all {self._max_code_calls} of this cell are used"
             (result,) = await toolbox.execute([ToolCall(name, arguments)])
-            calls.append((name, result))
+            # The code has the text, and says what the model reads of it.
+            calls.append((name, replace(result, text=result.text[:_MAX_KEPT_CHARS])))
             return result.status is ToolStatus.OK, result.text
 
-        tools = CodeTools({name: parameters_of(schema) for name, schema in toolbox.by_name.items()}, call)
+        parameters = {name: parameters_of(schema) for name, schema in toolbox.by_name.items()}
+        tools = CodeTools(parameters, call, max_calls=self._max_code_calls)
         session = cast("SandboxSession", self._session)
         result = replace(_result_of(await session.run(code, tools=tools)), calls=tuple(calls))
         faults = [inner.text for _, inner in calls if inner.status is ToolStatus.INFRA_ERROR]

@@ -45,6 +45,10 @@ def test_verdicts() -> None:
             "import sys, os\nos.write(2, b'x' * 10_000)\nprint('so far', file=sys.stderr)\nprint(2 * int(input()))",
             DOUBLE,
         ),
+        ("print(2 * int(input()), flush=True)\nimport os\nos._exit(0)", DOUBLE),
+        ("print(2 * int(input()))\nexit()", DOUBLE),
+        ("import atexit\natexit.register(print, 2 * int(input()))\nquit()", DOUBLE),
+        ("print(2 * int(open('/dev/stdin').read()))\nimport sys\nprint(*sys.argv)", DOUBLE),
         ("import warnings\nwarnings.warn('old')\ndef double(x): return x + x", CALLS),
     ]
     wrong = [
@@ -53,7 +57,8 @@ def test_verdicts() -> None:
         ("print(2 * int(input()))\nexit(1)", DOUBLE),
         ("print(2 * int(input()))\n1 / 0", DOUBLE),
         ("print(2 * int(input()), flush=True)\nwhile True: pass", DOUBLE),
-        ("print(2 * int(input()), flush=True)\nimport os\nos._exit(0)", DOUBLE),
+        ("print(2 * int(input()), flush=True)\nimport os\nos._exit(3)", DOUBLE),
+        ("print(2 * int(input()))\nimport sys\nsys.exit('no')", DOUBLE),
         ("print(2 * int(input()), ' ' * 5000)", DOUBLE),
         ("def double(x): return 2 * x + 0", CALLS),
         ("def double(x): return x + x\nexit()", CALLS),
@@ -102,7 +107,7 @@ FORGED_ANSWER = """
 import json, os, struct
 for cell in range(9):
     data = json.dumps({"cell": cell, "status": "ok", "error": "", "line": None, "value": None}).encode()
-    os.write(3, struct.pack(">I", len(data)) + data)
+    os.write(60, struct.pack(">I", len(data)) + data)
 """
 
 

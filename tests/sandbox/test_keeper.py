@@ -168,10 +168,10 @@ def test_a_call_that_the_trainer_could_not_decode_is_the_end_of_the_cell():
         nested = [nested]
     call = {"name": "look", "arguments": {"a": nested}}
     with Listener() as keeper:
-        keeper._call_start = None
+        keeper._call_start, keeper._num_calls = None, 0
         keeper.interpreter.send(framed({"cell": 1, "call": call}))
         with pytest.raises(InterpreterGone, match="control channel"):
-            keeper._receive({"op": "run", "cell": 1, "snapshot": False, "tools": {"look": ["a"]}})
+            keeper._receive({"op": "run", "cell": 1, "snapshot": False, "tools": {"look": ["a"]}, "max_calls": 1})
 
 
 @given(st.binary(min_size=1, max_size=12) | st.integers(0, 2**32 - 1).map(lambda pid: pid.to_bytes(4)))

@@ -190,7 +190,7 @@ from gtpo.sandbox import confinement
 if "seccomp" in sys.argv[4]:
     confinement.syscall_filter.install = lambda processes: None
 if "landlock" in sys.argv[4]:
-    confinement._landlock_ruleset = lambda readable: None
+    confinement._landlock_ruleset = lambda readable, own_files: None
 zygote"""
     bootstrap = fork_server._BOOTSTRAP.replace("\nzygote", disable).replace("sys.argv[4]", repr(layers_off))
     monkeypatch.setattr(fork_server, "_BOOTSTRAP", bootstrap)

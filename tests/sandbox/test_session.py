@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import time
+import zlib
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def test_variables_last_and_cells_are_counted(cage):
         ("a = (1,\nb = 2", "SyntaxError: '(' was never closed", 1),
         ("{}['k']", "KeyError: 'k'", 1),
         ("import json\njson.loads('{')", None, 2),
-        ("raise SystemExit(0)", "SystemExit: 0", 1),
+        ("raise SystemExit(1)", "SystemExit: 1", 1),
         ("raise KeyboardInterrupt", "KeyboardInterrupt", 1),
         ("class E(BaseException): pass\nraise E('x')", "E: x", 2),
         ("raise ValueError(object())", "ValueError: <object object at 0x0>", 1),
@@ -106,7 +107,7 @@ def test_a_crash_loses_neither_the_state_nor_the_output(cage, code, error):
 
 
 def test_lies_about_clones_end_with_their_cell(cage):
-    lies = "import os, time\nx = 2\ntime.sleep(0.1)\nos.write(6, bytes(20))\nos._exit(0)"
+    lies = "import os, time\nx = 2\ntime.sleep(0.1)\nos.write(63, bytes(20))\nos._exit(0)"
     _, crash, after = cage.cells("x = 1", lies, "print(x)")
     assert (crash.status, crash.state) == (CellStatus.CRASH, SessionState.ROLLED_BACK)
     assert (after.status, after.stdout) == (CellStatus.OK, "1\n")
@@ -287,7 +288,7 @@ def test_a_cell_that_ends_while_a_tool_works_for_it_has_crashed(cage):
 import json, os, time
 call = {"name": "look", "arguments": {"word": os.urandom(4).hex()}}
 body = json.dumps({"cell": __cell__, "call": call}).encode()
-os.write(3, len(body).to_bytes(4, "big") + body)
+os.write(60, len(body).to_bytes(4, "big") + body)
 time.sleep(0.005)
 try: os.kill(-1, 9)
 finally: os._exit(3)
@@ -310,11 +311,11 @@ def test_a_forged_file_is_an_error(cage):
     forge = """
 import json, os
 def read():
-    data = os.read(3, int.from_bytes(os.read(3, 4), "big"))
+    data = os.read(60, int.from_bytes(os.read(60, 4), "big"))
     return json.loads(data)
 def answer(**message):
     body = json.dumps(message | {"status": "ok", "error": ""}).encode()
-    os.write(3, len(body).to_bytes(4, "big") + body)
+    os.write(60, len(body).to_bytes(4, "big") + body)
 answer(cell=1)
 answer(cell=read()["cell"], value="A")
 while True: pass
@@ -340,18 +341,24 @@ def test_cells_that_waited_for_long_are_not_run_again(cage, monkeypatch):
     assert cage.cells("x = 1", crash)[1].state is SessionState.LOST
 
 
-def test_input_that_is_too_long_is_the_callers_error(cage):
-    async def run() -> CellResult:
-        session = await cage.pool.open()
-        with pytest.raises(ValueError, match="stdin must have at most 98304 bytes as JSON, got 200002"):
-            await session.run("print(1)", stdin="x" * 200_000)
-        with pytest.raises(ValueError, match="stdin must have"):
-            await cage.pool.run("print(1)", stdin="\0" * 20_000)
-        result = await session.run("print(len(input()), __cell__)", stdin="x" * 98_000)
-        await session.close()
-        return result
+def test_input_of_any_length_that_files_may_have_goes_in(cage):
+    """Also what takes six times as much as JSON; what an earlier cell had is not there any more."""
+    read = "import os, sys, zlib\nprint(zlib.crc32(sys.stdin.buffer.read()), __cell__, os.listdir())"
+    texts = ["x" * 98_000, "\0" * 200_000, "", "é\n" * 150_000, "b", "\udc80" * 100_000]
 
-    assert cage.do(run()).stdout == "98000 1\n"
+    async def run() -> list[str]:
+        session = await cage.pool.open()
+        with pytest.raises(ValueError, match="stdin must have at most file_bytes=1048576 bytes, got 1048578"):
+            await session.run("print(1)", stdin="é" * (2**19 + 1))
+        printed = [(await session.run(read, stdin=text)).stdout for text in texts]
+        alone = await cage.pool.run(read, stdin=texts[3])
+        await session.close()
+        return [*printed, alone.stdout]
+
+    def expected(text: str, number: int) -> str:
+        return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass'))} {number} []\n"
+
+    assert cage.do(run()) == [*(expected(text, number + 1) for number, text in enumerate(texts)), expected(texts[3], 1)]
 
 
 @pytest.mark.parametrize("max_concurrent", [3, 32])

@@ -98,8 +98,11 @@ def test_the_model_reads_what_code_can_call() -> None:
         ("look()", "ToolError: look: missing argument 'word'"),
         ("look('a', 1, 2)", "TypeError: look() takes 2 arguments (word, times), got 3"),
         ("look('a', word='b')", "TypeError: look() got multiple values for argument 'word'"),
-        ("look(print)", "TypeError: Object of type builtin_function_or_method is not JSON serializable"),
-        ("look('x' * 10**6)", "ValueError: a frame must have at most"),
+        (
+            "look(print)",
+            "TypeError: look(): the arguments must be JSON: Object of type builtin",
+        ),
+        ("look('x' * 10**6)", "ValueError: look(): the arguments cannot be passed on: a frame must have at most"),
         (
             "try:\n    look('none')\nexcept ToolError as error:\n    raise ValueError(str(error))",
             "ValueError: KeyError: 'none'",
@@ -187,7 +190,7 @@ FORGER = """
 import os, json, struct, time
 def send(message):
     data = json.dumps(message).encode()
-    os.write(3, struct.pack(">I", len(data)) + data)
+    os.write(60, struct.pack(">I", len(data)) + data)
 """
 
 
