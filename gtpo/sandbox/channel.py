@@ -75,8 +75,8 @@ class Channel:
 
     def call(self, name: str, arguments: dict[str, Any]) -> str:
         """What the trainer's tool says. ToolError where it fails, TypeError or ValueError where it cannot be asked."""
-        if not frames.nests_at_most(arguments, frames.MAX_LEVELS):
-            raise ValueError(f"{name}(): the arguments must nest at most {frames.MAX_LEVELS} levels deep")
+        if fault := frames.fault_of(arguments):
+            raise ValueError(f"{name}(): the arguments must have {fault}")
         with self._calling:
             if self._unanswered == self._cell is not None:
                 # A handler of a signal has ended the wait for it.

@@ -79,10 +79,11 @@ class SandboxLimits:
 class CellStatus(Enum):
     """How a cell ended.
 
-    OK: it ran to its end.  ERROR: it raised; a MemoryError, too, which the code may catch.  TIMEOUT: CPU or wall time
-    ran out.  CRASH: its process ended (exit, signal) or broke the protocol.  OUT_OF_MEMORY: the session's processes
-    had more than `memory_bytes` together.  INFRA_ERROR: the sandbox itself failed, or the pool or the machine ran out
-    of memory, and again when the cell was tried anew; never the code's fault.
+    OK: it ran to its end, or exited with status 0.  ERROR: it raised, a MemoryError, too, which the code may catch, or
+    exited with another status.  TIMEOUT: CPU or wall time ran out.  CRASH: its process ended (os._exit, signal) or
+    broke the protocol.  OUT_OF_MEMORY: the session's processes had more than `memory_bytes` together.  INFRA_ERROR: the
+    sandbox itself failed, or the pool or the machine ran out of memory, and again when the cell was tried anew; never
+    the code's fault.
     """
 
     OK = "ok"

@@ -12,8 +12,8 @@ from typing import Any
 MAX_FRAME_BYTES = 128 * 1024
 # Bytes of a file in one message: in base 64 they fit into a frame.
 MAX_PIECE_BYTES = 64 * 1024
-# Of what a cell passes to a tool: the trainer must be able to decode it.
-MAX_LEVELS = 64
+# Of lists and objects in what a cell passes to a tool, and of numbers in it: Python reads no more than 4300 digits.
+MAX_LEVELS, _MAX_BITS = 64, 14_000
 HEADER = struct.Struct(">I")
 # Bound here, so that a cell that replaces json.dumps in its interpreter does not break its own answers.
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -63,16 +63,22 @@ def read_frame(receive: Callable[[int], bytes]) -> dict[str, Any]:
     return decode(_exactly(receive, body_length(_exactly(receive, HEADER.size))))
 
 
-def nests_at_most(value: object, levels: int) -> bool:
-    """Whether no list or object lies more than `levels` deep in `value`.
+def fault_of(arguments: object, levels: int = MAX_LEVELS) -> str | None:
+    """What arguments of a tool must have, since they have it not: the trainer could not decode them. Else None.
 
-    >>> nests_at_most({"a": [1]}, 2), nests_at_most({"a": [[]]}, 2)
-    (True, False)
+    >>> fault_of({"a": [1]}, 2), fault_of({"a": [[]]}, 2)
+    (None, 'at most 64 levels')
+    >>> fault_of({"a": 10**5000})
+    'integers of at most 14000 bits'
     """
-    if not isinstance(value, list | tuple | dict):
-        return True
-    inner = value.values() if isinstance(value, dict) else value
-    return levels > 0 and all(nests_at_most(item, levels - 1) for item in inner)
+    if isinstance(arguments, int) and arguments.bit_length() > _MAX_BITS:
+        return f"integers of at most {_MAX_BITS} bits"
+    if not isinstance(arguments, list | tuple | dict):
+        return None
+    if not levels:
+        return f"at most {MAX_LEVELS} levels"
+    inner = arguments.values() if isinstance(arguments, dict) else arguments
+    return next(filter(None, (fault_of(item, levels - 1) for item in inner)), None)
 
 
 def _exactly(receive: Callable[[int], bytes], count: int) -> bytes:

@@ -345,8 +345,8 @@ class Keeper:
             or self._num_calls > request["max_calls"]
         ):
             raise ValueError("no tool can be called so")
-        if not frames.nests_at_most(arguments, frames.MAX_LEVELS):
-            raise ValueError("nested too deeply")
+        if fault := frames.fault_of(arguments):
+            raise ValueError(f"not {fault}")
         self._host.sendall(frames.encode({"call": {"name": name, "arguments": arguments}}))
         self._call_start = time.monotonic()
 
