@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gtpo.token_ids import TokenIds
 from gtpo.types import ToolCall
 
 _FENCED_CODE = re.compile(r"```py(?:thon)?3?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
@@ -66,6 +67,7 @@ class Chat:
         if tokenizer.eos_token_id is None:
             raise ValueError("the model's tokenizer must have an end-of-turn token (eos_token), got none")
         self.tokenizer = tokenizer
+        self.tokens = TokenIds(tokenizer)
         self.call_format = call_format
         self.tool_role = tool_role
         self.schemas = list(schemas)
@@ -80,28 +82,32 @@ class Chat:
         The text of the prompts never becomes a special token.
         """
         system = system_prompt + self._protocol()
-        if not (self._has_control(system) or self._has_control(prompt)):
-            return self._encode(self._render_prompt(system, prompt), control=True)
+        tokens = self.tokens
+        if not (tokens.has_control(system) or tokens.has_control(prompt)):
+            return tokens.whole(self._render_prompt(system, prompt))
         rendered = self._render_prompt(_SYSTEM_MARK, _PROMPT_MARK)
         before, system_mark, rest = rendered.partition(_SYSTEM_MARK)
         between, prompt_mark, after = rest.partition(_PROMPT_MARK)
         if not (system_mark and prompt_mark):
             raise ValueError(f"the chat template must keep the system prompt and the prompt, got {rendered!r}")
-        ids = self._encode(before, control=True) + self._encode(system, control=False)
-        ids += self._encode(between, control=True) + self._encode(prompt, control=False)
-        return ids + self._encode(after, control=True)
+        ids = tokens.whole(before) + tokens.part(system, control=False)
+        ids += tokens.part(between, control=True) + tokens.part(prompt, control=False)
+        return ids + tokens.part(after, control=True)
 
     def tool_ids(self, outputs: Sequence[str]) -> list[int]:
-        """Ids inserted after a completion that ended its turn.
+        """Ids inserted after a completion that ended its turn: those that the whole text has there.
 
         A tool's text never becomes a special token; an added token that is not special, as Qwen's <tool_call>, it can.
         """
-        ids = self._encode(self._before, control=True)
+        tokens, end = self.tokens, self.tokenizer.eos_token
+        if not any(map(tokens.has_control, outputs)):
+            return tokens.behind(end, self._before + self._between.join(outputs) + self._after)
+        ids = tokens.behind(end, self._before)
         for number, output in enumerate(outputs):
             if number:
-                ids += self._encode(self._between, control=True)
-            ids += self._encode(output, control=False)
-        return ids + self._encode(self._after, control=True)
+                ids += tokens.part(self._between, control=True)
+            ids += tokens.part(output, control=False)
+        return ids + tokens.part(self._after, control=True)
 
     def _protocol(self) -> str:
         if self.call_format == "json":
@@ -114,11 +120,11 @@ class Chat:
 
     def completion_ids(self, text: str) -> list[int]:
         """Ids of a demonstrated completion, its end-of-turn id included."""
-        return [*self._encode(text, control=False), self.end_of_turn_id]
+        return [*self.tokens.part(text, control=False), self.end_of_turn_id]
 
     def decode(self, completion_ids: Sequence[int]) -> str:
         ids = [token for token in completion_ids if token not in self.stop_ids]
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self.tokens.decode(ids)
 
     def render_code_call(self, code: str) -> str:
         """The text with which a demonstration calls the Python tool."""
@@ -171,12 +177,6 @@ class Chat:
     def _render_prompt(self, system: str, prompt: str) -> str:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
         return self._render(messages, add_generation_prompt=True)
-
-    def _has_control(self, text: str) -> bool:
-        return self._encode(text, control=True) != self._encode(text, control=False)
-
-    def _encode(self, text: str, *, control: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=not control)["input_ids"])
 
 
 def _fenced_calls(text: str) -> tuple[ToolCall, ...]:
