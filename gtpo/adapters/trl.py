@@ -18,7 +18,13 @@ from trl import GRPOTrainer
 from trl.trainer.utils import is_async_callable
 
 from gtpo.adapters.options import credit_settings
-from gtpo.adapters.trl_loss import add_fused_loss, fused_arguments, log_loss, refuse_other_losses
+from gtpo.adapters.trl_loss import (
+    add_fused_loss,
+    fused_arguments,
+    log_loss,
+    refuse_other_logits,
+    refuse_other_losses,
+)
 from gtpo.adapters.trl_turns import (
     ScoredRow,
     check_turns,
@@ -95,6 +101,7 @@ class GTPOTrainer(GRPOTrainer):
         self.fused_loss = fused_loss
         if fused_loss:
             refuse_other_losses(self, self._base_model())
+            refuse_other_logits(self._base_model())
             add_fused_loss(self._base_model(), cast_head=self.args.cast_lm_head_to_fp32)
         self._rollout: Rollout | None = None
         self._row_rewards: Tensor | None = None

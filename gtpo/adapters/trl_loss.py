@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gtpo.methods import METHODS, Method
@@ -14,6 +15,7 @@ from gtpo_kernels.clipped_loss.reference import ClippedLoss, Penalty
 
 FUSED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo")
 LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+_REMEDY = "pass fused_loss=False for TRL's own loss"
 AGGREGATIONS = {
     "token-mean": "dapo",
     "seq-mean-token-mean": "grpo",
@@ -106,7 +108,40 @@ def refuse_other_losses(trainer: Any, model: Any) -> None:
     }
     found = [name for name, holds in refused.items() if holds]
     if found:
-        raise ValueError(f"fused_loss=True does not cover {', '.join(found)}: pass fused_loss=False for TRL's own loss")
+        raise ValueError(f"fused_loss=True does not cover {', '.join(found)}: {_REMEDY}")
+
+
+@torch.no_grad()
+def refuse_other_logits(model: Any) -> None:
+    """Raises ValueError unless a model's logits are a linear map of its last hidden states, and then its softcap.
+
+    Found by a forward pass of 16 tokens: the head of some models has further layers, and the fused loss knows one.
+    """
+    kind = model.config.model_type
+    head = model.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), Tensor):
+        raise ValueError(f"fused_loss=True does not cover a {kind} model, which has no linear head: {_REMEDY}")
+    ids = torch.randint(len(head.weight), (1, 16), generator=torch.Generator().manual_seed(0)).to(model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        model.train(was_training)
+    weight, bias = _head(model)
+    logits = F.linear(hidden.to(weight.dtype), weight, bias).float()
+    cap = _softcap(model)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    # less their mean, which softmax forgets
+    logits, expected = (x - x.mean(dim=-1, keepdim=True) for x in (logits, expected))
+    distance, norm = float((logits - expected).norm()), float(expected.norm())
+    # not >: NaN is refused too
+    if not distance <= (1e-3 if weight.dtype in (torch.float32, torch.float64) else 0.05) * norm:
+        raise ValueError(
+            f"fused_loss=True does not cover a {kind} model, whose logits are more than a linear map of its hidden "
+            f"states (distance {distance:.2g}, norm {norm:.2g}): {_REMEDY}"
+        )
 
 
 def fused_arguments(trainer: Any, inputs: dict[str, Any]) -> FusedLoss:
@@ -211,13 +246,24 @@ def _whole(parameter: Any) -> Tensor:
     return whole
 
 
+def _head(model: Any) -> tuple[Tensor, Tensor | None]:
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    return _whole(head.weight), None if bias is None else _whole(bias)
+
+
+def _softcap(model: Any) -> float | None:
+    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return cap
+
+
 def add_fused_loss(model: Any, *, cast_head: bool) -> None:
     """Let `model(..., gtpo_loss=FusedLoss)` return the loss.
 
     Inside forward, since wrappers (DDP, FSDP) gather parameters and reduce gradients around forward only.
     """
     original: Callable[..., Any] = model.forward
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    softcap = _softcap(model)
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
     def forward(self: Any, *args: Any, gtpo_loss: FusedLoss | None = None, **kwargs: Any) -> Any:
@@ -225,8 +271,7 @@ def add_fused_loss(model: Any, *, cast_head: bool) -> None:
             return original(*args, **kwargs)
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state
-        head = self.get_output_embeddings()
-        weight, bias = _whole(head.weight), None if head.bias is None else _whole(head.bias)
+        weight, bias = _head(self)
         device_type = hidden.device.type
         mixed = torch.is_autocast_enabled(device_type) and not cast_head
         dtype = torch.get_autocast_dtype(device_type) if mixed else weight.dtype

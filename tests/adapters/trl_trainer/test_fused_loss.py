@@ -8,9 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import trl
 
-from gtpo.adapters.trl_loss import FUSED_LOSS_TYPES, fused_arguments, loss_arguments, refuse_other_losses
+from gtpo.adapters.trl_loss import (
+    FUSED_LOSS_TYPES,
+    fused_arguments,
+    loss_arguments,
+    refuse_other_logits,
+    refuse_other_losses,
+)
 from gtpo.methods import METHODS, Method
 from gtpo_kernels import LossRule
 from tests.adapters.conftest import ROOT
@@ -112,12 +119,12 @@ def test_fused_loss_is_trls_loss_of_turn_advantages(build: BUILT, name: str) -> 
 def test_softcap_of_the_model_is_in_the_fused_loss(build: BUILT, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = example.build_model()
     model.config.final_logit_softcapping = 0.3
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 0.3 * torch.tanh(head(hidden) / 0.3)
     monkeypatch.setattr(example, "build_model", lambda: (model, tokenizer))
     trainer = build()
     inputs = generated(trainer)
     ours = trainer._compute_loss(trainer.model, inputs).detach()
-    head = trainer.model.lm_head.forward
-    trainer.model.lm_head.forward = lambda hidden: 0.3 * torch.tanh(head(hidden) / 0.3)
     theirs = trl.GRPOTrainer._compute_loss(trainer, trainer.model, inputs).detach()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     capped, seen = trainer._metrics["train"]["entropy"]
@@ -219,3 +226,53 @@ def test_models_and_engines_that_are_not_fused_are_refused(
     trainer.model.config.logit_scale = 0.5
     with pytest.raises(ValueError, match="does not cover a model with logit_scale"):
         refuse_other_losses(trainer, trainer.model)
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "covered"),
+    [
+        (transformers.LlamaConfig(**SMALL), True),
+        (transformers.Gemma2Config(**SMALL, final_logit_softcapping=0.05), True),
+        (transformers.PhiConfig(**SMALL), True),  # a head with a bias
+        (transformers.ModernBertDecoderConfig(**SMALL, cls_token_id=0, sep_token_id=0), False),
+        (transformers.CohereConfig(**SMALL, logit_scale=0.5), False),
+        (transformers.GraniteConfig(**SMALL, logits_scaling=4.0), False),
+        (transformers.NemotronConfig(**SMALL), True),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_heads_that_are_more_than_a_linear_map_are_refused(config: Any, covered: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).train()
+    state = torch.get_rng_state()
+    if covered:
+        refuse_other_logits(model)
+    else:
+        with pytest.raises(ValueError, match=f"{config.model_type} model, whose logits are more than a linear map"):
+            refuse_other_logits(model)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_trainer_compares_the_fused_logits_with_the_models(build: BUILT, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = example.build_model()
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 2 * head(hidden)
+    monkeypatch.setattr(example, "build_model", lambda: (model, tokenizer))
+    with pytest.raises(ValueError, match=r"more than a linear map .*: pass fused_loss=False for TRL's own loss"):
+        build()
+    assert build(fused_loss=False).fused_loss is False
