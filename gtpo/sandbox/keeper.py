@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from gtpo.sandbox import cell, confinement, frames
+from gtpo.sandbox.demand import Demand
 from gtpo.sandbox.descendants import ProcessTree
 from gtpo.sandbox.output import Output, without_addresses
 from gtpo.sandbox.session_processes import SessionProcesses
@@ -247,6 +248,7 @@ class Keeper:
         self._run_delay_start: float | None = None
         self._processes.start_clocks()
         self._next_watch = self._wall_start + _WATCH_S
+        self._demand: Demand | None = None
         # Since when the trainer works on a tool call of the cell.
         self._call_start: float | None = None
         self._num_calls = 0
@@ -264,8 +266,7 @@ class Keeper:
             cpu_left = self._limits.cpu_time_s - self._processes.cell_cpu_s()
             # A single thread spends no more CPU time than wall time passes.
             pause = min(cpu_left, wall_left, self._cancel_time - now)
-            if self._plan.processes or self._run_delay_start is None:
-                pause = min(pause, self._next_watch - now)
+            pause = min(pause, self._next_watch - now)
             if not self._reads_output:
                 pause = min(pause, _QUIET_S)
             ready = {key.fileobj for key, _ in self._selector.select(max(pause, 0.0))}
@@ -289,9 +290,19 @@ class Keeper:
                 if self._plan.processes:
                     self._learn_of_snapshot(request)
                     self._watch()
+                self._tell_demand(start)
                 now = time.monotonic()
                 # Of much memory a look takes long: not more than half of the time.
                 self._next_watch = now + max(_WATCH_S, now - start)
+
+    def _tell_demand(self, now: float) -> None:
+        """Tell the trainer when the cell begins or ceases to wait. While a tool works for it, it is known to."""
+        if self._call_start is None:
+            wanted_s = self._processes.cell_cpu_s() + self._whole_run_delay_s()
+            if self._demand is None:
+                self._demand = Demand(wanted_s=wanted_s, now=now)
+            elif (waits := self._demand.look(wanted_s=wanted_s, now=now)) is not None:
+                self._host.sendall(frames.encode({"waits": waits}))
 
     def _read_output(self, wanted: bool) -> None:
         """Have output wake the keeper from now on, or not."""
@@ -368,6 +379,8 @@ class Keeper:
         self._tool_time_s += waited_s
         self._wall_start += waited_s
         self._call_start = None
+        # the trainer gave the cell a slot again
+        self._demand = None
         self._send(answer)
 
     def _send(self, message: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from gtpo.sandbox.contract import (
 )
 from gtpo.sandbox.profiles import check_profile
 from gtpo.sandbox.session import SandboxSession, end_stream
-from gtpo.sandbox.slot import Slot
+from gtpo.sandbox.slot import Slot, Slots
 from gtpo.sandbox.work import Work
 
 _log = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ class SandboxPool:
     profile: the libraries that cells can import ("plain", "math", "data").
     snapshots: clone the interpreter before each cell.  Without, a session whose cell failed is built up anew by running
         its earlier cells again, as it is where there can be no snapshots.
-    max_concurrent: cells that run at once (default: the CPUs that we may use); waiting for a turn counts for neither
-        time limit.
+    max_concurrent: cells that run at once (default: the CPUs that we may use), not counting those that wait, such as
+        in a sleep or for a tool, of which there may be 15 times as many; waiting for a turn counts for neither limit.
     max_sessions: sessions that are open at once; `open()` waits for one to be closed.
     num_prewarmed: processes that wait for `open()`.
     total_memory_bytes: of all sessions together, by a cgroup; SandboxUnavailable where none can be made.
@@ -133,7 +133,7 @@ class SandboxPool:
             raise SandboxUnavailable(f"running model-written code needs Linux, this is {sys.platform}")
         self._work.open = True
         # Of this event loop, which need not be that of the start before.
-        self._slots = asyncio.Semaphore(self._num_slots)
+        self._slots = Slots(self._num_slots)
         self._places = asyncio.Semaphore(self._max_sessions)
         try:
             missing: dict[str, str] = {}

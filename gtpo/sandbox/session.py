@@ -351,12 +351,19 @@ class SandboxSession:
             raise
 
     async def _read_answer(self, reader: asyncio.StreamReader) -> dict[str, Any]:
-        """The next frame. After a cancellation it can be called again: what was read of the frame is not lost."""
-        if self._answer_bytes is None:
-            self._answer_bytes = frames.body_length(await reader.readexactly(frames.HEADER.size))
-        body = await reader.readexactly(self._answer_bytes)
-        self._answer_bytes = None
-        return frames.decode(body)
+        """The next answer. After a cancellation it can be called again: what was read of its frame is not lost.
+
+        On the way to it the slot is lent while the cell waits.
+        """
+        while True:
+            if self._answer_bytes is None:
+                self._answer_bytes = frames.body_length(await reader.readexactly(frames.HEADER.size))
+            body = await reader.readexactly(self._answer_bytes)
+            self._answer_bytes = None
+            answer = frames.decode(body)
+            if "waits" not in answer:
+                return answer
+            self._slot.wants(not answer["waits"])
 
     async def _cancel(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, live: dict[str, Any] | None
