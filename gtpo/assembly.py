@@ -1,10 +1,9 @@
 """Building the parts of a run from its configuration: environments, chat, sandbox, the text of a tiny tokenizer."""
 
 import contextlib
-import importlib
 import importlib.util
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,15 +11,17 @@ from gtpo.chat import Chat
 from gtpo.config import Config
 from gtpo.environments import (
     Answer,
-    CheckedEnvironment,
     Environment,
     EnvironmentFault,
+    EpisodeHost,
     Mixture,
     make_environment,
+    written,
 )
+from gtpo.loading import load_object
 from gtpo.policy import Policy
 from gtpo.sandbox import Sandbox, SandboxLimits, SandboxPool
-from gtpo.tools import ToolSet
+from gtpo.tools import RunTools, ToolSet
 from gtpo.types import Task
 
 # roles of the chat template and the head of the commonest error message: a token each
@@ -48,13 +49,13 @@ def refuse_unusable_model(config: Config) -> None:
         raise ValueError('model.attention = "flash" needs a GPU and the package flash-attn; "auto" takes what is here')
 
 
-def make_mixture(config: Config) -> Environment:
+def make_mixture(config: Config) -> Mixture:
     """The environments of the configuration as one. Raises ValueError for an unknown name, option or type of option."""
     made = []
     for number, item in enumerate(config.environments):
         where = f"environments.{number} ({item.name!r})"
         try:
-            made.append(CheckedEnvironment(make_environment(item.name, **item.options)))
+            made.append(make_environment(item.name, **item.options))
         except OSError as error:
             path = str(error.filename)
             option = next((f".options.{key}" for key, value in item.options.items() if str(value) == path), "")
@@ -71,19 +72,36 @@ def make_mixture(config: Config) -> Environment:
             raise
         except Exception as error:
             raise EnvironmentFault(f"{where} raised {type(error).__name__}: {error}") from error
-    return made[0] if len(made) == 1 else Mixture(made, [item.weight for item in config.environments])
+    return Mixture(made, [item.weight for item in config.environments])
 
 
-def make_chat(policy: Policy, config: Config, environment: Environment, tools: ToolSet) -> Chat:
+def make_chat(policy: Policy, config: Config) -> Chat:
     rollout = config.rollout
     return Chat(
-        policy.tokenizer,
-        call_format=rollout.call_format,
-        tool_role=rollout.tool_role,
-        schemas=tools.schemas,
-        explain_protocol=environment.explain_protocol,
-        stop_ids=policy.stop_ids,
+        policy.tokenizer, call_format=rollout.call_format, tool_role=rollout.tool_role, stop_ids=policy.stop_ids
     )
+
+
+def make_run_tools(config: Config, environments: Mapping[str, Environment]) -> RunTools:
+    """The tools of `rollout.tools`, with the sandbox that their code needs: None where nothing runs code.
+
+    In the format "code" the model's code calls all other tools.
+    """
+    rollout = config.rollout
+    options = {name: dict(table) for name, table in config.tools.items()}
+    from_code = rollout.call_format == "code" and len(rollout.tools) > 1
+    if from_code and not options.setdefault("python", {}).setdefault("code_mode", True):
+        raise ValueError(
+            'tools.python.code_mode must be true with rollout.call_format = "code", where only code can call '
+            f"the other tools of rollout.tools, got {[*rollout.tools]}"
+        )
+    tools = ToolSet(rollout.tools, options)
+    try:
+        used = rollout.call_format == "code" or any(e.offers_run_tools for e in environments.values())
+        return RunTools(tools, make_sandbox(config, tools) if used else None, rollout.call_format)
+    except BaseException:
+        tools.stop()
+        raise
 
 
 def make_sandbox(config: Config, tools: ToolSet) -> Sandbox | None:
@@ -115,11 +133,7 @@ def make_sandbox(config: Config, tools: ToolSet) -> Sandbox | None:
 
 
 def _adapted_sandbox(adapter: str, limits: SandboxLimits, max_concurrent: int) -> Sandbox:
-    module, _, name = adapter.partition(":")
-    try:
-        make = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f'sandbox.adapter must be "module:name" of a function, got {adapter!r}: {error}') from error
+    make = load_object(adapter, what="sandbox.adapter")
     try:
         sandbox: Sandbox = make(limits, max_concurrent=max_concurrent)
     except ValueError as error:
@@ -136,16 +150,19 @@ def describe_sandbox(sandbox: Sandbox | None) -> str:
     return f"sandbox: {type(sandbox).__name__}, whose isolation is not tested here"
 
 
-def tokenizer_corpus(environment: Environment, tasks: Sequence[Task]) -> Iterator[str]:
+async def tokenizer_corpus(mixture: Mixture, tasks: Sequence[Task], tools: RunTools) -> list[str]:
     """What a tiny model's tokenizer is trained on: prompts, and demonstrated turns with "0" for every tool output."""
+    host = EpisodeHost(mixture.of, tools)
+    texts: list[str] = []
     for task in tasks:
-        yield from (f"{environment.system_prompt}", task.prompt, *_PROTOCOL_WORDS)
+        async with host.open(task, sample=0) as episode:
+            texts += [*(message.content for message in episode.messages), *_PROTOCOL_WORDS]
         with contextlib.suppress(ValueError):
-            oracle = environment.oracle(task, random.Random(task.id))
+            oracle = mixture.oracle(task, random.Random(task.id))
             step = next(oracle)
             for _ in range(8):
+                texts.append(written(step, tools.call_format))
                 if isinstance(step, Answer):
-                    yield f"answer: {step.text}"
                     break
-                yield f"```python\n{step.code}\n```"
                 step = oracle.send("0")
+    return texts

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gtpo.token_ids import TokenIds
-from gtpo.types import ToolCall
+from gtpo.types import Message, ToolCall, ToolSchema
 
 _FENCED_CODE = re.compile(r"```py(?:thon)?3?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 # quotes, which call nothing
@@ -20,11 +20,35 @@ _FENCED_TEXT = re.compile(r"```(?:text|txt|output|json|markdown)[ \t]*\r?\n.*?``
 _JSON_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _ANSWER = re.compile(r"answer:[ \t]*(\S[^\n]*)", re.IGNORECASE)
 _MARK = "\x00tool-output\x00"
-_SYSTEM_MARK, _PROMPT_MARK = "\x00system\x00", "\x00prompt\x00"
 _ANSWER_PROTOCOL = "Give the result as: answer: ..."
 _CODE_PROTOCOL = (
     "Call Python with a block that opens with ```python and closes with ```. You then read what it printed.\n"
 )
+
+
+CallFormat = Literal["code", "json"]
+
+
+def written_call(call: ToolCall, call_format: CallFormat) -> str:
+    """The text with which a demonstration makes `call`.
+
+    >>> written_call(ToolCall("add", {"a": 1}), "code")
+    '```python\\nprint(add(a=1))\\n```'
+    """
+    if call_format == "json":
+        return f"<tool_call>{json.dumps({'name': call.name, 'arguments': dict(call.arguments)})}</tool_call>"
+    arguments = ", ".join(f"{name}={value!r}" for name, value in call.arguments.items())
+    code = call.code if call.name == "python" else f"print({call.name}({arguments}))"
+    return f"```python\n{code}\n```"
+
+
+def written_answer(answer: str) -> str:
+    """The text with which a demonstration answers."""
+    return f"answer: {answer}"
+
+
+class _DroppedMessage(ValueError):
+    """The chat template left out a message."""
 
 
 class BrokenPrefix(ValueError):
@@ -42,9 +66,7 @@ class ParsedTurn:
 class Chat:
     """The chat template of one tokenizer, in one call format.
 
-    schemas: the tools offered in the format "json". explain_protocol: tell the model in the system prompt how to call
-    Python in the format "code" and how to answer; the format "json" always does. stop_ids: ids that end a turn beside
-    that of `eos_token`.
+    stop_ids: ids that end a turn beside that of `eos_token`.
     The template must keep the system prompt and earlier turns, and end a turn of the assistant with `eos_token`. Known
     to: Qwen 2.5 to 3.8, LFM2, Nemotron 3, DeepSeek V3; with tool_role "user" also Llama 3, Gemma 4 and Phi 3.
     Raises BrokenPrefix or ValueError where it does not.
@@ -54,10 +76,8 @@ class Chat:
         self,
         tokenizer: Any,
         *,
-        call_format: Literal["code", "json"] = "code",
+        call_format: CallFormat = "code",
         tool_role: str = "tool",
-        schemas: Sequence[Mapping[str, Any]] = (),
-        explain_protocol: bool = False,
         stop_ids: Collection[int] = (),
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
@@ -70,53 +90,80 @@ class Chat:
         self.tokens = TokenIds(tokenizer)
         self.call_format = call_format
         self.tool_role = tool_role
-        self.schemas = list(schemas)
-        self.explain_protocol = explain_protocol
         self.end_of_turn_id: int = tokenizer.eos_token_id
         self.stop_ids = frozenset({self.end_of_turn_id, *stop_ids})
-        self._before, self._between, self._after = self._tool_glue()
+        self._glue: dict[tuple[str, ...], list[str]] = {}
+        self._check_tool_glue()
 
-    def prompt_ids(self, system_prompt: str, prompt: str) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], tools: Sequence[ToolSchema] = (), *, explain_protocol: bool = False
+    ) -> list[int]:
         """Ids of everything before the first sampled token, the generation prompt included.
 
-        The text of the prompts never becomes a special token.
+        tools: those of the task. explain_protocol: tell the model in the system prompt how to call Python in the format
+        "code" and how to answer; the format "json" always does. The text of a message never becomes a special token.
         """
-        system = system_prompt + self._protocol()
-        tokens = self.tokens
-        if not (tokens.has_control(system) or tokens.has_control(prompt)):
-            return tokens.whole(self._render_prompt(system, prompt))
-        rendered = self._render_prompt(_SYSTEM_MARK, _PROMPT_MARK)
-        before, system_mark, rest = rendered.partition(_SYSTEM_MARK)
-        between, prompt_mark, after = rest.partition(_PROMPT_MARK)
-        if not (system_mark and prompt_mark):
-            raise ValueError(f"the chat template must keep the system prompt and the prompt, got {rendered!r}")
-        ids = tokens.whole(before) + tokens.part(system, control=False)
-        ids += tokens.part(between, control=True) + tokens.part(prompt, control=False)
-        return ids + tokens.part(after, control=True)
+        if protocol := self._protocol(tools, explain=explain_protocol):
+            has_system = messages[0].role == "system"
+            system = (messages[0].content if has_system else "") + protocol
+            messages = [Message("system", system if has_system else system.lstrip()), *messages[has_system:]]
+        contents = [message.content for message in messages]
+        if not any(map(self.tokens.has_control, contents)):
+            return self.tokens.whole(self._render(messages, add_generation_prompt=True))
+        marks = [f"\x00message {number}\x00" for number in range(len(messages))]
+        marked = [Message(message.role, mark) for message, mark in zip(messages, marks, strict=True)]
+        rendered = self._render(marked, add_generation_prompt=True)
+        pieces = _split_at(rendered, marks)
+        if pieces is None:
+            raise ValueError(f"the chat template must keep every message of the prompt, got {rendered!r}")
+        return self.tokens.whole(pieces[0]) + self._interleaved(contents, pieces[1:])
 
-    def tool_ids(self, outputs: Sequence[str]) -> list[int]:
-        """Ids inserted after a completion that ended its turn: those that the whole text has there.
+    def reply_ids(
+        self, outputs: Sequence[str], messages: Sequence[Message] = (), tools: Sequence[ToolSchema] = ()
+    ) -> list[int]:
+        """Ids inserted after a completion that ended its turn: the tools' outputs, then messages, then new `tools`:
+        those that the whole text has there.
 
-        A tool's text never becomes a special token; an added token that is not special, as Qwen's <tool_call>, it can.
+        Their text never becomes a special token; an added token that is not special, as Qwen's <tool_call>, it can.
         """
-        tokens, end = self.tokens, self.tokenizer.eos_token
-        if not any(map(tokens.has_control, outputs)):
-            return tokens.behind(end, self._before + self._between.join(outputs) + self._after)
-        ids = tokens.behind(end, self._before)
-        for number, output in enumerate(outputs):
-            if number:
-                ids += tokens.part(self._between, control=True)
-            ids += tokens.part(output, control=False)
-        return ids + tokens.part(self._after, control=True)
+        said = [Message(self.tool_role, output) for output in outputs]  # type: ignore[arg-type]
+        said += messages
+        if tools:
+            said.append(Message("user", f"New tools:{self._tool_lines(tools)}"))
+        first, *rest = self._glue_of(tuple(message.role for message in said))
+        contents = [message.content for message in said]
+        end = self.tokenizer.eos_token
+        if not any(map(self.tokens.has_control, contents)):
+            text = "".join(content + piece for content, piece in zip(contents, rest, strict=True))
+            return self.tokens.behind(end, first + text)
+        return self.tokens.behind(end, first) + self._interleaved(contents, rest)
 
-    def _protocol(self) -> str:
+    def _interleaved(self, contents: Sequence[str], glue: Sequence[str]) -> list[int]:
+        """Each content, which holds no control token, with the glue behind it."""
+        ids: list[int] = []
+        for content, piece in zip(contents, glue, strict=True):
+            ids += self.tokens.part(content, control=False) + self.tokens.part(piece, control=True)
+        return ids
+
+    def _protocol(self, tools: Sequence[ToolSchema], *, explain: bool) -> str:
         if self.call_format == "json":
-            tools = "\n".join(json.dumps(_without_return(schema), sort_keys=True) for schema in self.schemas)
-            return (
-                f"\n\nTools, as JSON schemas:\n{tools}\n\nCall a tool with a JSON object inside tags:\n"
-                f'<tool_call>{{"name": "tool", "arguments": {{}}}}</tool_call>\n{_ANSWER_PROTOCOL}'
+            offered = f"\n\nTools, as JSON schemas:{self._tool_lines(tools)}" if tools else ""
+            how = (
+                "\n\nCall a tool with a JSON object inside tags:\n"
+                '<tool_call>{"name": "tool", "arguments": {}}</tool_call>\n'
             )
-        return f"\n\n{_CODE_PROTOCOL}{_ANSWER_PROTOCOL}" if self.explain_protocol else ""
+            return f"{offered}{how if tools else chr(10) * 2}{_ANSWER_PROTOCOL}"
+        if not explain:
+            return ""
+        lent = [tool for tool in tools if tool["function"]["name"] != "python"]
+        functions = f"It can call these functions, which return text:{self._tool_lines(lent)}\n" if lent else ""
+        return f"\n\n{_CODE_PROTOCOL}{functions}{_ANSWER_PROTOCOL}"
+
+    def _tool_lines(self, tools: Sequence[ToolSchema]) -> str:
+        """What the model reads of tools, a line each."""
+        if self.call_format == "json":
+            return "".join(f"\n{json.dumps(_without_return(tool), sort_keys=True)}" for tool in tools)
+        return "".join(f"\n- {_signature_line(tool['function'])}" for tool in tools)
 
     def completion_ids(self, text: str) -> list[int]:
         """Ids of a demonstrated completion, its end-of-turn id included."""
@@ -126,15 +173,6 @@ class Chat:
         ids = [token for token in completion_ids if token not in self.stop_ids]
         return self.tokens.decode(ids)
 
-    def render_code_call(self, code: str) -> str:
-        """The text with which a demonstration calls the Python tool."""
-        if self.call_format == "code":
-            return f"```python\n{code}\n```"
-        return f"<tool_call>{json.dumps({'name': 'python', 'arguments': {'code': code}})}</tool_call>"
-
-    def render_answer(self, answer: str) -> str:
-        return f"answer: {answer}"
-
     def parse(self, text: str) -> ParsedTurn:
         """Reads the calls, or else the answer, out of a completion. Never raises: a malformed call has its error."""
         calls = _fenced_calls(text) if self.call_format == "code" else _json_calls(text)
@@ -143,40 +181,51 @@ class Chat:
         answers = _ANSWER.findall(text)
         return ParsedTurn(calls=(), answer=(_bare(answers[-1]) or None) if answers else None)
 
-    def _tool_glue(self) -> tuple[str, str, str]:
-        opening = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "reply"}]
-        outputs = [{"role": self.tool_role, "content": _MARK}, {"role": self.tool_role, "content": _MARK}]
+    def _check_tool_glue(self) -> None:
+        """Raises where the template cannot take tool output after a turn, one or several, without changing the turn."""
+        for number in (1, 2):
+            try:
+                self._glue_of((self.tool_role,) * number)
+            except _DroppedMessage as dropped:
+                raise ValueError(
+                    f'the chat template drops messages of role {self.tool_role!r}; set rollout.tool_role = "user"'
+                ) from dropped
+
+    def _glue_of(self, roles: tuple[str, ...]) -> list[str]:
+        """What the template puts before, between and after messages of `roles` that follow a completion."""
+        if roles not in self._glue:
+            self._glue[roles] = self._find_glue(roles)
+        return self._glue[roles]
+
+    def _find_glue(self, roles: tuple[str, ...]) -> list[str]:
+        opening = [Message("user", "question"), Message("assistant", "reply")]
         end = self.tokenizer.eos_token
         rendered = self._render(opening, add_generation_prompt=False)
         if end not in rendered[rendered.rindex("reply") :]:
             raise BrokenPrefix(f"the chat template must end an assistant turn with eos_token {end!r}, got {rendered!r}")
-        one = self._render([*opening, outputs[0]], add_generation_prompt=True)
-        two = self._render([*opening, *outputs], add_generation_prompt=True)
+        said = [Message(role, _MARK) for role in roles]  # type: ignore[arg-type]
+        whole = self._render([*opening, *said], add_generation_prompt=True)
         # an earlier turn must stand as the template closed it, or as it was sampled: Qwen3 puts an empty <think> into
         # the last turn only, and no turn that is appended here has it
         closed = rendered[: rendered.index(end, rendered.rindex("reply")) + len(end)]
         appended = self._render(opening[:1], add_generation_prompt=True) + "reply" + end
-        prefix = closed if one.startswith(closed) else appended
-        if not (one.startswith(prefix) and two.startswith(prefix)):
+        prefix = closed if whole.startswith(closed) else appended
+        if not whole.startswith(prefix):
             raise BrokenPrefix(
                 "the chat template must keep earlier turns as they were rendered; "
-                f"expected a conversation starting with {closed!r} or {appended!r}, got {one!r}"
+                f"expected a conversation starting with {closed!r} or {appended!r}, got {whole!r}"
             )
-        if one.count(_MARK) != 1 or two.count(_MARK) != 2:
-            raise ValueError(
-                f'the chat template drops messages of role {self.tool_role!r}; set rollout.tool_role = "user"'
-            )
-        before, after = one[len(prefix) :].split(_MARK)
-        return before, two[len(prefix) :].split(_MARK)[1], after
+        pieces = whole[len(prefix) :].split(_MARK)
+        if len(pieces) != len(roles) + 1:
+            raise _DroppedMessage(f"the chat template must keep messages of roles {list(roles)}, got {whole!r}")
+        return pieces
 
-    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        plain = [{"role": message.role, "content": message.content} for message in messages]
         return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
         )
 
-    def _render_prompt(self, system: str, prompt: str) -> str:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-        return self._render(messages, add_generation_prompt=True)
 
 
 def _fenced_calls(text: str) -> tuple[ToolCall, ...]:
@@ -229,3 +278,33 @@ def _without_return(schema: Mapping[str, Any]) -> dict[str, Any]:
     """The schema as models know it: `get_json_schema` adds a `return` entry that no chat format has."""
     function = {key: value for key, value in schema["function"].items() if key != "return"}
     return {"type": "function", "function": function}
+
+
+def _signature_line(function: Mapping[str, Any]) -> str:
+    """A function as a line of text.
+
+    >>> parameters = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}
+    >>> _signature_line({"name": "f", "description": "Does it.", "parameters": parameters})
+    'f(a: integer, b: string): Does it.'
+    """
+    properties: Mapping[str, Any] = function.get("parameters", {}).get("properties", {})
+    parameters = ", ".join(
+        f"{name}: {schema['type']}" if isinstance(schema.get("type"), str) else name
+        for name, schema in properties.items()
+    )
+    return f"{function['name']}({parameters}): {function.get('description', '')}".rstrip(": ")
+
+
+def _split_at(text: str, marks: Sequence[str]) -> list[str] | None:
+    """`text` before, between and after `marks`; None unless each stands there once, in this order.
+
+    >>> _split_at("a1b2c", ["1", "2"]), _split_at("a2b1c", ["1", "2"])
+    (['a', 'b', 'c'], None)
+    """
+    pieces = []
+    for mark in marks:
+        if text.count(mark) != 1:
+            return None
+        before, _, text = text.partition(mark)
+        pieces.append(before)
+    return None if any(mark in piece for piece in pieces for mark in marks) else [*pieces, text]

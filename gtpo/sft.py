@@ -10,7 +10,7 @@ import torch
 
 from gtpo.batch import PackedSequence, pack, split_by_tokens
 from gtpo.config import SftConfig
-from gtpo.environments import Answer
+from gtpo.environments import Demonstration, written
 from gtpo.policy import Policy
 from gtpo.rollout import Rollout
 from gtpo.sampler import Completion
@@ -21,6 +21,7 @@ from gtpo_kernels import linear_token_logprobs
 
 async def demonstrate(
     rollout: Rollout,
+    oracle_of: Callable[[Task, random.Random], Demonstration],
     tasks: Sequence[Task],
     *,
     seed: int,
@@ -32,25 +33,25 @@ async def demonstrate(
 
     async def one(position: int, task: Task) -> Trajectory:
         async with limit:
-            trajectory = await demonstrate_one(rollout, task, rng=random.Random(f"{seed}/{position}"))
+            trajectory = await demonstrate_one(rollout, oracle_of(task, random.Random(f"{seed}/{position}")), task)
             on_finished()
             return trajectory
 
     return list(await asyncio.gather(*(one(position, task) for position, task in enumerate(tasks))))
 
 
-async def demonstrate_one(rollout: Rollout, task: Task, *, rng: random.Random) -> Trajectory:
+async def demonstrate_one(rollout: Rollout, oracle: Demonstration, task: Task) -> Trajectory:
     """The oracle writes through the policy's own loop: its text becomes ids, its calls run, its outputs are real."""
-    oracle = rollout.environment.oracle(task, rng)
     started = False
 
     async def write(_: list[int], observation: str, max_new_tokens: int) -> Completion:
         nonlocal started
-        step = oracle.send(observation) if started else next(oracle)
+        try:
+            step = oracle.send(observation) if started else next(oracle)
+        except StopIteration:
+            raise ValueError(f"the oracle of task {task.id!r} ended before its episode") from None
         started = True
-        chat = rollout.chat
-        text = chat.render_answer(step.text) if isinstance(step, Answer) else chat.render_code_call(step.code)
-        ids = chat.completion_ids(text)
+        ids = rollout.chat.completion_ids(written(step, rollout.chat.call_format))
         return Completion(
             ids[:max_new_tokens], [0.0] * min(len(ids), max_new_tokens), finished=len(ids) <= max_new_tokens
         )

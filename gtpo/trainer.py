@@ -20,7 +20,7 @@ from gtpo.assembly import (
     describe_sandbox,
     make_chat,
     make_mixture,
-    make_sandbox,
+    make_run_tools,
     refuse_unusable_model,
     tokenizer_corpus,
 )
@@ -39,8 +39,8 @@ from gtpo.run_folder import RunFolder
 from gtpo.sampler import Sampler
 from gtpo.schedule import epoch_order
 from gtpo.sft import demonstrate, run_sft, to_demonstration_sequence
-from gtpo.tools import ToolSet
-from gtpo.types import StopReason, Task, ToolStatus, Trajectory
+from gtpo.tools import RunTools
+from gtpo.types import StopReason, Task, Trajectory
 from gtpo_kernels.backend import select_backend
 
 # first component of the seed of a sampled trajectory, so that no two phases share a stream
@@ -65,19 +65,20 @@ class Trainer:
         self.config = config
         # adapters draw their first weights from the global generator
         torch.manual_seed(config.seed)
-        self.environment = make_mixture(config)
-        self.train_tasks = self.environment.tasks("train", config.tasks.num_train, config.seed)
-        self.eval_tasks = self.environment.tasks("eval", config.tasks.num_eval, config.seed)
+        self.mixture = make_mixture(config)
+        self.train_tasks = self.mixture.tasks("train", config.tasks.num_train, config.seed)
+        self.eval_tasks = self.mixture.tasks("eval", config.tasks.num_eval, config.seed)
         self.demonstration_tasks: list[Task] = []
         if config.sft.steps:
-            self.demonstration_tasks = self.environment.tasks("train", config.sft.num_demonstrations, config.seed + 1)
+            self.demonstration_tasks = self.mixture.tasks("train", config.sft.num_demonstrations, config.seed + 1)
         refuse_leaks([*self.train_tasks, *self.demonstration_tasks], self.eval_tasks)
         for task in self.demonstration_tasks:
             # an environment without demonstrations raises here
-            self.environment.oracle(task, random.Random(0))
-        self.tools = ToolSet(config.rollout.tools, config.tools)
+            self.mixture.oracle(task, random.Random(0))
+        run_tools = make_run_tools(config, self.mixture.by_name)
+        self.tools, self.sandbox = run_tools.tools, run_tools.sandbox
         try:
-            self._load()
+            self._load(run_tools)
         except BaseException:
             self.tools.stop()
             raise
@@ -89,21 +90,23 @@ class Trainer:
         self._open_run = functools.partial(RunFolder, config, resume=resume, overwrite=overwrite)
         self._resources = contextlib.ExitStack()
 
-    def _load(self) -> None:
+    def _load(self, tools: RunTools) -> None:
         config = self.config
+        corpus: list[str] = []
+        if config.model.source == "tiny":
+            corpus = asyncio.run(tokenizer_corpus(self.mixture, self.train_tasks, tools))
         self.policy = load_policy(
-            config.model,
-            corpus=tokenizer_corpus(self.environment, self.train_tasks),
-            seed=config.seed,
-            max_tokens=config.rollout.max_trajectory_tokens,
+            config.model, corpus=corpus, seed=config.seed, max_tokens=config.rollout.max_trajectory_tokens
         )
         self.learner = Learner(self.policy, config)
-        self.chat = make_chat(self.policy, config, self.environment, self.tools)
-        self.sandbox = make_sandbox(config, self.tools)
-        self.rollout = Rollout(self.environment, self.chat, self.sandbox, config.rollout, self.tools)
+        self.chat = make_chat(self.policy, config)
+        self.rollout = Rollout(self.mixture.of, self.chat, tools, config.rollout)
         visited = self.train_tasks if config.train.steps else []
-        for task in (*visited, *self.eval_tasks, *self.demonstration_tasks):
-            self.rollout.prompt_ids(task)
+        asyncio.run(self._see_that_prompts_fit([*visited, *self.eval_tasks, *self.demonstration_tasks]))
+
+    async def _see_that_prompts_fit(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            await self.rollout.prompt_ids(task)
 
     def __enter__(self) -> "Trainer":
         with contextlib.ExitStack() as resources:
@@ -202,10 +205,8 @@ class Trainer:
             self.run.log_turn(turn)
         groups = [present for group in groups if (present := [t for t in group if t.stop is not StopReason.LOST])]
         if not groups:
-            faults = (result for turn in lost[0].turns for result in turn.results)
-            first = next(result.text for result in faults if result.status is ToolStatus.INFRA_ERROR)
             raise RuntimeError(
-                f"step {step + 1}: all {len(lost)} trajectories were lost to faults of the sandbox, first: {first}"
+                f"step {step + 1}: all {len(lost)} trajectories were lost, the first to: {lost[0].lost_because}"
             )
         rewards = [turn_rewards(group, self.config.credit) for group in groups]
         credit = assign_credit(groups, rewards, self.config.credit)
@@ -296,6 +297,7 @@ class Trainer:
             played = self._loop.run(
                 demonstrate(
                     self.rollout,
+                    self.mixture.oracle,
                     self.demonstration_tasks,
                     seed=self.config.seed,
                     max_concurrent=self.config.rollout.max_concurrent,

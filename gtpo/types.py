@@ -13,7 +13,10 @@ A trajectory is token-in, token-out: `prompt_ids`, then for each turn the sample
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
+
+# what a chat template takes: {"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}
+ToolSchema = Mapping[str, Any]
 
 
 class RunFault(RuntimeError):
@@ -44,8 +47,19 @@ class StopReason(Enum):
 
 
 @dataclass(frozen=True)
+class Message:
+    """Something that the model reads and did not sample: of the prompt, or in answer to a turn."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
 class Task:
-    """One problem. `data` is what its environment needs to set the tools up and to grade, and is JSON-serialisable."""
+    """One problem. `data` is what its environment needs to open and to grade it, and is JSON-serialisable.
+
+    prompt: what is asked; the messages that the model reads are the episode's.
+    """
 
     id: str
     environment: str
@@ -96,8 +110,9 @@ class Turn:
     """One completion and the tool output that it caused.
 
     completion_ids: sampled ids, the end-of-turn id included when it was sampled. tool_ids: inserted ids, template glue
-    included; empty on the last turn. rollout_logprobs: one for each completion id, after temperature. as_expected:
-    whether the tools printed what the task expects; None where the task does not say.
+    included; empty on the last turn. rollout_logprobs: one for each completion id, after temperature. answer: what the
+    turn gives as the answer, None where it gives none. as_expected: whether the tools printed what the task expects;
+    None where the task does not say. rewards: the named terms that the episode gave for the turn.
     """
 
     completion_ids: list[int]
@@ -108,6 +123,8 @@ class Turn:
     tool_ids: list[int] = field(default_factory=list)
     as_expected: bool | None = None
     seconds: float = 0.0
+    answer: str | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_invalid_calls(self) -> int:
@@ -116,7 +133,10 @@ class Turn:
 
 @dataclass
 class Trajectory:
-    """All turns of one attempt at a task. `sample`: its index in the group. `outcome`: unshaped success in [0, 1]."""
+    """All turns of one attempt at a task. `sample`: its index in the group. `outcome`: unshaped success in [0, 1].
+
+    measures: what else the episode's grade measured, by name. lost_because: the fault that lost it, empty otherwise.
+    """
 
     task: Task
     sample: int
@@ -125,6 +145,8 @@ class Trajectory:
     stop: StopReason = StopReason.FINISHED
     answer: str | None = None
     outcome: float = 0.0
+    measures: Mapping[str, float] = field(default_factory=dict)
+    lost_because: str = ""
 
     def token_ids(self) -> list[int]:
         ids = list(self.prompt_ids)

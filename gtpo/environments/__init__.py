@@ -4,13 +4,28 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from gtpo.environments.base import Answer, Call, Demonstration, Environment, GeneratedEnvironment, Split
-from gtpo.environments.checked import CheckedEnvironment, EnvironmentFault
+from gtpo.environments.base import (
+    Answer,
+    Call,
+    Demonstration,
+    Environment,
+    GeneratedEnvironment,
+    Say,
+    Split,
+    Use,
+    written,
+)
+from gtpo.environments.checked import EnvironmentFault
+from gtpo.environments.code import CodeEnvironment
+from gtpo.environments.episode import BlockingEpisode, Episode, EpisodeLost, Grade, Reply
+from gtpo.environments.functions import FunctionEpisode
+from gtpo.environments.hosting import EpisodeHost, HostedEpisode
 from gtpo.environments.jsonl import JsonlEnvironment
 from gtpo.environments.mixture import Mixture
 from gtpo.environments.programs import ProgramCase, passes, program_of
 from gtpo.environments.reasoning import ReasoningGymEnvironment
 from gtpo.environments.retry import RetryEnvironment
+from gtpo.loading import is_reference, load_object
 
 ENVIRONMENTS: dict[str, Callable[..., Environment]] = {
     "retry": RetryEnvironment,
@@ -21,33 +36,51 @@ ENVIRONMENTS: dict[str, Callable[..., Environment]] = {
 __all__ = [
     "ENVIRONMENTS",
     "Answer",
+    "BlockingEpisode",
     "Call",
-    "CheckedEnvironment",
+    "CodeEnvironment",
     "Demonstration",
     "Environment",
     "EnvironmentFault",
+    "Episode",
+    "EpisodeHost",
+    "EpisodeLost",
+    "FunctionEpisode",
     "GeneratedEnvironment",
+    "Grade",
+    "HostedEpisode",
     "JsonlEnvironment",
     "Mixture",
     "ProgramCase",
     "ReasoningGymEnvironment",
+    "Reply",
     "RetryEnvironment",
+    "Say",
     "Split",
+    "Use",
     "make_environment",
     "passes",
     "program_of",
+    "written",
 ]
 
 
 def make_environment(name: str, /, **options: Any) -> Environment:
-    """The environment registered as `name`. Raises ValueError for an unknown name, an unknown or a missing option.
+    """The environment registered as `name`, or the class of one that "file.py:Name" or "package.module:Name" names.
+
+    Raises ValueError for an unknown name, an unknown or a missing option.
 
     >>> make_environment("retry", num_items=3).tasks("train", 1, seed=0)[0].prompt
     'get toy, rope, lamp'
     """
-    if name not in ENVIRONMENTS:
-        raise ValueError(f"environment must be one of {', '.join(sorted(ENVIRONMENTS))}, got {name!r}")
-    factory = ENVIRONMENTS[name]
+    factory = load_object(name, what="environment") if is_reference(name) else ENVIRONMENTS.get(name)
+    if factory is None:
+        known = ", ".join(sorted(ENVIRONMENTS))
+        raise ValueError(
+            f'environment must be one of {known}, or "file.py:Name" or "package.module:Name" of your own; got {name!r}'
+        )
+    if not callable(factory):
+        raise ValueError(f"environment {name!r} must be a class, got {factory!r}")
     signature = inspect.signature(factory)
     unknown = sorted(set(options) - set(signature.parameters))
     if unknown:
@@ -56,4 +89,7 @@ def make_environment(name: str, /, **options: Any) -> Environment:
     required = {key for key, parameter in signature.parameters.items() if parameter.default is inspect.Parameter.empty}
     if missing := sorted(required - set(options)):
         raise ValueError(f"environment '{name}' needs the options {', '.join(missing)}, got {sorted(options)}")
-    return factory(**options)
+    environment: Environment = factory(**options)
+    if missing := [method for method in ("name", "tasks", "open") if not hasattr(environment, method)]:
+        raise ValueError(f"environment {name!r} must have {', '.join(missing)}: derive it from gtpo.Environment")
+    return environment

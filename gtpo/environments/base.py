@@ -1,7 +1,6 @@
-"""What an environment is: tasks, the code that its sandbox session starts with, a grade, and a scripted demonstrator.
+"""What an environment is: tasks, an episode for each attempt at one, and a scripted demonstrator.
 
-An environment never runs a model or a tool. It says what is asked (`Task.prompt`), what the model's Python may call
-(`setup_code`), whether a printed output is what was expected, and what a final answer is worth.
+An environment never runs a model. It says what is asked; its episodes answer what the model writes (see `episode`).
 """
 
 import hashlib
@@ -12,8 +11,10 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from gtpo.environments.programs import ProgramCase
-from gtpo.types import Task
+from gtpo.chat import CallFormat, written_answer, written_call
+from gtpo.environments.episode import BlockingEpisode, Episode
+from gtpo.tools import RunTools
+from gtpo.types import Task, ToolCall
 
 Split = Literal["train", "eval"]
 
@@ -31,26 +32,61 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Use:
+    """A demonstrator's turn that calls the tool `name` of its task."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Say:
+    """A demonstrator's turn of plain text: an action of the environment's own format, a word to the user."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Answer:
     """A demonstrator's last turn: its final answer."""
 
     text: str
 
 
-# Yields the next turn, is sent the text that the tool gave back, ends after its Answer.
-Demonstration = Generator[Call | Answer, str, None]
+# Yields the next turn, is sent the text that the model would read, ends with its Answer at the latest.
+Demonstration = Generator[Call | Use | Say | Answer, str, None]
+
+
+def written(step: Call | Use | Say | Answer, call_format: CallFormat) -> str:
+    """What a demonstrator's turn reads."""
+    match step:
+        case Answer(text=text):
+            return written_answer(text)
+        case Call(code=code):
+            return written_call(ToolCall("python", {"code": code}), call_format)
+        case Use(name=name, arguments=arguments):
+            return written_call(ToolCall(name, arguments), call_format)
+        case Say(text=text):
+            return text
 
 
 class Environment(ABC):
-    """Base of all environments. `name` is what `Task.environment` holds.
+    """A family of tasks. `name` is what `Task.environment` holds.
 
-    explain_protocol: whether the chat adds to `system_prompt` how to call a tool and how to answer. The demo
-    environments say False: a tiny model reads short prompts, and learns the protocol in its warm-up.
+    blocks: whether its episodes are `BlockingEpisode`s, which then run in a thread of their own, `open` included, each
+    always in the same one. max_open: how many of them may be open at once; more wait for their turn; None: no bound.
+    timeout_s: seconds after which an `open`, `step` or `grade` has hung: its trajectory is lost. None: never.
+    explain_protocol: whether the chat tells the model in the system prompt how to call a tool and how to answer. The
+    demo environments say False: a tiny model reads short prompts, and learns the protocol in its warm-up.
+    offers_run_tools: whether its episodes use the tools that the configuration names in `rollout.tools`.
     """
 
     name: str
-    system_prompt: str
+    blocks: bool = True
+    max_open: int | None = None
+    timeout_s: float | None = 120.0
     explain_protocol: bool = True
+    offers_run_tools: bool = False
 
     @abstractmethod
     def tasks(self, split: Split, num: int, seed: int) -> list[Task]:
@@ -62,21 +98,12 @@ class Environment(ABC):
         """
 
     @abstractmethod
-    def grade(self, task: Task, answer: str | None) -> float:
-        """What the final answer is worth, in [0, 1]; None (no answer was given) is 0. Never raises for any answer."""
+    def open(self, task: Task, *, sample: int, tools: RunTools) -> Episode | BlockingEpisode:
+        """The world of one trajectory: attempt `sample` at `task`.
 
-    def program_cases(self, task: Task) -> Sequence[ProgramCase]:
-        """For a task whose result is a program: what it is run on. The rollout then asks these and not `grade`: 1 where
-        the last fenced block of the last turn passes all of them, else 0. Of them only the inputs reach the sandbox.
+        Called for every task before a run starts too, to see that its prompt fits, so it should be cheap: what is large
+        is better made in the first `step`. tools: what `rollout.tools` names, to offer or to leave.
         """
-        return ()
-
-    def setup_code(self, task: Task) -> str:
-        """Python source that the sandbox session runs before the first cell; it defines what the model may call.
-
-        Functions defined there can read the global int `__cell__`, the number of the running cell.
-        """
-        return ""
 
     def oracle(self, task: Task, rng: random.Random) -> Demonstration:
         """A scripted demonstration of `task`, for the supervised warm-up. It sees only what the model would see.
@@ -84,10 +111,6 @@ class Environment(ABC):
         Raises ValueError where the environment has none.
         """
         raise ValueError(f"environment '{self.name}' has no scripted demonstrations, so it cannot warm a model up")
-
-    def expected_output(self, task: Task, code: str, output: str) -> bool | None:
-        """Whether a python call's `output` is what the task expects of `code`; None where it does not say."""
-        return None
 
 
 class GeneratedEnvironment(Environment):

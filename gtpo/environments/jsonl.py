@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gtpo.config_values import broken_text, shortened
-from gtpo.environments.base import Environment, Split, check_request, content_digest
+from gtpo.environments.base import Split, check_request, content_digest
+from gtpo.environments.code import CodeEnvironment
 from gtpo.types import Task
 
 PROMPT_COLUMNS = ("prompt", "question", "messages")
@@ -22,7 +23,7 @@ _MAX_NUMBER_CHARS = 400
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(/\d+)?")
 
 
-class JsonlEnvironment(Environment):
+class JsonlEnvironment(CodeEnvironment):
     """One task a line of `path`; the model has plain Python, and answers are compared by `same_answer`.
 
     path: a file with one JSON object a line: a prompt (column prompt, question or messages) and an answer (answer or

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gtpo.environments.base import DEMO_SYSTEM_PROMPT, Answer, Call, Demonstration, GeneratedEnvironment
+from gtpo.environments.code import CodeEnvironment
 from gtpo.types import Task
 
 # The parts live in a closure: a model that prints a global does not get around read().
@@ -104,7 +105,7 @@ _RECIPES = {
 }
 
 
-class ReasoningGymEnvironment(GeneratedEnvironment):
+class ReasoningGymEnvironment(GeneratedEnvironment, CodeEnvironment):
     """Tasks of the generators `datasets`, in turn.
 
     datasets: names among chain_sum, products, lcm, gcd, base_conversion. Many of gcd's answers are 1 or 2, which can be

@@ -11,6 +11,7 @@ import random
 from typing import Any
 
 from gtpo.environments.base import DEMO_SYSTEM_PROMPT, Answer, Call, Demonstration, GeneratedEnvironment
+from gtpo.environments.code import CodeEnvironment
 from gtpo.types import Task
 
 ITEMS = (
@@ -41,7 +42,7 @@ del _make_getters
 """
 
 
-class RetryEnvironment(GeneratedEnvironment):
+class RetryEnvironment(GeneratedEnvironment, CodeEnvironment):
     """Collect `num_items` values, one getter call a cell, and answer them in order, joined by spaces.
 
     num_items: items a task, 1 to 20. num_getters: getters `box_a`, `box_b`, ... that all items share, 2 to 26.

@@ -5,8 +5,9 @@ from gtpo.tools.base import NO_OUTPUT, Tool, ToolTimeout, ToolUnavailable
 from gtpo.tools.function import FunctionTool
 from gtpo.tools.python import PythonTool, python_schema
 from gtpo.tools.registry import TOOL_KINDS, ToolSet
+from gtpo.tools.run_tools import RunTools
 from gtpo.tools.source import ToolSource, shared
-from gtpo.tools.toolbox import CallGate, CallLimits, Toolbox
+from gtpo.tools.toolbox import CallGate, CallLimits, Toolbox, readable
 
 __all__ = [
     "NO_OUTPUT",
@@ -15,6 +16,7 @@ __all__ = [
     "CallLimits",
     "FunctionTool",
     "PythonTool",
+    "RunTools",
     "Tool",
     "ToolSet",
     "ToolSource",
@@ -23,5 +25,6 @@ __all__ = [
     "Toolbox",
     "calculator",
     "python_schema",
+    "readable",
     "shared",
 ]

@@ -1,17 +1,14 @@
 """Any typed Python function as a tool."""
 
 import asyncio
-import contextlib
 import functools
 import inspect
-import runpy
-import threading
 import time
 from collections.abc import Callable, Mapping
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+from gtpo.daemon_thread import DaemonThread
+from gtpo.loading import load_object
 from gtpo.tools.base import NO_OUTPUT, ToolTimeout, ToolUnavailable
 from gtpo.tools.signature import CallSignature
 from gtpo.tools.source import ToolSource, shared
@@ -62,7 +59,9 @@ class FunctionTool:
     async def _run(self, arguments: dict[str, Any]) -> tuple[ToolStatus, str]:
         """The function's outcome. Its own exceptions end here, so that a TimeoutError outside is always ours."""
         if not inspect.iscoroutinefunction(self._fn):
-            return await _in_daemon_thread(functools.partial(_outcome, self._fn, arguments))
+            # a thread a call: a few calls that hang starve no others
+            with DaemonThread() as thread:
+                return await thread.run(functools.partial(outcome_of, self._fn, arguments))
         try:
             return ToolStatus.OK, _text_of(await self._fn(**arguments))
         except Exception as error:
@@ -71,48 +70,18 @@ class FunctionTool:
 
 def function_source(name: str, *, function: str, timeout_s: float = 10.0) -> ToolSource:
     """A tool of kind "function": `function` is "package.module:name" or "file.py:name" of a typed function."""
-    place, colon, attribute = function.rpartition(":")
-    if not (place and colon and attribute):
-        raise ValueError(f'function must be "package.module:name" or "file.py:name", got {function!r}')
-    try:
-        module = (
-            runpy.run_path(place, run_name=Path(place).stem) if place.endswith(".py") else vars(import_module(place))
-        )
-    except (ImportError, OSError, SyntaxError) as error:
-        raise ValueError(f"function {function!r} cannot be imported: {error}") from error
-    if not callable(fn := module.get(attribute)):
-        raise ValueError(f"function {function!r} must name a function of {place}, found {fn!r}")
+    fn = load_object(function, what="function")
+    if not callable(fn):
+        raise ValueError(f"function {function!r} must name a function, found {fn!r}")
     return shared(FunctionTool(fn, name=name, timeout_s=timeout_s))
 
 
-def _outcome(fn: Callable[..., Any], arguments: dict[str, Any]) -> tuple[ToolStatus, str]:
+def outcome_of(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[ToolStatus, str]:
+    """How `fn(**arguments)` ended, and what the model reads of that."""
     try:
         return ToolStatus.OK, _text_of(fn(**arguments))
     except BaseException as error:  # SystemExit too: it would end the thread without an outcome
         return _status_of(error), _describe_exception(error)
-
-
-async def _in_daemon_thread(work: Callable[[], tuple[ToolStatus, str]]) -> tuple[ToolStatus, str]:
-    """`work()` in a new daemon thread.
-
-    Not `asyncio.to_thread`: its pool is bounded, so a few calls that hang would starve all others, and the event loop
-    and the interpreter wait for its threads before they end.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[tuple[ToolStatus, str]] = loop.create_future()
-
-    def deliver(outcome: tuple[ToolStatus, str]) -> None:
-        if not future.done():
-            future.set_result(outcome)
-
-    def target() -> None:
-        outcome = work()
-        # after a time-out nobody waits, and the loop may be closed
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(deliver, outcome)
-
-    threading.Thread(target=target, daemon=True).start()
-    return await future
 
 
 def _text_of(value: object) -> str:

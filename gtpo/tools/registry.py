@@ -96,12 +96,18 @@ class ToolSet:
     @property
     def schemas(self) -> list[dict[str, Any]]:
         """The JSON schemas of all tools, in their order."""
-        others = [schema for source, _, _ in self._sources if not source.code_mode for schema in source.schemas]
         return [
             dict(schema)
             for source, _, _ in self._sources
-            for schema in ([python_schema(others)] if source.code_mode else source.schemas)
+            for schema in ([python_schema(self.lent_schemas)] if source.code_mode else source.schemas)
         ]
+
+    @property
+    def lent_schemas(self) -> list[Mapping[str, Any]]:
+        """Of the tools that code in the sandbox can call."""
+        if not self.code_mode:
+            return []
+        return [schema for source, _, _ in self._sources if not source.code_mode for schema in source.schemas]
 
     @property
     def names(self) -> list[str]:
@@ -132,7 +138,7 @@ class ToolSet:
             for tool in tools:
                 if isinstance(tool, PythonTool):
                     tool.lend(lent)
-        return Toolbox(tools, gates)
+        return Toolbox(tools, gates, session=session)
 
     async def close(self) -> None:
         """Gives back what the tools hold: connections, processes. Closing twice is harmless."""

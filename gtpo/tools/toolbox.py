@@ -5,10 +5,13 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gtpo.tools.base import Tool
 from gtpo.types import ToolCall, ToolResult, ToolStatus
+
+if TYPE_CHECKING:
+    from gtpo.sandbox import Session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +69,36 @@ class CallGate:
 class Toolbox:
     """Looks tools up by name and runs calls; a call that no tool can take gets a result, never an exception.
 
-    gates: the gate of a tool, by its name; a tool without one has no limits. Raises ValueError for two tools of one
-    name.
+    gates: the gate of a tool, by its name; a tool without one has no limits. session: what the tools run code in,
+    closed with the toolbox. Raises ValueError for two tools of one name.
     """
 
-    def __init__(self, tools: Sequence[Tool], gates: Mapping[str, CallGate] | None = None) -> None:
+    def __init__(
+        self,
+        tools: Sequence[Tool],
+        gates: Mapping[str, CallGate] | None = None,
+        *,
+        session: "Session | None" = None,
+    ) -> None:
         names = [tool.name for tool in tools]
         if len(set(names)) != len(names):
             raise ValueError(f"tools must have different names, got {', '.join(names)}")
         self._tools = {tool.name: tool for tool in tools}
         self._gates = {name: CallGate(CallLimits()) for name in names} | dict(gates or {})
+        self._session = session
+
+    def add(self, tool: Tool) -> None:
+        """One more tool, without limits, from now on. Raises ValueError for a name that is taken."""
+        if tool.name in self._tools:
+            raise ValueError(f"tools must have different names, got {tool.name} twice")
+        self._tools[tool.name] = tool
+        self._gates[tool.name] = CallGate(CallLimits())
+
+    async def close(self) -> None:
+        """Ends the session. Closing twice is harmless."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
 
     @property
     def schemas(self) -> list[Mapping[str, Any]]:
@@ -89,7 +112,8 @@ class Toolbox:
 
     async def execute(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         """One result a call. The calls of a turn run one after another, since they share the session's variables."""
-        return [_readable(await self._execute_one(call)) for call in calls]
+        results = [await self._execute_one(call) for call in calls]
+        return [dataclasses.replace(result, text=readable(result.text)) for result in results]
 
     async def _execute_one(self, call: ToolCall) -> ToolResult:
         if call.error is not None:
@@ -100,6 +124,6 @@ class Toolbox:
         return await self._gates[call.name].call(self._tools[call.name], call.arguments)
 
 
-def _readable(result: ToolResult) -> ToolResult:
-    """`result` with a text that a tokenizer takes: half a surrogate pair, which JSON can carry, is written out."""
-    return dataclasses.replace(result, text=result.text.encode("utf-8", "backslashreplace").decode())
+def readable(text: str) -> str:
+    """`text` as a tokenizer takes it: half a surrogate pair, which JSON can carry, is written out."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -5,22 +5,24 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gtpo.environments import ENVIRONMENTS, Environment, Mixture, make_environment
+from gtpo.environments import ENVIRONMENTS, CodeEnvironment, Environment, Mixture, make_environment
 from gtpo.environments.base import GeneratedEnvironment
 from gtpo.tools import NO_OUTPUT
 from gtpo.types import Task
 
 ALL_DATASETS = ["chain_sum", "products", "lcm", "gcd", "base_conversion"]
-DEMO = ["retry", "reasoning_gym", "mixture"]
-ALL = [*DEMO, "jsonl"]
+DEMO = ["retry", "reasoning_gym"]
+SINGLE = [*DEMO, "jsonl"]
+ALL = [*SINGLE, "mixture"]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[[str], Environment]:
-    def build(name: str) -> Environment:
+def make(tmp_path: Path) -> Callable[[str], Any]:
+    def build(name: str) -> Any:
         if name == "mixture":
             return Mixture([make_environment("retry"), build("reasoning_gym")], weights=[2, 1])
         if name == "reasoning_gym":
@@ -66,8 +68,8 @@ def test_splits_are_disjoint_where_contents_repeat() -> None:
     assert not train & held_out
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_tasks_survive_json(make: Callable[[str], Environment], name: str) -> None:
+@pytest.mark.parametrize("name", SINGLE)
+def test_tasks_survive_json(make: Callable[[str], CodeEnvironment], name: str) -> None:
     environment = make(name)
     for task in environment.tasks("eval", 12, seed=0):
         copy = Task(**json.loads(json.dumps(asdict(task))))
@@ -76,8 +78,8 @@ def test_tasks_survive_json(make: Callable[[str], Environment], name: str) -> No
         assert environment.grade(copy, task.answer) == 1.0
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_grade(make: Callable[[str], Environment], name: str) -> None:
+@pytest.mark.parametrize("name", SINGLE)
+def test_grade(make: Callable[[str], CodeEnvironment], name: str) -> None:
     environment = make(name)
     for task in environment.tasks("train", 25, seed=1):
         assert environment.grade(task, task.answer) == 1.0
@@ -87,7 +89,7 @@ def test_grade(make: Callable[[str], Environment], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DEMO)
-def test_demo_tasks_are_short_and_plain(make: Callable[[str], Environment], name: str) -> None:
+def test_demo_tasks_are_short_and_plain(make: Callable[[str], CodeEnvironment], name: str) -> None:
     environment = make(name)
     assert len(environment.system_prompt) <= 60
     for task in environment.tasks("train", 60, seed=2):
@@ -96,8 +98,8 @@ def test_demo_tasks_are_short_and_plain(make: Callable[[str], Environment], name
         assert task.environment in ENVIRONMENTS
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_no_output_is_not_judged(make: Callable[[str], Environment], name: str) -> None:
+@pytest.mark.parametrize("name", SINGLE)
+def test_no_output_is_not_judged(make: Callable[[str], CodeEnvironment], name: str) -> None:
     environment = make(name)
     task = environment.tasks("train", 1, seed=0)[0]
     assert environment.expected_output(task, "x = 1", NO_OUTPUT) is None
@@ -113,7 +115,7 @@ def test_bad_requests(make: Callable[[str], Environment], name: str) -> None:
 
 
 def test_registry_names_what_it_knows() -> None:
-    with pytest.raises(ValueError, match="must be one of jsonl, reasoning_gym, retry, got 'webshop'"):
+    with pytest.raises(ValueError, match=r"must be one of jsonl, reasoning_gym, retry, or .* your own; got 'webshop'"):
         make_environment("webshop")
     with pytest.raises(ValueError, match="'retry' must be among num_items, num_getters, num_digits, got items, size"):
         make_environment("retry", size=3, items=2)
@@ -121,7 +123,7 @@ def test_registry_names_what_it_knows() -> None:
         make_environment("jsonl", eval_path="x")
 
 
-class OneTask(GeneratedEnvironment):
+class OneTask(GeneratedEnvironment, CodeEnvironment):
     """An environment with a single content."""
 
     name = "one"

@@ -1,18 +1,21 @@
 """An environment's own code at fault: one line that names the environment, the task and the place."""
 
+import asyncio
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from gtpo.environments import Answer, Call, CheckedEnvironment, Demonstration, Environment, EnvironmentFault
-from gtpo.types import Task
+from gtpo.environments import Answer, Call, CodeEnvironment, Demonstration, EnvironmentFault, EpisodeHost, Mixture
+from gtpo.sandbox import SandboxPool
+from gtpo.tools import RunTools, ToolSet
+from gtpo.types import Task, ToolCall, Trajectory, Turn
 
 TASK = Task(id="sum-1", environment="sum", prompt="2 + 2?", answer="4")
 
 
-class Scripted(Environment):
+class Scripted(CodeEnvironment):
     """Gives back, or raises, what it is told to."""
 
     name = "sum"
@@ -53,13 +56,31 @@ class Scripted(Environment):
             yield step
 
 
-ASK: dict[str, Callable[[Environment], Any]] = {
-    "grade": lambda environment: environment.grade(TASK, "4"),
-    "program_cases": lambda environment: environment.program_cases(TASK),
-    "setup_code": lambda environment: environment.setup_code(TASK),
-    "expected_output": lambda environment: environment.expected_output(TASK, "a", "b"),
-    "oracle": lambda environment: play(environment.oracle(TASK, random.Random(0))),
+def hosted(environment: Scripted, turn: Turn | None = None) -> None:
+    """Opens its episode, lets it answer `turn`, if any, and grade it."""
+    tools = ToolSet(["python"])
+
+    async def run() -> None:
+        async with SandboxPool(min_tier="landlock") as pool:
+            async with EpisodeHost(lambda task: environment, RunTools(tools, pool)).open(TASK, sample=0) as episode:
+                if turn is not None:
+                    await episode.step(turn)
+                await episode.grade(Trajectory(TASK, 0, [1], [Turn([2], [0.0], "answer: 4")], answer="4"))
+
+    asyncio.run(run())
+
+
+CELL = Turn([2], [0.0], "print(1)", calls=[ToolCall("python", {"code": "print(1)"})])
+
+ASK: dict[str, Callable[[Scripted], Any]] = {
+    "grade": hosted,
+    "program_cases": hosted,
+    "setup_code": lambda environment: hosted(environment, CELL),
+    "expected_output": lambda environment: hosted(environment, CELL),
+    "oracle": lambda environment: play(Mixture([environment], [1.0]).oracle(TASK, random.Random(0))),
 }
+# the call of the episode in which it is asked for
+CALLS = {"program_cases": "(open|grade)", "setup_code": "step", "expected_output": "step"}
 
 
 def play(demonstration: Demonstration) -> list[Any]:
@@ -81,29 +102,32 @@ WRONG: dict[str, list[Any]] = {
 @pytest.mark.parametrize("method", WRONG)
 def test_what_the_contract_does_not_allow_is_a_fault(method: str) -> None:
     for value in WRONG[method]:
-        with pytest.raises(EnvironmentFault, match=rf"^environment 'sum', task 'sum-1': {method} must ") as fault:
-            ASK[method](CheckedEnvironment(Scripted(**{method: value})))
+        call = CALLS.get(method, method)
+        with pytest.raises(
+            EnvironmentFault, match=rf"^environment 'sum', task 'sum-1': {call} (must|raised) "
+        ) as fault:
+            ASK[method](Scripted(**{method: value}))
         assert "\n" not in str(fault.value)
 
 
 @pytest.mark.parametrize("method", WRONG)
 @pytest.mark.parametrize("error", [KeyError("size"), RuntimeError("two\nlines"), ZeroDivisionError(), StopIteration()])
 def test_what_an_environment_raises_is_a_fault_with_its_place(method: str, error: Exception) -> None:
-    with pytest.raises(EnvironmentFault, match=rf"^environment 'sum', task 'sum-1': {method} raised ") as fault:
-        ASK[method](CheckedEnvironment(Scripted(**{method: error})))
+    call = CALLS.get(method, method)
+    with pytest.raises(EnvironmentFault, match=rf"^environment 'sum', task 'sum-1': {call} raised ") as fault:
+        ASK[method](Scripted(**{method: error}))
     text = str(fault.value)
     assert "\n" not in text and type(error).__name__ in text and "test_faults.py, line " in text
-    assert fault.value.__cause__ is error
 
 
 def test_a_demonstration_that_raises_in_its_middle_is_a_fault() -> None:
     with pytest.raises(EnvironmentFault, match=r"task 'sum-1': oracle raised KeyError: 'a' \(.*test_faults\.py, line "):
-        ASK["oracle"](CheckedEnvironment(Scripted(oracle=[Call("x"), KeyError("a")])))
+        ASK["oracle"](Scripted(oracle=[Call("x"), KeyError("a")]))
 
 
 def test_an_environment_without_demonstrations_says_so_itself() -> None:
     with pytest.raises(ValueError, match="has none"):
-        ASK["oracle"](CheckedEnvironment(Scripted(oracle=ValueError("has none"))))
+        ASK["oracle"](Scripted(oracle=ValueError("has none")))
 
 
 @pytest.mark.parametrize(
@@ -122,11 +146,11 @@ def test_an_environment_without_demonstrations_says_so_itself() -> None:
 )
 def test_tasks_that_are_none_are_a_fault(tasks: Any, message: str) -> None:
     with pytest.raises(EnvironmentFault, match=rf"^environment 'sum', tasks\('train', 2, 0\).*{message}"):
-        CheckedEnvironment(Scripted(tasks=tasks)).tasks("train", 2, 0)
+        Mixture([Scripted(tasks=tasks)], [1.0]).tasks("train", 2, 0)
 
 
 def test_what_is_right_passes_as_it_is() -> None:
-    environment = CheckedEnvironment(Scripted(tasks=[TASK], expected_output=True, oracle=[Call("a"), Answer("4")]))
-    assert environment.tasks("train", 1, 0) == [TASK]
-    assert [environment.grade(TASK, "4"), environment.expected_output(TASK, "", "")] == [1.0, True]
+    environment = Scripted(tasks=[TASK], expected_output=True, oracle=[Call("a"), Answer("4")])
+    assert Mixture([environment], [1.0]).tasks("train", 1, 0) == [TASK]
+    hosted(environment, CELL)
     assert ASK["oracle"](environment) == [Call("a"), Answer("4")]

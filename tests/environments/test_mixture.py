@@ -1,19 +1,18 @@
 """Mixture: proportions, order, dispatch."""
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gtpo.environments import (
-    Environment,
     JsonlEnvironment,
     Mixture,
     ReasoningGymEnvironment,
     RetryEnvironment,
     make_environment,
 )
+from gtpo.tools import RunTools, ToolSet
 from gtpo.types import Task
 
 
@@ -38,28 +37,19 @@ def test_tasks_are_those_of_the_members() -> None:
     assert tasks[1::2] == ReasoningGymEnvironment(["lcm"]).tasks("eval", 3, seed=4)
 
 
-def test_each_task_is_served_by_its_own_environment(play: Callable) -> None:
+def test_each_task_is_served_by_its_own_environment() -> None:
     environment = mixture(1, 1)
     tasks = environment.tasks("train", 10, seed=0)
-    members: dict[str, Environment] = {
-        "retry": RetryEnvironment(),
-        "reasoning_gym": ReasoningGymEnvironment(["lcm"]),
-    }
     for task in tasks:
-        assert environment.setup_code(task) == members[task.environment].setup_code(task)
-        assert next(environment.oracle(task, random.Random(1))) == next(
-            members[task.environment].oracle(task, random.Random(1))
-        )
-    for episode in play(environment, tasks, max_turns=9):
-        assert environment.grade(episode.task, episode.answer) == 1.0
-        last = episode.results[-1].text
-        assert environment.expected_output(episode.task, episode.codes[-1], last) is True
+        member = environment.of(task)
+        assert member.name == task.environment
+        assert next(environment.oracle(task, random.Random(1))) == next(member.oracle(task, random.Random(1)))
 
 
 def test_unknown_task() -> None:
     task = Task(id="t", environment="webshop", prompt="", answer="")
     with pytest.raises(ValueError, match=r"task\.environment must be one of retry, reasoning_gym, got 'webshop'"):
-        mixture(1, 1).grade(task, "")
+        mixture(1, 1).open(task, sample=0, tools=RunTools(ToolSet(["python"])))
 
 
 @pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")], [1, 1, 1]])
@@ -75,10 +65,10 @@ def test_members_that_do_not_mix(tmp_path: Path) -> None:
         Mixture([RetryEnvironment(), RetryEnvironment(num_items=3)], [1, 1])
     path = tmp_path / "tasks.jsonl"
     path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n')
-    with pytest.raises(ValueError, match="share one system prompt"):
-        Mixture([RetryEnvironment(), JsonlEnvironment(str(path))], [1, 1])
-    shared = JsonlEnvironment(str(path), system_prompt=RetryEnvironment.system_prompt)
-    assert Mixture([RetryEnvironment(), shared], [1, 1]).system_prompt == RetryEnvironment.system_prompt
+    both = Mixture([RetryEnvironment(), JsonlEnvironment(str(path), system_prompt="Be brief.")], [1, 1])
+    tools = RunTools(ToolSet(["python"]))
+    systems = [both.open(task, sample=0, tools=tools).messages[0].content for task in both.tasks("train", 2, seed=0)]
+    assert systems == [RetryEnvironment.system_prompt, "Be brief."]
 
 
 def test_two_files_mix_under_two_names(tmp_path: Path) -> None:
@@ -89,11 +79,4 @@ def test_two_files_mix_under_two_names(tmp_path: Path) -> None:
     tasks = Mixture(members, [1, 1]).tasks("train", 2, seed=0)
     assert [task.environment for task in tasks] == ["jsonl", "more"]
     assert tasks[0].prompt in "ac" and tasks[1].prompt in "eg"
-    assert Mixture(members, [1, 1]).grade(tasks[1], tasks[1].answer) == 1.0
-
-
-def test_the_protocol_is_explained_where_a_member_leaves_it_out(tmp_path: Path) -> None:
-    path = tmp_path / "tasks.jsonl"
-    path.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n')
-    shared = JsonlEnvironment(str(path), system_prompt=RetryEnvironment.system_prompt)
-    assert Mixture([RetryEnvironment(), shared], [1, 1]).explain_protocol and not mixture(1, 1).explain_protocol
+    assert Mixture(members, [1, 1]).of(tasks[1]) is members[1]

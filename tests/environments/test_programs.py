@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from gtpo.environments import Mixture, ProgramCase, passes
+from gtpo.environments import ProgramCase, passes
 from gtpo.policy import Policy
 from gtpo.sandbox import CellResult, CellStatus, SandboxLimits, SandboxPool, SandboxUnavailable
 from gtpo.types import StopReason, Task
-from tests.trainer.conftest import TASK, SumEnvironment, play_all
+from tests.trainer.conftest import SumEnvironment, play_all
 
 LIMITS = SandboxLimits(cpu_time_s=0.5, wall_time_s=20.0)
 SECRET = "4217734"
@@ -148,8 +148,7 @@ class DoubleEnvironment(SumEnvironment):
 def test_a_rollout_runs_the_program_that_the_last_turn_ends_with(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = Mixture([DoubleEnvironment()], [1.0])
-    assert environment.program_cases(TASK) == DOUBLE
+    environment = DoubleEnvironment()
     scripts = [["So:\n```\nprint(2 * int(input()))\n```\n"], ["So:\n```\nprint(2)\n```\n"], ["answer: 4"]]
     played = play_all(policy, scripts, environment=environment, call_format="json")
     assert [(one.stop, one.outcome) for one in played] == [(StopReason.FINISHED, float(n == 0)) for n in range(3)]

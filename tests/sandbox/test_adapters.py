@@ -419,8 +419,13 @@ def test_a_run_takes_an_adapter_by_its_name(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("SANDBOX_FUSION_ENDPOINT")
     with pytest.raises(ValueError, match=r"sandbox\.adapter: set SANDBOX_FUSION_ENDPOINT"):
         make_sandbox(config, tools)
-    for adapter in ("nowhere", "gtpo.nowhere:f", "gtpo.sandbox:nothing"):
-        with pytest.raises(ValueError, match=r'sandbox\.adapter must be "module:name" of a function, got'):
+    wrong = {
+        "nowhere": 'must be "package.module:name"',
+        "gtpo.nowhere:f": "'gtpo.nowhere:f' cannot be imported",
+        "gtpo.sandbox:nothing": "'gtpo.sandbox:nothing' must name something",
+    }
+    for adapter, message in wrong.items():
+        with pytest.raises(ValueError, match=re.escape(f"sandbox.adapter {message}")):
             make_sandbox(config_from_dict({"sandbox": {"adapter": adapter}}), tools)
 
 

@@ -70,8 +70,8 @@ def test_a_table_names_a_kind_and_gives_it_options(monkeypatch: pytest.MonkeyPat
         ({"kind": "search"}, "tools.t: missing option 'corpus'"),
         ({"kind": "search", "corpus": "/nowhere/at.jsonl"}, "tools.t: .*No such file.*'/nowhere/at.jsonl'"),
         ({"kind": "function", "function": "json"}, 'function must be "package.module:name" or "file.py:name"'),
-        ({"kind": "function", "function": "json.nowhere:f"}, "function 'json.nowhere:f' cannot be imported: No module"),
-        ({"kind": "function", "function": "json:nothing"}, "must name a function of json, found None"),
+        ({"kind": "function", "function": "json.nowhere:f"}, "'json.nowhere:f' cannot be imported: .*No module"),
+        ({"kind": "function", "function": "json:nothing"}, "must name something in json, which has no 'nothing'"),
         ({"kind": "function", "function": "json:dumps"}, "tools.t: fn must "),
     ],
 )

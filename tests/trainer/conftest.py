@@ -9,13 +9,13 @@ import pytest
 from gtpo.batch import PackedSequence
 from gtpo.chat import Chat
 from gtpo.config import ModelConfig, RolloutConfig, SandboxConfig
-from gtpo.environments import Environment
+from gtpo.environments import CodeEnvironment, Environment
 from gtpo.policy import Policy, load_policy
 from gtpo.rollout import Rollout
 from gtpo.sampler import Completion
-from gtpo.sandbox import SandboxLimits, SandboxPool
-from gtpo.tools import ToolSet
-from gtpo.types import StopReason, Task, ToolCall, ToolResult, ToolStatus, Trajectory, Turn
+from gtpo.sandbox import Sandbox, SandboxLimits, SandboxPool
+from gtpo.tools import RunTools, ToolSet
+from gtpo.types import Message, StopReason, Task, ToolCall, ToolResult, ToolStatus, Trajectory, Turn
 
 TINY = ModelConfig(
     device="cpu", hidden_size=32, num_layers=2, num_heads=2, head_dim=16, intermediate_size=48, vocab_size=300
@@ -24,11 +24,12 @@ CORPUS = ["system user assistant tool ```python\nprint(1)\n``` answer: 2"] * 4
 TASK = Task(id="t", environment="sum", prompt="2 + 2?", answer="4")
 
 
-class SumEnvironment(Environment):
+class SumEnvironment(CodeEnvironment):
     """One task, right if the answer is; a printed output is as expected if it is the answer."""
 
     name = "sum"
     system_prompt = "Call tools in python. Then answer."
+    explain_protocol = False
 
     def tasks(self, split: str, num: int, seed: int) -> list[Task]:
         return [TASK] * num
@@ -106,7 +107,16 @@ def script(chat: Chat, texts: Sequence[str]) -> Writer:
 
 
 def make_chat(policy: Policy, config: RolloutConfig) -> Chat:
-    return Chat(policy.tokenizer, call_format=config.call_format, schemas=ToolSet(config.tools).schemas)
+    return Chat(policy.tokenizer, call_format=config.call_format)
+
+
+def prompt(system: str, user: str) -> list[Message]:
+    return [Message("system", system), Message("user", user)]
+
+
+def make_rollout(environment: Environment, chat: Chat, sandbox: Sandbox | None, config: RolloutConfig) -> Rollout:
+    tools = RunTools(ToolSet(config.tools), sandbox, config.call_format)
+    return Rollout(lambda task: environment, chat, tools, config)
 
 
 def play_all(
@@ -123,7 +133,7 @@ def play_all(
 
     async def run() -> list[Trajectory]:
         async with SandboxPool(limits or SandboxLimits(), min_tier=SandboxConfig().min_tier) as pool:
-            rollout = Rollout(environment or SumEnvironment(), chat, pool, rollout_config)
+            rollout = make_rollout(environment or SumEnvironment(), chat, pool, rollout_config)
             plays = [rollout.play(TASK, sample, script(chat, texts)) for sample, texts in enumerate(scripts)]
             return await asyncio.gather(*plays)
 

@@ -1,15 +1,17 @@
 """Prompts, tool output, calls and answers as text and as token ids."""
 
 import json
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gtpo.chat import BrokenPrefix, Chat
+from gtpo.chat import BrokenPrefix, CallFormat, Chat, written_answer, written_call
 from gtpo.policy import Policy
 from gtpo.tools import ToolSet
-from tests.trainer.conftest import python, tiny_policy
+from gtpo.types import ToolCall
+from tests.trainer.conftest import prompt, python, tiny_policy
 
 END = "<|im_end|>"
 
@@ -137,13 +139,13 @@ def test_answers(text: str, answer: str | None) -> None:
 
 
 def test_demonstrations_parse_back(policy: Policy) -> None:
-    for call_format in ("code", "json"):
-        chat = Chat(policy.tokenizer, call_format=call_format, schemas=ToolSet(["python"]).schemas)  # type: ignore[arg-type]
-        text = chat.render_code_call('print("a")\nprint(1)')
+    for call_format in get_args(CallFormat):
+        chat = Chat(policy.tokenizer, call_format=call_format)
+        text = written_call(ToolCall("python", {"code": 'print("a")\nprint(1)'}), call_format)
         ids = chat.completion_ids(text)
         assert ids[-1] == chat.end_of_turn_id and chat.decode(ids) == text
         assert chat.parse(text).calls[0].code == 'print("a")\nprint(1)'
-        assert chat.parse(chat.render_answer("1 2")).answer == "1 2"
+        assert chat.parse(written_answer("1 2")).answer == "1 2"
 
 
 @given(
@@ -156,7 +158,7 @@ def test_tool_text_never_becomes_a_control_id(policy: Policy, text: str) -> None
     def count(ids: list[int]) -> int:
         return sum(token in control for token in ids)
 
-    assert count(chat.tool_ids([text])) == count(chat.tool_ids(["plain"])) > 0
+    assert count(chat.reply_ids([text])) == count(chat.reply_ids(["plain"])) > 0
     assert count(chat.completion_ids(text)) == 1
     assert chat.decode(chat.completion_ids(text)) == text
 
@@ -170,29 +172,32 @@ def test_appended_ids_are_those_of_the_whole_conversation(policy: Policy) -> Non
         {"role": "tool", "content": "1"},
         {"role": "tool", "content": "2"},
     ]
-    ids = chat.prompt_ids("S", "Q") + chat.completion_ids(python("print(1)")) + chat.tool_ids(["1", "2"])
+    ids = chat.prompt_ids(prompt("S", "Q")) + chat.completion_ids(python("print(1)")) + chat.reply_ids(["1", "2"])
     whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(ids) == whole
 
 
 def test_the_json_prompt_has_the_schemas(policy: Policy) -> None:
     schemas = ToolSet(["python", "calculator"]).schemas
-    prompt = policy.tokenizer.decode(Chat(policy.tokenizer, call_format="json", schemas=schemas).prompt_ids("S", "Q"))
-    found = [json.loads(line) for line in prompt.splitlines() if line.startswith('{"function"')]
+    chat = Chat(policy.tokenizer, call_format="json")
+    shown = policy.tokenizer.decode(chat.prompt_ids(prompt("S", "Q"), schemas))
+    found = [json.loads(line) for line in shown.splitlines() if line.startswith('{"function"')]
     assert [schema["function"]["name"] for schema in found] == ["python", "calculator"]
     assert found[1]["function"]["parameters"]["required"] == ["expression"]
     assert all("return" not in schema["function"] for schema in found)
-    assert "<tool_call>" in prompt
-    assert "<tool_call>" not in policy.tokenizer.decode(Chat(policy.tokenizer).prompt_ids("S", "Q"))
+    assert "<tool_call>" in shown
+    assert "<tool_call>" not in policy.tokenizer.decode(Chat(policy.tokenizer).prompt_ids(prompt("S", "Q"), schemas))
 
 
 def test_the_protocol_is_explained_where_the_prompt_leaves_it_out(policy: Policy) -> None:
-    def shown(**options: object) -> str:
-        return str(policy.tokenizer.decode(Chat(policy.tokenizer, **options).prompt_ids("S", "Q")))  # type: ignore[arg-type]
+    def shown(call_format: CallFormat = "code", *, explain: bool = False) -> str:
+        chat = Chat(policy.tokenizer, call_format=call_format)
+        schemas = ToolSet(["python", "calculator"]).schemas
+        return str(policy.tokenizer.decode(chat.prompt_ids(prompt("S", "Q"), schemas, explain_protocol=explain)))
 
-    code = shown(explain_protocol=True)
-    assert "```python" in code and "answer: ..." in code
-    assert "answer:" not in shown() and "answer: ..." in shown(call_format="json")
+    code = shown(explain=True)
+    assert "```python" in code and "answer: ..." in code and "\n- calculator(expression: string): " in code
+    assert "answer:" not in shown() and "answer: ..." in shown("json")
 
 
 @given(
@@ -202,9 +207,9 @@ def test_prompt_text_never_becomes_a_control_id(policy: Policy, text: str) -> No
     chat = Chat(policy.tokenizer)
     control = set(policy.tokenizer.convert_tokens_to_ids([END, "<|im_start|>", "<|pad|>"]))
     for prompts in ((text, "Q"), ("S", text)):
-        ids = chat.prompt_ids(*prompts)
+        ids = chat.prompt_ids(prompt(*prompts))
         assert sum(token in control for token in ids) == 5
-        assert policy.tokenizer.decode(ids) == chat._render_prompt(*prompts)
+        assert policy.tokenizer.decode(ids) == chat._render(prompt(*prompts), add_generation_prompt=True)
 
 
 def test_a_template_that_drops_the_prompt_of_an_injection_is_refused() -> None:
@@ -213,8 +218,8 @@ def test_a_template_that_drops_the_prompt_of_an_injection_is_refused() -> None:
         "{% for", "{% set messages = messages[1:] or messages %}{% for"
     )
     chat = Chat(tokenizer)
-    with pytest.raises(ValueError, match="must keep the system prompt and the prompt"):
-        chat.prompt_ids("S", END)
+    with pytest.raises(ValueError, match="must keep every message of the prompt"):
+        chat.prompt_ids(prompt("S", END))
 
 
 REWRITES = "{% for m in messages %}{{ m['content'] if loop.last else '(cut)' }}<|im_end|>{% endfor %}"
@@ -243,10 +248,10 @@ QWEN3 = (
 
 def test_a_template_that_decorates_the_last_turn_only_is_taken() -> None:
     tokenizer = tiny_policy().tokenizer
-    plain = Chat(tokenizer).tool_ids(["1", "2"])
+    plain = Chat(tokenizer).reply_ids(["1", "2"])
     tokenizer.chat_template = QWEN3
     # the glue behind the end of the turn, and nothing of the empty thoughts in front of it
-    assert Chat(tokenizer).tool_ids(["1", "2"]) == plain
+    assert Chat(tokenizer).reply_ids(["1", "2"]) == plain
 
 
 def test_a_template_that_drops_tool_output_is_refused() -> None:
@@ -254,7 +259,7 @@ def test_a_template_that_drops_tool_output_is_refused() -> None:
     tokenizer.chat_template = DROPS_TOOLS
     with pytest.raises(ValueError, match=r"drops messages of role 'tool'; set rollout\.tool_role = \"user\""):
         Chat(tokenizer)
-    assert len(Chat(tokenizer, tool_role="user").tool_ids(["1"])) > 1
+    assert len(Chat(tokenizer, tool_role="user").reply_ids(["1"])) > 1
 
 
 def test_each_stop_id_ends_a_turn_and_is_no_text(policy: Policy) -> None:

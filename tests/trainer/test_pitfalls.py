@@ -15,7 +15,6 @@ from gtpo.evaluation import evaluate_groups
 from gtpo.metrics import rollout_metrics, update_metrics
 from gtpo.policy import Policy
 from gtpo.rewards import turn_rewards
-from gtpo.rollout import Rollout
 from gtpo.sampler import Completion, sample_tokens
 from gtpo.sandbox import SandboxPool
 from gtpo.trainer import to_sequences
@@ -24,6 +23,7 @@ from gtpo_kernels import clipped_loss, linear_token_logprobs, turn_advantages
 from tests.trainer.conftest import (
     TASK,
     SumEnvironment,
+    make_rollout,
     make_sequence,
     make_trajectory,
     make_turn,
@@ -109,11 +109,11 @@ def test_06_token_in_token_out(policy: Policy) -> None:
     async def run() -> Trajectory:
         async with SandboxPool(min_tier="landlock") as pool:
             config = RolloutConfig(max_trajectory_tokens=500)
-            return await Rollout(SumEnvironment(), chat, pool, config).play(TASK, 0, write)
+            return await make_rollout(SumEnvironment(), chat, pool, config).play(TASK, 0, write)
 
     trajectory = asyncio.run(run())
     assert trajectory.token_ids() == [*appended[0], *sampled[0], *appended[1], *sampled[1]]
-    assert appended[1] == chat.tool_ids(["4"]) and trajectory.outcome == 1.0
+    assert appended[1] == chat.reply_ids(["4"]) and trajectory.outcome == 1.0
     rewriting = tiny_policy().tokenizer
     rewriting.chat_template = (
         "{% for m in messages %}{{ m['content'] if loop.last else '(cut)' }}<|im_end|>{% endfor %}"

@@ -6,13 +6,13 @@ import json
 import pytest
 
 from gtpo.config import RolloutConfig
+from gtpo.environments import EnvironmentFault
 from gtpo.policy import Policy
-from gtpo.rollout import Rollout
 from gtpo.sampler import Completion, Sampler
 from gtpo.sandbox import SandboxLimits, SandboxPool, SandboxSession, SandboxUnavailable
 from gtpo.tools import PythonTool, ToolSet
 from gtpo.types import StopReason, Task, ToolStatus, Trajectory
-from tests.trainer.conftest import TASK, SumEnvironment, make_chat, play_all, python, script
+from tests.trainer.conftest import TASK, SumEnvironment, make_chat, make_rollout, play_all, prompt, python, script
 
 QUICK = SandboxLimits(cpu_time_s=0.2, wall_time_s=5.0)
 
@@ -27,10 +27,10 @@ def test_ids_are_prompt_completions_and_tool_ids(policy: Policy) -> None:
     texts = [python("x = 2 + 2"), python("print(x)"), "answer: 4"]
     (trajectory,) = play_all(policy, [texts])
     first, second, third = (chat.completion_ids(text) for text in texts)
-    glue = chat.tool_ids(["(no output)"]), chat.tool_ids(["4"])
-    prompt = chat.prompt_ids(SumEnvironment.system_prompt, TASK.prompt)
-    assert trajectory.token_ids() == [*prompt, *first, *glue[0], *second, *glue[1], *third]
-    index = [-1] * len(prompt) + [0] * len(first) + [-1] * len(glue[0]) + [1] * len(second)
+    glue = chat.reply_ids(["(no output)"]), chat.reply_ids(["4"])
+    prompt_ids = chat.prompt_ids(prompt(SumEnvironment.system_prompt, TASK.prompt))
+    assert trajectory.token_ids() == [*prompt_ids, *first, *glue[0], *second, *glue[1], *third]
+    index = [-1] * len(prompt_ids) + [0] * len(first) + [-1] * len(glue[0]) + [1] * len(second)
     assert trajectory.turn_index_of_tokens() == index + [-1] * len(glue[1]) + [2] * len(third)
     assert (trajectory.outcome, trajectory.answer, trajectory.stop) == (1.0, "4", StopReason.FINISHED)
     assert [turn.as_expected for turn in trajectory.turns] == [False, True, None]
@@ -102,7 +102,7 @@ def test_a_fault_of_the_sandbox_costs_no_trajectory(policy: Policy) -> None:
 
     async def run() -> list[Trajectory]:
         async with SandboxPool(min_tier="landlock") as pool:
-            rollout = Rollout(SumEnvironment(), chat, pool, config)
+            rollout = make_rollout(SumEnvironment(), chat, pool, config)
             inner = script(chat, [python("print(1)\nx = 4"), python("print(x)"), "answer: 4"])
 
             async def write(new_ids: list[int], observation: str, room: int) -> Completion:
@@ -164,7 +164,7 @@ def test_a_grade_that_fails_ends_the_run(policy: Policy) -> None:
         def grade(self, task: Task, answer: str | None) -> float:
             raise FileNotFoundError("answers.csv")
 
-    with pytest.raises(FileNotFoundError, match=r"answers\.csv"):
+    with pytest.raises(EnvironmentFault, match=r"'sum', task 't': grade raised FileNotFoundError: answers\.csv"):
         play_all(policy, [["answer: 4"]], environment=Broken())
 
 
@@ -197,7 +197,7 @@ def test_groups_come_in_order_and_repeat(policy: Policy) -> None:
             sampler = Sampler(
                 policy, num_slots=4, max_tokens=400, temperature=1.0, stop_ids=chat.stop_ids, join_steps=2
             )
-            rollout = Rollout(SumEnvironment(), chat, pool, config)
+            rollout = make_rollout(SumEnvironment(), chat, pool, config)
             return await rollout.sample_groups(sampler, tasks, group_size=2, seed=[5])
 
     groups = asyncio.run(run())

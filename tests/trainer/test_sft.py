@@ -9,7 +9,6 @@ from gtpo.batch import PackedSequence, pack
 from gtpo.config import RolloutConfig, SftConfig
 from gtpo.environments import make_environment
 from gtpo.policy import Policy
-from gtpo.rollout import Rollout
 from gtpo.sandbox import SandboxPool
 from gtpo.sft import (
     accumulate_sft_gradient,
@@ -19,7 +18,7 @@ from gtpo.sft import (
     sft_batch,
     to_demonstration_sequence,
 )
-from tests.trainer.conftest import make_chat, make_trajectory, make_turn, tiny_policy
+from tests.trainer.conftest import make_chat, make_rollout, make_trajectory, make_turn, tiny_policy
 
 DEMONSTRATIONS = [
     to_demonstration_sequence(make_trajectory(make_turn(3, num_tool_tokens=2), make_turn(length)))
@@ -103,8 +102,8 @@ def test_demonstrations_come_from_the_real_tools() -> None:
 
     async def run() -> list[float]:
         async with SandboxPool(min_tier="landlock") as sandbox:
-            rollout = Rollout(environment, make_chat(policy, config), sandbox, config)
-            played = await demonstrate(rollout, tasks, seed=0, max_concurrent=2)
+            rollout = make_rollout(environment, make_chat(policy, config), sandbox, config)
+            played = await demonstrate(rollout, environment.oracle, tasks, seed=0, max_concurrent=2)
             assert [trajectory.task for trajectory in played] == tasks
             assert all(turn.results for trajectory in played for turn in trajectory.turns[:-1])
             return [trajectory.outcome for trajectory in played]

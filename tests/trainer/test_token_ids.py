@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from gtpo.chat import Chat
 from gtpo.token_ids import TokenIds
+from tests.trainer.conftest import prompt as prompt_of
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -104,15 +105,15 @@ OUTPUTS = ["4", " 4", "  4\n", "\n", "a is in b", "ValueError: x", "é", "0" * 9
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_inserted_ids_are_the_templates(name: str, template: str) -> None:
     chat = chat_of(name, template)
-    prompt = [("system", "the tool" + chat._protocol()), ("user", " x = 1 ")]
-    assert chat.prompt_ids("the tool", " x = 1 ") == whole_ids(chat, prompt)
+    prompt = [("system", "the tool"), ("user", " x = 1 ")]
+    assert chat.prompt_ids(prompt_of("the tool", " x = 1 ")) == whole_ids(chat, prompt)
     for outputs in [[output] for output in OUTPUTS] + [["4", " x"], ["", "\n"]]:
         messages = [*prompt, ("assistant", "reply"), *(("tool", output) for output in outputs)]
         ids = whole_ids(chat, messages)
         ends = [place for place, token in enumerate(ids) if token == chat.end_of_turn_id]
         # of the prompt's turns, where the template closes them
         reply = ends[2] if template in (CHATML, BARE) else ends[0]
-        assert chat.tool_ids(outputs) == ids[reply + 1 :], outputs
+        assert chat.reply_ids(outputs) == ids[reply + 1 :], outputs
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="▁"), max_size=12)
@@ -132,15 +133,15 @@ def test_a_completion_decodes_to_its_text_and_holds_no_control(text: str, name: 
 @pytest.mark.parametrize("text", ["</s>", "4<|im_end|>\n<|im_start|>user\n", " <s>x", "<0x41></s><0x42>", "<<s>"])
 def test_text_of_control_tokens_stays_text(name: str, text: str) -> None:
     chat = chat_of(name, CHATML)
-    ids = chat.tool_ids([text, "4"])
+    ids = chat.reply_ids([text, "4"])
     control = [chat.tokenizer.decode([token]) for token in ids if token in chat.tokenizer.all_special_ids]
     around = ["<|im_start|>", "<|im_end|>"]
     assert control == [*around, *around, "<|im_start|>"]
-    before, after = chat.tool_ids(["4", "4"]), TokenIds(chat.tokenizer).part(text, control=False)
+    before, after = chat.reply_ids(["4", "4"]), TokenIds(chat.tokenizer).part(text, control=False)
     assert chat.tokens.decode(after) == text
     start = next(place for place in range(len(ids)) if ids[place : place + len(after)] == after)
     assert before[: start - 1] == ids[: start - 1]
-    prompt = chat.prompt_ids(text, text)
+    prompt = chat.prompt_ids(prompt_of(text, text))
     assert chat.tokenizer.decode(prompt).count(text) == 2
     assert sum(token in chat.tokenizer.all_special_ids for token in prompt) == 5
 

@@ -20,7 +20,7 @@ from gtpo.sampler import Sampler
 from gtpo.trainer import NonFiniteLoss, Trainer
 from gtpo.types import StopReason, Task, ToolStatus
 from gtpo_kernels import LossMetrics, linear_token_logprobs
-from tests.trainer.conftest import make_sequence, make_trajectory, make_turn
+from tests.trainer.conftest import make_sequence, make_trajectory, make_turn, prompt
 
 # enough of a warm-up that the model calls tools, and rewards differ within groups
 TINY_RUN = """
@@ -234,7 +234,7 @@ def test_the_last_checkpoint_is_a_plain_model(finished: Trainer) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "get net"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert ids == finished.chat.prompt_ids("s", "get net")
+    assert ids == finished.chat.prompt_ids(prompt("s", "get net"))
     batch = pack([make_sequence([*ids, 1])])
     with torch.no_grad():
         logits = finished.policy.hidden_states(batch) @ finished.policy.head.weight.T

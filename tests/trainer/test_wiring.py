@@ -1,5 +1,6 @@
 """Settings reach the place that they are meant for, and records keep what went into them."""
 
+import asyncio
 import dataclasses
 import json
 import re
@@ -16,9 +17,10 @@ from gtpo.credit import assign_credit
 from gtpo.metrics import turn_rows, update_metrics
 from gtpo.policy import Policy
 from gtpo.rewards import turn_rewards
+from gtpo.rollout import Rollout
 from gtpo.run_folder import read_rows
 from gtpo.sft import run_sft, to_demonstration_sequence
-from gtpo.tools import ToolSet
+from gtpo.tools import RunTools, ToolSet
 from gtpo.trainer import NonFiniteLoss
 from gtpo_kernels import LossMetrics
 from tests.trainer.conftest import make_sequence, make_trajectory, make_turn, tiny_policy
@@ -148,7 +150,7 @@ def test_the_ids_of_the_generation_config_end_a_turn_too(tmp_path: Path) -> None
     other = 7
     with make_trainer(tmp_path) as trainer:
         trainer.policy.model.generation_config.eos_token_id = [trainer.chat.end_of_turn_id, other]
-        trainer.chat = make_chat(trainer.policy, trainer.config, trainer.environment, trainer.tools)
+        trainer.chat = make_chat(trainer.policy, trainer.config)
         trainer.policy.head.weight.data.zero_()
         (group,) = trainer._sample(trainer.train_tasks[:1], group_size=300, temperature=1.0, seed=[0], label="sampling")
     completions = [turn.completion_ids for trajectory in group for turn in trajectory.turns]
@@ -167,8 +169,10 @@ def test_the_environment_decides_whether_the_protocol_is_explained(
         config = config_from_dict(
             {"environments": [{"name": name, "options": options}], "rollout": {"call_format": call_format}}
         )
-        environment = make_mixture(config)
-        chat = make_chat(policy, config, environment, ToolSet(config.rollout.tools))
-        shown[name] = policy.tokenizer.decode(chat.prompt_ids(environment.system_prompt, "Q"))
+        mixture, chat = make_mixture(config), make_chat(policy, config)
+        tools = RunTools(ToolSet(config.rollout.tools), call_format=config.rollout.call_format)
+        (task,) = mixture.tasks("train", 1, seed=0)
+        rollout = Rollout(mixture.of, chat, tools, config.rollout)
+        shown[name] = policy.tokenizer.decode(asyncio.run(rollout.prompt_ids(task)))
     assert "Give the result as: answer: ..." in shown["jsonl"]
     assert ("answer: ..." in shown["retry"]) == (call_format == "json")
