@@ -58,6 +58,8 @@ class CodeEpisode:
         self._run_tools = tools
         self._toolbox: Toolbox | None = None
         self._cases = environment.program_cases(task)
+        if not isinstance(self._cases, Sequence) or not all(isinstance(case, ProgramCase) for case in self._cases):
+            raise TypeError(f"program_cases must return a list of ProgramCase, got {self._cases!r}")
         if self._cases and not isinstance(tools.sandbox, SandboxPool):
             raise ValueError(f"task {task.id!r} has program_cases, which need the sandbox of gtpo and the tool python")
         self.tools = tools.schemas
@@ -100,5 +102,7 @@ class CodeEpisode:
             for call, result in zip(turn.calls, results, strict=True)
             if result.status is ToolStatus.OK and call.code
         ]
+        if wrong := [verdict for verdict in verdicts if not isinstance(verdict, bool | None)]:
+            raise TypeError(f"expected_output must return True, False or None, got {wrong[0]!r}")
         decided = [verdict for verdict in verdicts if verdict is not None]
         return all(decided) if decided else None

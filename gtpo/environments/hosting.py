@@ -50,7 +50,7 @@ class HostedEpisode:
             raise self._call.fault("step", f"must give a result for each of {num_calls} calls, got {num_results}")
         if not (reply.done or reply.results or reply.messages or reply.tools):
             raise self._call.fault("step", "must be done or give the model something to read, got an empty Reply")
-        if reply.as_expected not in (None, True, False):
+        if not isinstance(reply.as_expected, bool | None):
             raise self._call.fault("step", f"must give as_expected as True, False or None, got {reply.as_expected!r}")
         return replace(
             reply,

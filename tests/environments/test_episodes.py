@@ -23,7 +23,9 @@ from gtpo.policy import Policy
 from gtpo.sandbox import SandboxPool
 from gtpo.tools import RunTools
 from gtpo.types import Message, StopReason, Task, ToolResult, ToolStatus, Trajectory, Turn
-from tests.trainer.conftest import TASK, make_rollout, policy, python, script  # noqa: F401
+from tests.trainer.conftest import make_rollout, policy, python, script  # noqa: F401
+
+TASK = Task(id="t", environment="till", prompt="Put 4 coins in.", answer="4")
 
 
 class Till(FunctionEpisode):
