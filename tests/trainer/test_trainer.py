@@ -302,6 +302,7 @@ def test_lost_trajectories_are_left_out_and_a_step_of_none_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = make_trajectory(make_turn(code="a", status=ToolStatus.INFRA_ERROR, output="no worker"), stop=StopReason.LOST)
+    lost.lost_because = "no worker"
     right, wrong = make_trajectory(make_turn(code="b"), outcome=1.0), make_trajectory(make_turn(code="c"), sample=1)
     with make_trainer(tmp_path) as trainer:
         monkeypatch.setattr(trainer, "sample_groups", lambda tasks, seed: [[lost, right, wrong], [lost, lost]])
@@ -309,7 +310,7 @@ def test_lost_trajectories_are_left_out_and_a_step_of_none_is_refused(
         assert row["stop/lost"] == 3 and row["success"] == 0.5 and row["stop/finished"] == 2
         assert row["tools/status/infra_error"] == 3 and row["tools/status/ok"] == 2
         monkeypatch.setattr(trainer, "sample_groups", lambda tasks, seed: [[lost, lost]])
-        with pytest.raises(RuntimeError, match=r"step 2: all 2 trajectories were lost .* first: no worker"):
+        with pytest.raises(RuntimeError, match=r"step 2: all 2 trajectories were lost, the first to: no worker"):
             trainer.step(1, make_optimizer(trainer))
     rows = read_rows(tmp_path / "run" / "turns.jsonl")
     faulty = [row for row in rows if row["stop"] == "lost"]
