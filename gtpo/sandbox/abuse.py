@@ -115,9 +115,13 @@ async def run_one(open_session: OpenSession, attempt: Attempt, host: Host, neigh
     session = await open_session()
     try:
         await session.run("before = 'kept'")
+        if attempt.plant:
+            await session.run(host.fill_in(attempt.plant))
         result = await session.run(host.fill_in(attempt.code))
         # After a lie, or with its own tools broken, the session may need a turn to come back.
         after = [await session.run("import os\nos.write(1, b'alive')") for _ in range(2)]
+        if attempt.then:
+            after.append(await session.run(attempt.then))
     finally:
         await session.close()
     faults = host.faults()
@@ -129,6 +133,10 @@ async def run_one(open_session: OpenSession, attempt: Attempt, host: Host, neigh
         faults.append(f"its error is {result.error!r}")
     if any(cell.status is CellStatus.INFRA_ERROR for cell in after):
         faults.append(f"its session broke: {after[-1].error}")
+    if "ESCAPED" in after[-1].stdout:
+        faults.append("it got through to the next cell")
+    if attempt.neighbour and "ESCAPED" in (await neighbour.run(attempt.neighbour)).stdout:
+        faults.append("it got through to its neighbour")
     kept = await neighbour.run("print(kept)")
     if kept.stdout != "kept\n":
         faults.append(f"its neighbour answers {kept.stdout!r} {kept.error!r}")

@@ -2,7 +2,8 @@
 
 A request is a cell to run, or a file to write or read, with `op` "run", "put" or "get". With `snapshot` the interpreter
 first clones itself; the clone waits for the request after this one, which it gets only if this one fails. Its process
-id goes to the keeper on a pipe, which wakes nobody.
+id goes to the keeper on a pipe; the cell begins when the keeper says that it holds the clone, so that nothing of the
+cell can be in it.
 A cell that calls one of the tools which its request names sends the call, and reads the answer before it goes on.
 """
 
@@ -17,6 +18,7 @@ import fcntl
 import functools
 import os
 import random
+import select
 import signal
 import sys
 import time
@@ -79,7 +81,7 @@ def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int, clo
 
 
 def decode_clone(data: bytes) -> int:
-    """The process id that the interpreter has said; ValueError where it is not one."""
+    """The process id that the interpreter has said, 0 where it could not be cloned; ValueError where it is not one."""
     if len(data) != CLONE_BYTES:
         raise ValueError(f"the process id of a clone must have {CLONE_BYTES} bytes, got {len(data)}")
     return int.from_bytes(data)
@@ -88,7 +90,7 @@ def decode_clone(data: bytes) -> int:
 def _keep_descriptors(control_fd: int, output_fd: int, clones_fd: int) -> None:
     """Leave the control socket, spares of the output and of /dev/null, and the pipe for clones.
 
-    0 to 2 are set per cell.
+    0 to 2 are set per cell; until then they are like these, and nothing that was opened for all sessions.
     """
     places = {
         CONTROL_FD: control_fd,
@@ -100,6 +102,8 @@ def _keep_descriptors(control_fd: int, output_fd: int, clones_fd: int) -> None:
     high = {place: fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for place, fd in places.items()}
     for place, fd in high.items():
         os.dup2(fd, place)
+    for fd, place in enumerate((NULL_FD, OUTPUT_FD, OUTPUT_FD)):
+        os.dup2(place, fd)
     os.closerange(3, min(places))
     os.closerange(MAX_FILES, os.sysconf("SC_OPEN_MAX"))
 
@@ -146,11 +150,15 @@ def _serve(control: channel.Channel, streams: CellStreams, clone: Callable[[], i
                 if pid == 0:
                     streams.forget()
                     control.forget()
+                    # It is to sleep once only, when it is stopped: by that the keeper knows that nobody woke it.
+                    while not select.select([CONTROL_FD], [], [], 0)[0]:
+                        pass
                     continue
                 if pid > 0:
                     # The keeper does so, too, but later: until then the clone would write to pages.
                     _kill(pid, signal.SIGSTOP)
-                    os.write(CLONES_FD, pid.to_bytes(CLONE_BYTES))
+                os.write(CLONES_FD, max(pid, 0).to_bytes(CLONE_BYTES))
+                control.await_hold()
         if request["op"] != "run":
             failure, value = _move_file(request, here, streams)
         elif failure is None:

@@ -60,6 +60,12 @@ class Channel:
         self._calls_left = self._max_calls = request.get("max_calls", 0)
         return request
 
+    def await_hold(self) -> None:
+        """Return when the keeper holds the clone that was announced. Threads of the code read nothing before."""
+        while "held" not in self._read():
+            # The answer to a call of a cell before.
+            pass
+
     def begin(self) -> None:
         """The cell may call tools from now on."""
         self._running.release()

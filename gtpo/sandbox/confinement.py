@@ -32,7 +32,7 @@ NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
 )
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
 _MNT_DETACH = 2
-_CAP_DAC_OVERRIDE, _CAP_KILL, _CAP_SYS_PTRACE = 1, 5, 19
+_CAP_DAC_OVERRIDE, _CAP_FOWNER, _CAP_KILL, _CAP_SYS_PTRACE = 1, 3, 5, 19
 # Keepers enforce the CPU limit of a cell; this many of them end an interpreter whose keeper hangs.
 _BACKSTOP_CELLS = 100
 
@@ -308,6 +308,9 @@ def keep_capabilities(*capabilities: int) -> None:
 def confine_keeper(plan: Plan) -> None:
     """Leave a keeper what it needs: kill an interpreter of another user, delete its box, see what memory is shared."""
     needed = [_CAP_KILL, _CAP_DAC_OVERRIDE] if os.geteuid() == 0 else []
+    if plan.uid is not None:
+        # What lies in a sticky directory is its owner's to delete.
+        needed.append(_CAP_FOWNER)
     # Where cells have processes we are root or have a user namespace.
     keep_capabilities(*needed, *([_CAP_SYS_PTRACE] if plan.processes else []))
     set_process(dies_with_parent=True, no_new_privs=True)
@@ -401,7 +404,8 @@ def _landlock_ruleset(readable: tuple[str, ...], *, box: str | None = ".", own_f
     ruleset = _checked(_libc.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock_create_ruleset")
     in_box = write | read | read_dir | truncate | remove_dir | remove_file | make_dir | make_file | refer
     rules = [(path, read | (read_dir if os.path.isdir(path) else 0)) for path in readable]
-    rules += [(path, read | write) for path in DEVICES] + ([] if box is None else [(box, in_box)])
+    rules += [(path, read | (write if path == os.devnull else 0)) for path in DEVICES]
+    rules += [] if box is None else [(box, in_box)]
     rules += [(path, read | write | truncate) for path in own_files]
     for path, rights in rules:
         parent = os.open(path, os.O_PATH | os.O_CLOEXEC)

@@ -118,6 +118,7 @@ class CellResult:
     cell, the session was built up anew and the cell run again.  `rebuilt`: the variables that it found (or, where it
     was rolled back, left) were made by running the session's earlier cells again.  These gave the same status, output
     and error; what they did not show can differ: clocks, random bytes of the system, files that failed cells wrote.
+    `rebuild_cpu_time_s` is what that took, also where it was in vain; it is no part of `cpu_time_s`.
 
     >>> CellResult(CellStatus.ERROR, error="NameError: name 'x' is not defined", error_line=1).state_lost
     False
@@ -136,6 +137,7 @@ class CellResult:
     state: SessionState = SessionState.KEPT
     num_tries: int = 1
     rebuilt: bool = False
+    rebuild_cpu_time_s: float = 0.0
 
     @property
     def state_lost(self) -> bool:

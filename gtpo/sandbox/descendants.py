@@ -30,6 +30,11 @@ class Descendant:
         return _bytes(self.status, "RssAnon") + _bytes(self.status, "RssShmem")
 
     @property
+    def num_sleeps(self) -> int:
+        """How often its first thread gave up the CPU of itself: to wait, or because it was stopped."""
+        return int(_field(self.status, "voluntary_ctxt_switches") or 0)
+
+    @property
     def peak_bytes(self) -> int:
         """The most memory that it had, shared or not."""
         return _bytes(self.status, "VmHWM")

@@ -88,7 +88,7 @@ class SandboxPool:
         self._warm: collections.deque[_Stream] = collections.deque()
         self._warming: asyncio.Task[None] | None = None
         self._statuses: collections.Counter[CellStatus] = collections.Counter()
-        self._queue_time_s = self._cpu_time_s = self._wall_time_s = 0.0
+        self._queue_time_s = self._cpu_time_s = self._wall_time_s = self._rebuild_cpu_time_s = 0.0
         self._num_faults = self._num_restarts = self._num_opened = 0
 
     @property
@@ -114,6 +114,7 @@ class SandboxPool:
             "sandbox/queue_time_s": self._queue_time_s,
             "sandbox/cpu_time_s": self._cpu_time_s,
             "sandbox/wall_time_s": self._wall_time_s,
+            "sandbox/rebuild_cpu_time_s": self._rebuild_cpu_time_s,
         } | {f"sandbox/cells_{status.value}": float(self._statuses[status]) for status in CellStatus}
 
     async def __aenter__(self) -> SandboxPool:
@@ -258,6 +259,7 @@ class SandboxPool:
         self._statuses[result.status] += 1
         self._cpu_time_s += result.cpu_time_s
         self._wall_time_s += result.wall_time_s
+        self._rebuild_cpu_time_s += result.rebuild_cpu_time_s
 
     def _release(self, session: SandboxSession) -> None:
         if session in self._sessions:

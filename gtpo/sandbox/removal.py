@@ -16,7 +16,8 @@ def empty_directory(path: str) -> None:
     ...     os.listdir(folder)
     []
     """
-    number = 0
+    # A name that nothing in there has: the code could not know it.
+    moved, number = f"{path}/{os.urandom(8).hex()}", 0
     while directories := _delete_files(path):
         for directory in directories:
             _open_up(directory)
@@ -24,7 +25,7 @@ def empty_directory(path: str) -> None:
             for inner in _delete_files(directory):
                 number += 1
                 _open_up(inner)
-                os.rename(inner, f"{path}/.gtpo-removed-{number}")
+                os.rename(inner, f"{moved}-{number}")
             os.rmdir(directory)
 
 

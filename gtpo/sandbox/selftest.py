@@ -80,10 +80,19 @@ _NEVER_COVERED = (
     "CPU side channels",
     "reading the clock",
     "a cell that forges its own ok or error",
+    "signals between sessions by the load of the machine and what is in its caches",
 )
+# Of a layer: what comes with it, and what it would prevent.
+_UNCOVERED_WITH = {
+    "snapshots": "signals between sessions by record locks and futexes of files that they share (libraries, /dev/null)"
+}
+_UNCOVERED_WITHOUT = {
+    "pool cgroup": "the sum of memory over all sessions",
+    "uid": "signals between sessions by what the kernel counts by user (data in pipes, signals that wait, processes)",
+}
 _UNCOVERED_BELOW = {
     SandboxTier.NAMESPACES: (
-        "names and sizes of files outside (stat)",
+        "names, sizes and times of access of files outside (stat)",
         "total size of files of a session",
         "a fixed working directory",
     ),
@@ -110,9 +119,10 @@ async def probe(pool: SandboxPool, missing: dict[str, str]) -> SandboxReport:
     layers = session.layers
     missing = missing | session.missing
     tier = reached_tier(checks, layers)
-    unbounded = () if "pool cgroup" in layers else ("the sum of memory over all sessions",)
+    with_layers = (item for layer, item in _UNCOVERED_WITH.items() if layer in layers)
+    without = (item for layer, item in _UNCOVERED_WITHOUT.items() if layer not in layers)
     below = (item for needed, items in _UNCOVERED_BELOW.items() if tier < needed for item in items)
-    not_covered = (*_NEVER_COVERED, *unbounded, *below)
+    not_covered = (*_NEVER_COVERED, *with_layers, *without, *below)
     return SandboxReport(tier, layers, missing, checks, not_covered)
 
 

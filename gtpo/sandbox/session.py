@@ -17,7 +17,8 @@ from gtpo.sandbox.work import Work
 if TYPE_CHECKING:
     from gtpo.sandbox.pool import SandboxPool
 
-# A session is built up anew by running its cells again; not if they took longer than this, or are larger.
+# A session is built up anew by running its cells again; not if they took longer than this, or are larger. Nor if that
+# would make it longer than this for all times together, since code can bring it about.
 _MAX_REPLAY_CPU_S = 60.0
 _MAX_REPLAY_WALL_S = 120.0
 _MAX_REPLAY_BYTES = 4 * 2**20
@@ -56,6 +57,8 @@ class SandboxSession:
         self._num_cells = 0
         self._num_requests = 0
         self._calls = ToolCalls(None)
+        # Of all replays so far.
+        self._replay_cpu_s = self._replay_wall_s = 0.0
         self._forget_history()
 
     def _forget_history(self) -> None:
@@ -199,6 +202,7 @@ class SandboxSession:
         except ValueError as failure:
             return CellResult(CellStatus.ERROR, error=f"SyntaxError: cell too long: {failure}"), None
         self._rebuilt = False
+        self._rebuild_start = self._replay_cpu_s
         faults: list[str] = []
         while len(faults) < 2:
             try:
@@ -222,7 +226,11 @@ class SandboxSession:
         self._forget_history()
         error = f"sandbox failure: {faults[-1]}"
         return CellResult(
-            CellStatus.INFRA_ERROR, error=error, state=SessionState.LOST, num_tries=max(len(faults), 1)
+            CellStatus.INFRA_ERROR,
+            error=error,
+            state=SessionState.LOST,
+            num_tries=max(len(faults), 1),
+            rebuild_cpu_time_s=self._replay_cpu_s - self._rebuild_start,
         ), None
 
     async def _conclude(
@@ -254,6 +262,7 @@ class SandboxSession:
             state=state,
             num_tries=num_tries,
             rebuilt=self._rebuilt,
+            rebuild_cpu_time_s=self._replay_cpu_s - self._rebuild_start,
         )
         return result, answer["value"]
 
@@ -275,10 +284,15 @@ class SandboxSession:
         Where they did not, the session has been started with the setup code only, and its history is forgotten.
         """
         await self._start()
-        replayed = self._history is not None
-        for request, outcome, calls in self._history or ():
+        replayed = self._history is not None and self._may_replay()
+        for request, outcome, calls in (self._history or ()) if replayed else ():
+            # The others wait for no more than a cell, as if this were one.
+            self._slot.give_back()
+            await self._slot.take()
             answer = await self._exchange(frames.encode(request), calls)
-            if answer["state"] != SessionState.KEPT.value or _outcome(answer) != outcome:
+            self._replay_cpu_s += answer.get("cpu_time_s", 0.0)
+            self._replay_wall_s += answer.get("wall_time_s", 0.0)
+            if answer.get("state") != SessionState.KEPT.value or _outcome(answer) != outcome:
                 replayed = False
                 break
         if not replayed:
@@ -287,6 +301,11 @@ class SandboxSession:
             await self._start()
         self._rebuilt = bool(self._history)
         return replayed
+
+    def _may_replay(self) -> bool:
+        """Whether the session may be built up once more."""
+        cpu_s, wall_s = self._replay_cpu_s + self._history_cpu_s, self._replay_wall_s + self._history_wall_s
+        return cpu_s <= _MAX_REPLAY_CPU_S and wall_s <= _MAX_REPLAY_WALL_S
 
     async def _open(self) -> None:
         async with self._slot:

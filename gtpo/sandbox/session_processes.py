@@ -4,6 +4,9 @@ Where a session may have processes, the interpreter clones itself before a cell.
 stopped at once; when the cell ends well it is killed, otherwise everything else is killed and it goes on in the
 interpreter's place, with the variables from before the cell. The keeper is then the first process of a pid namespace,
 so that "every process but me" is its session.
+
+A cell can wake the clone by a signal. From then on it is no snapshot but a process like others: counted, and killed
+with them.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from gtpo.sandbox.session_cgroup import SessionCgroup
 
 # What the end of the snapshot before may cost is not the cell's. /proc counts in steps of this, too.
 _NOT_COUNTED_S = 0.01
+# For how long a clone may take to stop, on a machine however busy: only processes that keep waking it prevent that.
+_MAX_HOLD_S = 10.0
 
 
 class SessionProcesses:
@@ -35,6 +40,8 @@ class SessionProcesses:
         self._tree = None if proc_fd is None else ProcessTree(proc_fd)
         self._cgroup = cgroup
         self.snapshot: int | None = None
+        # How often the snapshot has slept, and CPU seconds that it had used, when it was stopped.
+        self._snapshot_sleeps, self._snapshot_start = 0, 0.0
         # Snapshots that are not needed any more, by their descriptors.
         self._dying: dict[int, int] = {}
         self._adopt(pid)
@@ -44,8 +51,6 @@ class SessionProcesses:
         """Make `pid`, a child, the interpreter."""
         self._pid = pid
         self.pidfd = os.pidfd_open(pid)
-        # The clock of the process's CPU time: the kernel's encoding of the inverted pid and CPUCLOCK_SCHED.
-        self._cpu_clock = (~pid << 3) | 2
 
     def start_clocks(self) -> None:
         """Count CPU time from here."""
@@ -59,15 +64,22 @@ class SessionProcesses:
     def cell_cpu_s(self, *, to_the_moment: bool = False) -> float:
         """CPU seconds since the clocks were started, of the interpreter's children as of the last look.
 
-        Or `to_the_moment` where there is a cgroup.
+        Or `to_the_moment` where there is a cgroup. Without, a snapshot that runs is counted to the moment.
         """
         if to_the_moment:
             self._children_cpu_s = max(self._children_cpu_s, self._beside(self._own_cpu_s()) or 0.0)
-        self.seen_cpu_s = self._own_cpu_s() + self._children_cpu_s
+        self.seen_cpu_s = self._own_cpu_s() + self._children_cpu_s + self._snapshot_cpu_s()
         return self.seen_cpu_s
 
     def _own_cpu_s(self) -> float:
         return max(self._cpu_time_s() - self._cpu_start, 0.0)
+
+    def _snapshot_cpu_s(self) -> float:
+        """CPU seconds of the snapshot since it was stopped, where no cgroup counts them."""
+        if self.snapshot is None or self._group_start is not None:
+            return 0.0
+        used_s = _cpu_time_s(self.snapshot) - self._snapshot_start
+        return used_s if used_s > _NOT_COUNTED_S else 0.0
 
     def _group_cpu_s(self) -> float | None:
         return None if self._cgroup is None else self._cgroup.cpu_time_s()
@@ -81,17 +93,16 @@ class SessionProcesses:
         return beside if beside > _NOT_COUNTED_S else 0.0
 
     def _cpu_time_s(self) -> float:
-        try:
-            return time.clock_gettime(self._cpu_clock)
-        except OSError:
-            # Dead, not yet reaped: its end is seen on its descriptor.
-            return 0.0
+        return _cpu_time_s(self._pid)
 
     def look(self) -> int:
         """Look at the CPU time of all but the snapshot; their memory in bytes, shared pages once for each."""
         assert self._tree is not None
         self.reap_orphans()
-        processes = [p for p in self._tree.descendants() if p.namespace_pid != self.snapshot]
+        processes = self._tree.descendants()
+        if any(p.namespace_pid == self.snapshot and self._has_run(p) for p in processes):
+            self.snapshot = None
+        processes = [p for p in processes if p.namespace_pid != self.snapshot]
         beside = self._beside(self._own_cpu_s())
         if beside is None:
             beside = self._beside_one_by_one(self._tree, processes)
@@ -117,16 +128,37 @@ class SessionProcesses:
         processes = [p for p in self._tree.descendants() if p.namespace_pid != self.snapshot]
         return sum(map(self._tree.memory_share_bytes, processes))
 
-    def hold_snapshot(self, pid: int) -> None:
-        """Stop the interpreter's clone `pid`. ValueError when it is none: only a child of the keeper can be one."""
+    def hold_snapshot(self, pid: int, *, max_cpu_s: float) -> None:
+        """Stop the interpreter's clone `pid` and wait for that. There is no snapshot where it has ended.
+
+        ValueError when it is none: only a child of the keeper can be one. Or when threads of the interpreter, which use
+        `max_cpu_s` for it, keep it from stopping.
+        """
         if pid == self._pid:
             raise ValueError("not a clone of the interpreter")
         try:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             os.kill(pid, signal.SIGSTOP)
+            wait_status, usage = self._await_stop(pid, max_cpu_s)
         except (OSError, OverflowError):
             raise ValueError("not a clone of the interpreter") from None
-        self.snapshot = pid
+        if os.WIFSTOPPED(wait_status):
+            # This sleep may be counted a moment later.
+            self._snapshot_sleeps = max(usage.ru_nvcsw, 1)
+            self._snapshot_start = _cpu_time_s(pid)
+            self.snapshot = pid
+
+    def _await_stop(self, pid: int, max_cpu_s: float) -> tuple[int, resource.struct_rusage]:
+        """The wait status of a child that was told to stop, which may have ended, and what it has used."""
+        deadline = time.monotonic() + _MAX_HOLD_S
+        while True:
+            found, wait_status, usage = os.wait4(pid, os.WUNTRACED | os.WNOHANG)
+            if found:
+                return wait_status, usage
+            if time.monotonic() > deadline or self.cell_cpu_s() > max_cpu_s:
+                raise ValueError("does not stop")
+            # Wakes at once where the signal is blocked, as it is in a keeper.
+            signal.sigtimedwait([signal.SIGCHLD], 0.01)
 
     def adopt_snapshot(self) -> bool:
         """Make the snapshot, if it is still there, the interpreter in place of the one that ended."""
@@ -137,19 +169,21 @@ class SessionProcesses:
         return True
 
     def _is_held(self, snapshot: int) -> bool:
-        """Whether the snapshot waits, stopped, as it was cloned.
+        """Whether the snapshot waits as it was when it was stopped.
 
         A cell may have killed it, which takes effect a moment later, sent it signals that would end another cell, or
-        passed off something else as the clone, such as a process whose first thread has ended and which never stops.
+        have woken it. An earlier cell may have passed off something else as the clone, a process with threads.
         """
-        while self._tree is not None:
-            found = [p for p in self._tree.descendants() if p.namespace_pid == snapshot]
-            if not found or not found[0].alive or found[0].num_threads != 1:
-                return False
-            if found[0].stopped:
-                return not self._tree.has_waiting_signals(found[0])
-            time.sleep(0.0005)
-        return False
+        if self._tree is None:
+            return False
+        found = [p for p in self._tree.descendants() if p.namespace_pid == snapshot]
+        if not found or not found[0].alive or found[0].num_threads != 1 or self._has_run(found[0]):
+            return False
+        return not self._tree.has_waiting_signals(found[0])
+
+    def _has_run(self, snapshot: Descendant) -> bool:
+        """Whether the snapshot was woken: the kernel counts how often a process sleeps, and stopping again is that."""
+        return not snapshot.stopped or snapshot.num_sleeps > self._snapshot_sleeps
 
     @property
     def pid(self) -> int:
@@ -213,7 +247,8 @@ class SessionProcesses:
             self._end_leftovers(self._tree)
         # Of the interpreter and the children that it waited for; of all of them.
         waited_cpu_s = usage.ru_utime + usage.ru_stime - self._cpu_start
-        cpu_time_s = max(waited_cpu_s + (self._beside(waited_cpu_s) or 0.0), self.seen_cpu_s)
+        beside_cpu_s = (self._beside(waited_cpu_s) or 0.0) + self._snapshot_cpu_s()
+        cpu_time_s = max(waited_cpu_s + beside_cpu_s, self.seen_cpu_s)
         os.close(self.pidfd)
         return wait_status, cpu_time_s, usage.ru_maxrss * 1024
 
@@ -255,6 +290,16 @@ def _kill(pid: int) -> None:
     assert pid != 0
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _cpu_time_s(pid: int) -> float:
+    """CPU seconds of a process."""
+    try:
+        # Its clock: the kernel's encoding of the inverted pid and CPUCLOCK_SCHED.
+        return time.clock_gettime((~pid << 3) | 2)
+    except OSError:
+        # Dead, not yet reaped: its end is seen on its descriptor.
+        return 0.0
 
 
 def _reaped_cpu_s() -> float:

@@ -21,25 +21,32 @@ ALLOWED = """
 read write readv writev pread64 pwrite64 lseek fsync fdatasync ftruncate close close_range dup dup2 dup3 pipe pipe2 open
 openat access faccessat faccessat2 stat lstat fstat newfstatat statx readlink readlinkat getcwd chdir fchdir getdents64
 mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 umask select pselect6 poll ppoll nanosleep clock_nanosleep
-pause munmap mremap mprotect madvise brk rt_sigprocmask rt_sigreturn rt_sigpending sigaltstack alarm
+pause munmap mremap mprotect brk rt_sigprocmask rt_sigreturn rt_sigpending sigaltstack alarm
 getitimer setitimer restart_syscall getpid getppid gettid getuid geteuid getgid getegid getgroups getpgrp getpgid getsid
-clock_gettime clock_getres gettimeofday time times getrusage getrlimit getrandom uname sysinfo sched_getaffinity
-sched_yield getcpu futex exit exit_group
+clock_gettime clock_getres gettimeofday time times getrusage getrlimit getrandom uname sched_getaffinity sched_yield
+getcpu exit exit_group
 """
 # Without the two that every new thread makes (rseq, set_robust_list) the C library gives up.
 # Arrays of multiprocessing ask with statfs how large their directory is.
-ALLOWED_WITH_PROCESSES = "wait4 waitid kill tgkill set_robust_list rseq link linkat statfs fstatfs"
+# Semaphores of multiprocessing are futexes of files.
+ALLOWED_WITH_PROCESSES = "wait4 waitid kill tgkill set_robust_list rseq link linkat statfs fstatfs futex"
 # Flags of clone that are refused: new namespaces, ptrace, pidfd, vfork (whose parent waits uninterruptibly), clone_io.
 CLONE_REFUSED = 0x7E02_0000 | 0x2000 | 0x80_0000 | 0x1000 | 0x4000 | 0x8000_0000
 # Calls that are harmless for some values of one argument only: name, argument, values.
 # ioctl: TCGETS, TIOCGWINSZ, FIOCLEX. fcntl: no F_SETOWN, which sends signals. prlimit64: the process itself.
-# prctl: PR_SET_NAME.
+# prctl: PR_SET_NAME. madvise: nothing that changes pages which others have (MADV_MERGEABLE, _COLD, _PAGEOUT).
 ALLOWED_FOR = (
     ("ioctl", 1, (0x5401, 0x5413, 0x5451)),
-    ("fcntl", 1, (0, 1, 2, 3, 4, 5, 6, 7, 1030)),
+    ("fcntl", 1, (0, 1, 2, 3, 4, 5, 1030)),
     ("prlimit64", 0, (0,)),
     ("prctl", 0, (15,)),
+    ("madvise", 2, (0, 1, 2, 3, 4, 8, 10, 11, 14, 15, 16, 17, 18, 19)),
 )
+# Record locks (F_SETLK, F_SETLKW), which SQLite needs. Where a session has but one process, no lock of its own can
+# stand in its way: all are granted, and none is made, which other sessions could find on a file that they share.
+LOCKS = ("fcntl", 1, (6, 7))
+# With one process, too: no futex but of its own memory. Those of a file are of all processes that have mapped it.
+_FUTEX_PRIVATE_FLAG = 128
 # For what has none of these bits in one argument. mmap: no anonymous memory that is shared, which lasts as long as a
 # page of it is mapped by one process, and counts as nobody's; no huge pages, which are the host's.
 _MAP_SHARED, _MAP_ANONYMOUS, _MAP_HUGETLB = 0x1, 0x20, 0x4_0000
@@ -79,10 +86,16 @@ def generate(machine: str, *, processes: bool) -> bytes:
         rules.add_rule(libseccomp.ALLOW, name)
     if processes:
         rules.add_rule(libseccomp.ALLOW, "clone", masked(0, CLONE_REFUSED, 0))
-    for name, argument, values in ALLOWED_FOR:
+    else:
+        rules.add_rule(libseccomp.ALLOW, "futex", masked(1, _FUTEX_PRIVATE_FLAG, _FUTEX_PRIVATE_FLAG))
+    granted = libseccomp.ERRNO(0)
+    for action, (name, argument, values) in (
+        *((libseccomp.ALLOW, rule) for rule in ALLOWED_FOR),
+        (libseccomp.ALLOW if processes else granted, LOCKS),
+    ):
         for value in values:
             # the kernel looks at the low half only
-            rules.add_rule(libseccomp.ALLOW, name, masked(argument, 0xFFFF_FFFF, value))
+            rules.add_rule(action, name, masked(argument, 0xFFFF_FFFF, value))
     for name, argument, bits in ALLOWED_WITHOUT:
         rules.add_rule(libseccomp.ALLOW, name, masked(argument, bits, 0))
     for name, argument, refused in ALLOWED_BUT_FOR:

@@ -152,7 +152,7 @@ os.execv(sys.executable, [sys.executable, "-m", "tests.sandbox.rootless", *sys.a
 """
 
 
-QUICK = ["files", "secrets", "network"]
+QUICK = ["files", "secrets", "network", "snapshots"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import selectors
 import socket
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -49,6 +50,9 @@ class Listener(Keeper):
     """A keeper with nothing but its ends of the control channel and of the pipe for clones."""
 
     def __init__(self) -> None:
+        self._limits = SandboxLimits(output_bytes=2**14)
+        self._selector = selectors.DefaultSelector()
+        self._awaits_clone = False
         self._control, self.interpreter = socket.socketpair()
         self._control.setblocking(False)
         self._received = b""
@@ -59,7 +63,14 @@ class Listener(Keeper):
     def __enter__(self) -> "Listener":
         return self
 
+    def told(self, said: bytes) -> None:
+        """Hold the clone of which `said` is said, or nobody."""
+        os.write(self.clones_end, said)
+        self._await_clone(True)
+        self._hold_snapshot()
+
     def __exit__(self, *_: object) -> None:
+        self._selector.close()
         self._control.close()
         self.interpreter.close()
         for fd in (self._clones_fd, self.clones_end, self._processes.pidfd):
@@ -90,7 +101,6 @@ class Served(Listener):
         super().__init__()
         os.close(self._processes.pidfd)
         self._host, self.trainer = socket.socketpair()
-        self._limits = SandboxLimits(output_bytes=2**14)
         self._plan = confinement.Plan(self._limits, "namespaces", "", -1, ())
         self._remote = self.interpreter
         self._output_fd, self._output_end = os.pipe()
@@ -98,7 +108,6 @@ class Served(Listener):
         fcntl.fcntl(self._output_end, fcntl.F_SETPIPE_SZ, 2**17)
         self._said, self._printed = said, printed
         self._processes = end
-        self._selector = selectors.DefaultSelector()
         for fileobj in (self._control, end.pidfd):
             self._selector.register(fileobj, selectors.EVENT_READ)
         self._reads_output = False
@@ -112,7 +121,6 @@ class Served(Listener):
         super().__exit__(*details)
         self._host.close()
         self.trainer.close()
-        self._selector.close()
         os.close(self._output_fd)
         os.close(self._output_end)
 
@@ -174,12 +182,14 @@ def test_a_call_that_the_trainer_could_not_decode_is_the_end_of_the_cell():
             keeper._receive({"op": "run", "cell": 1, "snapshot": False, "tools": {"look": ["a"]}, "max_calls": 1})
 
 
-@given(st.binary(min_size=1, max_size=12) | st.integers(0, 2**32 - 1).map(lambda pid: pid.to_bytes(4)))
+@given(st.binary(min_size=1, max_size=12) | st.integers(1, 2**32 - 1).map(lambda pid: pid.to_bytes(4)))
 def test_whatever_is_said_of_a_clone_nobody_else_is_stopped(said):
     with Listener() as keeper:
-        os.write(keeper.clones_end, said)
-        with pytest.raises(InterpreterGone, match="control channel"):
-            keeper._learn_of_snapshot({"snapshot": True})
+        if said == bytes(4):
+            keeper.told(said)
+        else:
+            with pytest.raises(InterpreterGone, match="control channel"):
+                keeper.told(said)
         assert keeper._processes.snapshot is None
 
 
@@ -187,35 +197,51 @@ def test_whatever_is_said_of_a_clone_nobody_else_is_stopped(said):
 @pytest.mark.parametrize(
     "pid",
     [
-        *(0, 1, 2**31, 2**32 - 1, 2**32 - 2),
+        *(1, 2**31, 2**32 - 1, 2**32 - 2),
         pytest.param(os.getpid(), id="own"),
         pytest.param(os.getppid(), id="parent"),
     ],
 )
 def test_only_a_child_can_be_a_snapshot(pid):
     with Listener() as keeper:
-        os.write(keeper.clones_end, pid.to_bytes(4))
         with pytest.raises(InterpreterGone, match="control channel"):
-            keeper._learn_of_snapshot({"snapshot": True})
+            keeper.told(pid.to_bytes(4))
         assert keeper._processes.snapshot is None
 
 
-def test_a_snapshot_is_a_child_of_which_was_said_once_that_it_is_one():
+def test_a_snapshot_is_stopped_before_its_cell_begins():
     with subprocess.Popen(["sleep", "60"]) as child, Listener() as keeper:
-        keeper._learn_of_snapshot({"snapshot": True})
-        assert keeper._processes.snapshot is None
-        os.write(keeper.clones_end, child.pid.to_bytes(4))
-        keeper._learn_of_snapshot({"snapshot": False})
-        assert keeper._processes.snapshot is None
-        keeper._learn_of_snapshot({"snapshot": True})
+        keeper.told(child.pid.to_bytes(4))
         assert keeper._processes.snapshot == child.pid
+        stat = Path(f"/proc/{child.pid}/stat").read_text()
+        assert stat.rpartition(")")[2].split()[0] == "T"
+        assert frames.read_frame(keeper.interpreter.recv) == {"held": True}
         child.kill()
+
+
+@pytest.mark.parametrize("said", [bytes(4), None], ids=["none could be made", "it has died"])
+def test_without_a_clone_the_cell_begins_without_a_snapshot(said):
+    with subprocess.Popen(["true"]) as child, Listener() as keeper:
+        if said is None:
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        keeper.told(child.pid.to_bytes(4) if said is None else said)
+        assert keeper._processes.snapshot is None
+        assert frames.read_frame(keeper.interpreter.recv) == {"held": False}
+
+
+def test_no_answer_is_taken_before_the_snapshot_is_held():
+    with Listener() as keeper:
+        keeper._await_clone(True)
+        keeper.interpreter.send(framed({"cell": 1, "status": "ok", "error": ""}))
+        with pytest.raises(InterpreterGone, match="control channel"):
+            keeper._receive({"op": "run", "cell": 1})
 
 
 def test_of_a_clone_nothing_is_said_by_an_interpreter_that_has_ended():
     with Listener() as keeper:
         os.close(keeper.clones_end)
-        keeper._learn_of_snapshot({"snapshot": True})
+        keeper._await_clone(True)
+        keeper._hold_snapshot()
         assert keeper._processes.snapshot is None
         keeper.clones_end = os.open(os.devnull, os.O_WRONLY)
 

@@ -324,7 +324,8 @@ while True: pass
     async def run() -> CellResult:
         session = await cage.pool.open()
         await session.run(forge)
-        with pytest.raises(OSError, match="f: the session gave no data"):
+        # Where there are snapshots an answer before the clone is none.
+        with pytest.raises(OSError, match=r"f: (the session gave no data|the cell wrote to the interpreter's control)"):
             await session.get("f")
         result = await session.run("print(1)")
         await session.close()

@@ -13,11 +13,12 @@ from gtpo.sandbox.attempts import (
     protocol,
     secrets,
     signals,
+    snapshots,
     time,
 )
 from gtpo.sandbox.attempts.attempt import Attempt
 
-_KINDS = (processes, signals, memory, time, output, files, secrets, network, kernel, protocol, interpreter)
+_KINDS = (processes, signals, snapshots, memory, time, output, files, secrets, network, kernel, protocol, interpreter)
 
 ATTEMPTS: tuple[Attempt, ...] = tuple(attempt for kind in _KINDS for attempt in kind.ATTEMPTS)
 """Every attempt, by kind."""

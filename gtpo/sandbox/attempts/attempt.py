@@ -21,6 +21,8 @@ class Attempt:
     In `code`, $CANARY is a file of the host that everybody may write, $PORT a port that it listens on, $TRAINER the
     trainer's process id.  `errors` are the beginnings of the error of a safe ending; empty for any.  One that `waits`
     may be ended by nothing but the wall time limit.
+    `plant` is a cell before it, `then` one after it, `neighbour` one that another session runs after it: in none of
+    them may it have got through.
     """
 
     kind: str
@@ -29,6 +31,9 @@ class Attempt:
     statuses: tuple[CellStatus, ...]
     errors: tuple[str, ...] = ()
     waits: bool = False
+    plant: str = ""
+    then: str = ""
+    neighbour: str = ""
 
 
 def refused(kind: str, cells: dict[str, str], errors: tuple[str, ...] = REFUSALS) -> list[Attempt]:

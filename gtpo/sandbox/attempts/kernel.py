@@ -19,7 +19,11 @@ _CALLS = {
     "swapon": (167, 224), "quotactl": (179, 60), "fanotify_init": (300, 262), "inotify_init1": (294, 26),
     "kcmp": (312, 272), "move_pages": (279, 239), "vmsplice": (278, 75), "syslog": (103, 116), "acct": (163, 89),
     "landlock_create_ruleset": (444, 444), "ioperm": (173, 40), "process_madvise": (440, 440),
-    "memfd_secret": (447, 447),
+    "memfd_secret": (447, 447), "sysinfo": (99, 179), "flock": (73, 32), "mincore": (27, 232), "preadv2": (327, 286),
+    "cachestat": (451, 451), "readahead": (187, 213), "fadvise64": (221, 223), "setpriority": (141, 140),
+    "sched_setaffinity": (203, 122), "ioprio_set": (251, 30), "mlock": (149, 228), "mbind": (237, 235),
+    "eventfd2": (290, 19), "epoll_create1": (291, 20), "splice": (275, 76), "futex_wait": (455, 455),
+    "futex_waitv": (449, 449), "membarrier": (324, 283), "sync": (162, 81),
 }  # fmt: skip
 ATTEMPTS = [
     Attempt(
@@ -43,6 +47,17 @@ ATTEMPTS += harmless(
         "type_into_a_terminal": (
             "import fcntl\ntry: fcntl.ioctl(0, 0x5412, b'x')\nexcept OSError as e: assert e.errno == 1\n"
             "else: print('ESCAPED')"
+        ),
+        "leases_and_notices_of_files": (
+            "import fcntl, os\nopen('f', 'w').close()\n"
+            "for fd, command in ((os.open('f', 0), 1024), (os.open('.', 0), 1026), (os.open('f', 0), 10)):\n"
+            "    try: fcntl.fcntl(fd, command, 0)\n    except OSError as e: assert e.errno == 1\n"
+            "    else: print('ESCAPED')"
+        ),
+        "merged_pages": (
+            "import mmap\nm = mmap.mmap(-1, 8192, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+            "for advice in (12, 20, 21):\n    try: m.madvise(advice)\n    except OSError as e: assert e.errno == 1\n"
+            "    else: print('ESCAPED')"
         ),
         "own_limits": (
             "import resource as r\nfor limit in (r.RLIMIT_AS, r.RLIMIT_NPROC, r.RLIMIT_CORE, r.RLIMIT_FSIZE):\n"
