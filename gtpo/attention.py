@@ -32,6 +32,7 @@ class SlotCache:
 
     One step adds `new_lengths[i]` tokens to the sequence in `slots[i]`. It takes the place of a transformers cache:
     each layer calls `update` with the packed new keys and values, then `attend` with its queries.
+    The buffers grow with what is used, by doubling: never beyond `num_slots` and `max_tokens`.
     """
 
     num_slots: int
@@ -41,10 +42,15 @@ class SlotCache:
     slots: list[int] = field(default_factory=list)
     new_lengths: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    _capacity: tuple[int, int] = (0, 0)
 
     def begin_step(self, slots: list[int], *, new_lengths: list[int], lengths: list[int], device: torch.device) -> None:
         """`lengths` are those after the step, the new tokens included."""
         self.slots, self.new_lengths, self.lengths = slots, new_lengths, lengths
+        self._capacity = (
+            _grown(self._capacity[0], max(slots) + 1, most=self.num_slots),
+            _grown(self._capacity[1], max(lengths), most=self.max_tokens),
+        )
         token_slots: list[int] = []
         positions: list[int] = []
         for slot, new, total in zip(slots, new_lengths, lengths, strict=True):
@@ -67,12 +73,21 @@ class SlotCache:
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Stores the new keys and values, [1, H_kv, T, d], and returns the whole buffers of the layer."""
-        if layer not in self.keys:
-            shape = (self.num_slots, key.shape[1], self.max_tokens, key.shape[3])
-            self.keys[layer], self.values[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        for buffers, new in ((self.keys, key), (self.values, value)):
+            buffers[layer] = self._with_room(buffers.get(layer), new)
         self.keys[layer][self._token_slots, :, self.positions] = key[0].transpose(0, 1)
         self.values[layer][self._token_slots, :, self.positions] = value[0].transpose(0, 1)
         return self.keys[layer], self.values[layer]
+
+    def _with_room(self, buffer: Tensor | None, new: Tensor) -> Tensor:
+        """`buffer`, or a larger one that holds what it holds, [slots, H_kv, tokens, d] of the present capacity."""
+        num_slots, num_tokens = self._capacity
+        if buffer is not None and (buffer.shape[0], buffer.shape[2]) == self._capacity:
+            return buffer
+        grown = new.new_zeros(num_slots, new.shape[1], num_tokens, new.shape[3])
+        if buffer is not None:
+            grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
+        return grown
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> Tensor:
         """query: [1, H, T, d], the packed new tokens; keys, values: the buffers. Returns [1, H, T, d]."""
@@ -102,6 +117,14 @@ class SlotCache:
         for buffers in (self.keys, self.values):
             for buffer in buffers.values():
                 buffer[destination].copy_(buffer[source])
+
+
+def _grown(capacity: int, needed: int, *, most: int) -> int:
+    """
+    >>> _grown(0, 5, most=100), _grown(8, 9, most=100), _grown(64, 65, most=100), _grown(8, 8, most=100)
+    (5, 16, 100, 8)
+    """
+    return capacity if needed <= capacity else min(max(2 * capacity, needed), most)
 
 
 def flash_varlen_attention(

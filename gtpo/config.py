@@ -101,7 +101,7 @@ class SandboxConfig:
     wall_time_s: Annotated[float, "of a cell"] = 30.0
     memory_bytes: Annotated[int, "address space of a session"] = 512 * 1024 * 1024
     output_bytes: Annotated[int, "of a cell; the rest is cut off"] = 4096
-    max_concurrent: Annotated[int, "cells that run at once"] = 8
+    max_concurrent: Annotated[int, "cells that run at once, without those that wait"] = 8
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from gtpo.attention import SlotCache
 from gtpo.batch import pack
 from gtpo.policy import Policy
 from gtpo.sampler import SampledSequence, Sampler, sample_tokens
@@ -177,3 +179,29 @@ def test_samples_follow_the_distribution_at_the_temperature(temperature: float) 
     tokens, _ = sample_tokens(logits.expand(3000, 3), grid, temperature=temperature)
     shares = torch.bincount(tokens, minlength=3) / 3000
     torch.testing.assert_close(shares, torch.softmax(logits / temperature, 0), atol=1e-3, rtol=0)
+
+
+def test_the_cache_grows_with_what_is_used_and_changes_no_bit(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 slots of 4096 tokens are asked for; 8 sequences of at most 30 take what they take."""
+    sizes: list[tuple[int, ...]] = []
+    update = SlotCache.update
+
+    def seen(self: SlotCache, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        buffers = update(self, key, value, layer)
+        sizes.append(tuple(buffers[0].shape))
+        return buffers
+
+    def records(most: int) -> list[Record]:
+        sampler = make_sampler(policy, num_slots=128)
+        sampler.max_tokens = most
+        return run(sampler)
+
+    monkeypatch.setattr(SlotCache, "update", seen)
+    grown = records(500)
+    longest = max(len(ids) for ids, _, _ in grown)
+    slots, _, tokens, _ = max(sizes, key=math.prod)
+    assert slots == 8 and tokens < 2 * longest < 80
+    assert len(set(sizes)) > 2
+    # as if everything had been there from the beginning
+    monkeypatch.setattr("gtpo.attention._grown", lambda capacity, needed, *, most: most)
+    assert records(500) == grown and sizes[-1][::2] == (128, 500)
