@@ -8,62 +8,31 @@ along the gradient, and does it vanish where that does? Tables and plots go into
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks import bias_report
+from benchmarks.bias_findings import (
+    BY_SIZE,
+    CREDITS,
+    GROUP_SIZE,
+    GROUP_SIZES,
+    GROUPS_A_BATCH,
+    QUANTILE_Z,
+    RESULTS,
+    TURN_PROCESSES,
+    Finding,
+    Results,
+)
 from benchmarks.bias_processes import ENDS, PROCESSES, Process, Rollouts, sample
-from gtpo.credit import method_advantages
-from gtpo.methods import METHODS, Method
-from gtpo_kernels import CreditRule, LossRule, clipped_loss, loss_mean, sequence_ids
-
-RESULTS = Path(__file__).parent / "results" / "bias.json"
-GROUPS_A_BATCH, GROUP_SIZE = 4, 8
-GROUP_SIZES = (4, 8, 16, 32)
-# one in a thousand, so that a table of a hundred cells has seldom a wrong verdict
-QUANTILE_Z = 3.090
-
-
-def credit_of(name: str, **changes: object) -> Method:
-    """The credit of a preset in the loss that leaves it as it is: the sum over a trajectory's tokens, REINFORCE."""
-    method = dataclasses.replace(METHODS[name], **changes)  # type: ignore[arg-type]
-    fields = (*CreditRule._fields, "weight", "extra_terms", "whiten")
-    return dataclasses.replace(METHODS["rloo"], **{field: getattr(method, field) for field in fields})
-
-
-AMONG_CALLS = dataclasses.replace(METHODS["mt_grpo"].extra_terms[0], others="leave")
-# credits by themselves: those that differ, and three that no preset has
-CREDITS: dict[str, Method] = {
-    **{
-        name: credit_of(name)
-        for name in (
-            "gtpo",
-            "grpo",
-            "dr_grpo",
-            "rloo",
-            "turn_rloo",
-            "reinforce_pp",
-            "mt_grpo",
-            "matchtir",
-            "gigpo",
-            "igpo",
-        )
-    },
-    "gtpo, gamma 1": credit_of("gtpo", gamma=1.0),
-    "igpo by turn": credit_of("igpo", scope="group_turn"),
-    "mt_grpo, among calls": credit_of("mt_grpo", extra_terms=(AMONG_CALLS,)),
-}
-# those on which a loss makes no other difference than the number of turns; of the others the credits see nothing new
-TURN_PROCESSES = [
-    process for process in PROCESSES if process.name in ("search", "two tasks", "paid calls", "luck", "loan")
-]
-BY_SIZE = ("gtpo", "gtpo, gamma 1", "grpo", "rloo", "turn_rloo", "igpo", "igpo by turn")
+from gtpo.credit import credit_advantages
+from gtpo.loss import loss_rule
+from gtpo.methods import METHODS, CreditSum, Method, PolicyLoss
+from gtpo_kernels import clipped_loss, loss_mean, sequence_ids
 
 
 def updates(process: Process, method: Method, rollouts: Rollouts, groups_a_batch: int) -> Tensor:
@@ -75,20 +44,21 @@ def updates(process: Process, method: Method, rollouts: Rollouts, groups_a_batch
     logit = torch.tensor(process.logits, dtype=torch.float64)[observation].requires_grad_()
     logprobs = log_chance(logit, rollouts.tokens)
     entropy = -sum(log_chance(logit, token).exp() * log_chance(logit, token) for token in (0, 1))
-    in_loss, weights = token_weights(rollouts, method, groups_a_batch)
+    rule = method.loss
+    in_loss, weights = token_weights(rollouts, rule, groups_a_batch)
     ratio_ids = {"turn": rollouts.turn_ids, "sequence": sequence_ids(rollouts.cu_tokens, len(logit))}
     loss = clipped_loss(
         logprobs,
-        advantages(method, rollouts, groups_a_batch),
+        advantages(method.credit, rollouts, groups_a_batch),
         loss_mask=in_loss,
         old_logprobs=sampled_logprobs(process, rollouts),
-        entropy=entropy if method.entropy_coef else None,
-        clip_low=method.clip_low,
-        clip_high=method.clip_high,
-        rule=LossRule(*(getattr(method, field) for field in LossRule._fields)),
-        ref_logprobs=None if method.kl == "none" else logprobs.detach(),
+        entropy=entropy if rule.entropy_coef else None,
+        clip_low=rule.clip_low,
+        clip_high=rule.clip_high,
+        rule=loss_rule(rule),
+        ref_logprobs=None if rule.kl == "none" else logprobs.detach(),
         token_weights=weights,
-        ratio_ids=ratio_ids.get(method.ratio_level),
+        ratio_ids=ratio_ids.get(rule.ratio_level),
         num_loss_tokens=1.0,
     ).loss
     return sum_by_batch(process, rollouts, -torch.autograd.grad(loss, logit)[0], groups_a_batch)
@@ -124,8 +94,8 @@ def sampled_logprobs(process: Process, rollouts: Rollouts) -> Tensor:
     return log_chance(logits[torch.tensor(process.observations)[rollouts.states]], rollouts.tokens)
 
 
-def advantages(method: Method, rollouts: Rollouts, groups_a_batch: int) -> Tensor:
-    """[N], by the method's credit; the turns that call are all but a trajectory's last."""
+def advantages(credit: CreditSum, rollouts: Rollouts, groups_a_batch: int) -> Tensor:
+    """[N], by the credit; the turns that call are all but a trajectory's last."""
     calls = torch.ones(len(rollouts.rewards), dtype=torch.bool)
     calls[rollouts.cu_turns[1:] - 1] = False
     groups = torch.arange(len(rollouts.outcomes)) // rollouts.group_size
@@ -133,8 +103,8 @@ def advantages(method: Method, rollouts: Rollouts, groups_a_batch: int) -> Tenso
     def of(first: int, end: int) -> Tensor:
         bounds, tokens = rollouts.cu_turns[first : end + 1], slice(*rollouts.cu_tokens[[first, end]].tolist())
         turns = slice(*bounds[[0, -1]].tolist())
-        return method_advantages(
-            method,
+        return credit_advantages(
+            credit,
             rollouts.rewards[turns],
             bounds - bounds[0],
             groups[first:end],
@@ -145,15 +115,15 @@ def advantages(method: Method, rollouts: Rollouts, groups_a_batch: int) -> Tenso
         ).advantages
 
     # statistics of groups do not see other batches, so one call serves all
-    sees_batch = method.whiten or "batch" in (method.scope, *(term.scope for term in method.extra_terms))
+    sees_batch = credit.whiten or any(term.scope == "batch" for term in credit.terms)
     each = groups_a_batch * rollouts.group_size if sees_batch else len(groups)
     return torch.cat([of(first, first + each) for first in range(0, len(groups), each)])
 
 
-def token_weights(rollouts: Rollouts, method: Method, groups_a_batch: int) -> tuple[Tensor, Tensor]:
-    """(Mask [N] bool, weight [N]) of tokens in the method's mean over a batch, with the constant 1."""
-    masked = [end for end, is_out in (("truncated", method.mask_truncated), ("void", method.mask_void_turns)) if is_out]
-    return _token_weights(rollouts, method.aggregation, tuple(masked), groups_a_batch)
+def token_weights(rollouts: Rollouts, loss: PolicyLoss, groups_a_batch: int) -> tuple[Tensor, Tensor]:
+    """(Mask [N] bool, weight [N]) of tokens in the loss's mean over a batch, with the constant 1."""
+    masked = [end for end, is_out in (("truncated", loss.mask_truncated), ("void", loss.mask_void_turns)) if is_out]
+    return _token_weights(rollouts, loss.aggregation, tuple(masked), groups_a_batch)
 
 
 @lru_cache(maxsize=8)
@@ -184,84 +154,6 @@ def sum_by_batch(process: Process, rollouts: Rollouts, gradients: Tensor, groups
     num_batches, size = len(rollouts.outcomes) // (groups_a_batch * rollouts.group_size), len(process.logits)
     total = torch.zeros(num_batches * size, dtype=torch.float64)
     return total.index_add_(0, batch * size + observation, gradients).view(num_batches, size)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Of one method on one process.
-
-    bias: the part of the expected update that does not point along the gradient, in parts of the one that does; where
-    there is no gradient, the whole expected update in standard deviations of one batch's. bias_error: half its 95 %
-    interval. is_biased: it is not 0, or points against the gradient, by a test at one in a thousand.
-    signal: the part along the gradient, in those deviations; without a gradient None, as all that follows but the last.
-    size, size_error: expected update along the gradient over the gradient's length, and half its 95 % interval.
-    variance, variance_error: of an update scaled to a size of 1, over that of `exact_updates`.
-    drift: the expected change of all logits together, in those deviations.
-    """
-
-    process: str
-    method: str
-    group_size: int
-    num_batches: int
-    bias: float
-    bias_error: float
-    is_biased: bool
-    signal: float | None
-    size: float | None
-    size_error: float | None
-    variance: float | None
-    variance_error: float | None
-    drift: float
-
-    @property
-    def is_found(self) -> bool:
-        """Whether there is a part along the gradient at all, by a test at one in a thousand."""
-        return self.signal is not None and abs(self.signal) * math.sqrt(self.num_batches) > QUANTILE_Z
-
-    @property
-    def angle(self) -> tuple[float, float]:
-        """Between expected update and gradient, in degrees, and half its interval; above 90 it points against it."""
-        assert self.signal is not None
-        along = math.copysign(1.0, self.signal)
-        return math.degrees(math.atan2(self.bias, along)), math.degrees(self.bias_error / (1.0 + self.bias**2))
-
-    @property
-    def cosine(self) -> tuple[float, float, float]:
-        """Between expected update and gradient, and the ends of its interval."""
-        angle, error = self.angle
-        most, least = min(angle + error, 180.0), max(angle - error, 0.0)
-        return tuple(math.cos(math.radians(x)) for x in (angle, most, least))  # type: ignore[return-value]
-
-    @property
-    def signed_bias(self) -> tuple[float, float]:
-        """Where there is no gradient: the expected update, below 0 where logits fall; half its interval."""
-        return math.copysign(self.bias, self.drift), self.bias_error
-
-
-@dataclass(frozen=True)
-class Results:
-    """What `make bias` finds: presets in their own loss on all processes; credits by themselves on `TURN_PROCESSES`."""
-
-    presets: list[Finding]
-    credits: list[Finding]
-    credits_by_size: list[Finding]
-
-    def as_json(self) -> str:
-        """A line a finding.
-
-        >>> results = Results([], [], [])
-        >>> Results.from_json(results.as_json()) == results
-        True
-        """
-        parts = (
-            f'"{field.name}": [\n' + ",\n".join(json.dumps(vars(found)) for found in getattr(self, field.name)) + "\n]"
-            for field in dataclasses.fields(self)
-        )
-        return "{\n" + ",\n".join(parts) + "\n}\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "Results":
-        return cls(**{name: [Finding(**found) for found in part] for name, part in json.loads(text).items()})
 
 
 def judge(process: Process, name: str, batches: Tensor, exact: Tensor, group_size: int) -> Finding:
@@ -345,8 +237,6 @@ def study(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from benchmarks import bias_report
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bias", description=__doc__)
     parser.add_argument("--batches", type=int, default=8000, help="batches a cell")
     options = parser.parse_args(arguments)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bias import BY_SIZE, CREDITS, GROUP_SIZE, GROUPS_A_BATCH, TURN_PROCESSES, Finding, Results
+from benchmarks.bias_findings import BY_SIZE, CREDITS, GROUP_SIZE, GROUPS_A_BATCH, TURN_PROCESSES, Finding, Results
 from benchmarks.bias_processes import PROCESSES, Process
 from gtpo.methods import describe_credit
 
@@ -75,7 +75,7 @@ Size; variance:
 
 ![The same angle and drift of credits over group size]({SIZES_PLOT.name})
 
-{lines(f"- {name}: `{describe_credit(method)}`" for name, method in CREDITS.items())}
+{lines(f"- {name}: `{describe_credit(method.credit)}`" for name, method in CREDITS.items())}
 
 `make bias` wrote this, from `benchmarks/results/bias.json`; the second plot has
 {results.credits_by_size[0].num_batches} batches a point.

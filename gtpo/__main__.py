@@ -214,7 +214,7 @@ def _list_keys(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             print(f"\n[{table}]  {purpose}")
             previous = table
         print(f"  {key} = {value!r}".ljust(46) + f"  # {meaning} ({allowed})")
-    print(f"\nmethods: {', '.join(METHODS)}; the keys of [credit] default to those of the method (`gtpo methods`)")
+    print(f"\nmethods: {', '.join(METHODS)}; `gtpo methods` says what [reward], [credit], [loss] are in each")
     return 0
 
 
@@ -223,12 +223,13 @@ def _list_methods(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise _Refused(f"`gtpo methods` takes no arguments, got {' '.join(overrides)}")
     for name, preset in PRESETS.items():
         print(f"{name}  {preset.source}")
-        print(f"  reward  {describe_reward(preset.method)}")
-        print(f"  credit  {describe_credit(preset.method)}")
-        print(f"  loss    {describe_loss(preset.method)}")
+        print(f"  reward  {describe_reward(preset.method.reward)}")
+        print(f"  credit  {describe_credit(preset.method.credit)}")
+        print(f"  loss    {describe_loss(preset.method.loss)}")
         print()
     print(
-        'method = "NAME" selects one, the keys of [credit] override its fields; notes on each: gtpo/methods/presets.py'
+        'method = "NAME" selects one, keys of [reward], [credit], [loss] override its fields; '
+        "notes on each: gtpo/methods/presets.py"
     )
     print(
         "norm[s](x) = (x - mean) / (deviation + eps) over the entries of scope s; centre[s](x) = x - mean;\n"

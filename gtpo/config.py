@@ -1,11 +1,11 @@
 """The configuration of a run: frozen dataclasses, read from TOML, overridden by `--key value`, unknown keys refused.
 
-Units are in the names (`_s`, `_bytes`, `num_`, `max_`). `method` names a preset of `gtpo.methods`; the keys of the
-table `[credit]` override single fields of it, `--credit.extra_terms.0.weight 0.3` one of its further terms.
+Units are in the names (`_s`, `_bytes`, `num_`, `max_`). `method` names a preset of `gtpo.methods`; the keys of
+the tables `[reward]`, `[credit]` and `[loss]` override single fields of it, `--credit.terms.0.gamma 1` one of a term.
 
->>> config = config_from_dict({"method": "grpo", "credit": {"eps": 1e-4}})
->>> config.credit.gamma, config.credit.population, config.credit.eps
-(1.0, 'trajectories', 0.0001)
+>>> config = config_from_dict({"method": "grpo", "credit": {"terms": {"0": {"eps": 1e-4}}}})
+>>> config.credit.terms[0].population, config.credit.terms[0].eps
+('trajectories', 0.0001)
 >>> config_from_dict({"rolout": {}})
 Traceback (most recent call last):
     ...
@@ -25,7 +25,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from gtpo.config_values import read_toml, refuse_wrong_types, shortened
-from gtpo.methods import METHODS, Method, Term, check_method, drop_idle
+from gtpo.methods import (
+    METHODS,
+    TABLES,
+    CreditSum,
+    Method,
+    PolicyLoss,
+    RewardRule,
+    Term,
+    check_method,
+    elsewhere,
+    moved,
+    overridden,
+    ranges_of,
+)
 
 
 @dataclass(frozen=True)
@@ -150,11 +163,13 @@ class EvalConfig:
 class Config:
     """One run. Everything random derives from `seed`; `num_threads = 0` keeps PyTorch's own choice."""
 
-    method: Annotated[str, "preset of [credit]; `gtpo methods` lists them"] = "gtpo"
+    method: Annotated[str, "preset of [reward], [credit], [loss]; `gtpo methods` lists them"] = "gtpo"
     seed: Annotated[int, "all that is random derives from it"] = 0
     output_dir: Annotated[str, "the run's folder"] = "runs/run"
     num_threads: Annotated[int, "of PyTorch; 0: its own choice"] = 0
-    credit: Method = field(default_factory=Method)
+    reward: RewardRule = field(default_factory=RewardRule)
+    credit: CreditSum = field(default_factory=CreditSum)
+    loss: PolicyLoss = field(default_factory=PolicyLoss)
     model: ModelConfig = field(default_factory=ModelConfig)
     environments: Annotated[tuple[EnvironmentConfig, ...], "where the tasks come from"] = (
         EnvironmentConfig(name="retry"),
@@ -193,21 +208,16 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
         _LEAST_ABOVE_0,
         _GREATEST,
         "model.initializer_range rollout.temperature eval.temperature train.max_grad_norm sandbox.cpu_time_s "
-        "sandbox.wall_time_s sandbox.memory_bytes sandbox.output_bytes credit.aggregation_constant",
+        "sandbox.wall_time_s sandbox.memory_bytes sandbox.output_bytes",
     ),
     (
         "at least 0",
         0,
         _GREATEST,
-        "seed num_threads model.lora_rank credit.eps credit.format_penalty credit.similarity_alpha "
-        "credit.execution_bonus credit.execution_penalty credit.clip_high credit.kl_coef credit.entropy_coef "
-        "credit.rollout_correction_low credit.rollout_correction_high sft.steps sft.learning_rate sft.warmup_steps "
+        "seed num_threads model.lora_rank sft.steps sft.learning_rate sft.warmup_steps "
         "train.steps train.learning_rate train.warmup_steps train.weight_decay train.eval_every",
     ),
     ("at least -1", -1, _GREATEST, "rollout.tool_join_steps"),
-    ("above 1", 1 + sys.float_info.epsilon, _GREATEST, "credit.dual_clip"),
-    ("a finite number", -_GREATEST, _GREATEST, "credit.weight"),
-    ("in [0, 1]", 0, 1, "credit.gamma credit.clip_low credit.ddof"),
 )
 
 
@@ -239,10 +249,10 @@ def _check(config: Config) -> None:
     for number, environment in enumerate(config.environments):
         if not 0 < environment.weight < math.inf:
             raise ValueError(f"environments.{number}.weight must be above 0, got {environment.weight}")
-    check_method(config.credit)
-    if config.credit.surrogate == "reinforce" and config.train.updates_per_rollout > 1:
+    check_method(Method(config.reward, config.credit, config.loss))
+    if config.loss.surrogate == "reinforce" and config.train.updates_per_rollout > 1:
         raise ValueError(
-            'train.updates_per_rollout must be 1 with credit.surrogate = "reinforce", which has no ratio to correct '
+            'train.updates_per_rollout must be 1 with loss.surrogate = "reinforce", which has no ratio to correct '
             f"later updates by, got {config.train.updates_per_rollout}"
         )
 
@@ -257,7 +267,7 @@ def config_from_dict(raw: Mapping[str, Any]) -> Config:
     method = raw.get("method", "gtpo")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    raw["credit"] = _overridden(dataclasses.asdict(METHODS[method]), raw.get("credit", {}))
+    raw |= overridden(METHODS[method], {name: raw[name] for name in TABLES if name in raw})
     try:
         return pydantic.TypeAdapter(Config).validate_python(raw)
     except pydantic.ValidationError as error:
@@ -266,22 +276,6 @@ def config_from_dict(raw: Mapping[str, Any]) -> Config:
         message = first["msg"].removeprefix("Value error, ")
         where = f"config key {key!r}: " if key else ""
         raise ValueError(f"{where}{message}" + (f", got {shortened(first['input'])}" if key else "")) from None
-
-
-def _overridden(preset: Mapping[str, Any], credit: Mapping[str, Any]) -> dict[str, Any]:
-    """The preset's fields under those given, less what these leave without effect.
-
-    `extra_terms` is a list, or {"0": {...}}: fields of the preset's terms.
-    """
-    terms = credit.get("extra_terms")
-    if isinstance(terms, Mapping):
-        changed = [dict(term) for term in preset["extra_terms"]]
-        for number, fields in terms.items():
-            term = _entry(changed, number, f"credit.extra_terms.{number}")
-            term.update(drop_idle({**term, **fields}, fields, Term))
-        terms = changed
-    merged = drop_idle({**preset, **credit}, credit, Method)
-    return merged if terms is None else {**merged, "extra_terms": terms}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -311,14 +305,20 @@ def describe_keys() -> Iterator[tuple[str, Any, str, str, str]]:
 
 def _describe(table: Any, *, prefix: str) -> Iterator[tuple[str, Any, str, str, str]]:
     ranges = {key: expected for expected, _, _, keys in _RANGES for key in keys.split()}
+    ranges |= {prefix + name: expected for name, expected in ranges_of(type(table)).items()}
     types = get_type_hints(type(table), include_extras=True)
-    for entry in dataclasses.fields(table):
+    # as in TOML, what a table holds itself stands before the tables in it
+    for entry in sorted(dataclasses.fields(table), key=lambda entry: entry.name == "terms"):
         key, value = prefix + entry.name, getattr(table, entry.name)
         if dataclasses.is_dataclass(value):
             yield from _describe(value, prefix=f"{key}.")
             continue
+        if key == "credit.terms":
+            for number, term in enumerate(value):
+                yield from _describe(term, prefix=f"{key}.{number}.")
+            continue
         kind, meaning = get_args(types[entry.name])
-        allowed = re.sub(r"gtpo\.[a-z_.]+\.", "", str(kind)) if get_args(kind) else kind.__name__
+        allowed = re.sub(r"(gtpo\.[a-z_.]+|typing)\.", "", str(kind)) if get_args(kind) else kind.__name__
         if get_origin(kind) is Literal:
             allowed = "one of " + ", ".join(get_args(kind))
         if key == "method":
@@ -331,7 +331,7 @@ def _describe(table: Any, *, prefix: str) -> Iterator[tuple[str, Any, str, str, 
 def _refuse_unknown_keys(raw: Mapping[str, Any], cls: type, *, prefix: str) -> None:
     known = {entry.name: entry for entry in dataclasses.fields(cls)}
     tables = {
-        "credit": Method,
+        **TABLES,
         "model": ModelConfig,
         "tasks": TasksConfig,
         "rollout": RolloutConfig,
@@ -342,8 +342,11 @@ def _refuse_unknown_keys(raw: Mapping[str, Any], cls: type, *, prefix: str) -> N
     }
     for key, value in raw.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {prefix + close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+            if place := moved(prefix + key):
+                raise ValueError(f"{prefix}{key} is now {place}")
+            close = elsewhere(prefix + key) or next(iter(difflib.get_close_matches(key, known, n=1)), None)
+            close = prefix + close if close in known else close
+            hint = f"did you mean {close!r}?" if close else f"known keys: {', '.join(sorted(known))}"
             raise ValueError(f"unknown config key {prefix + key!r}; {hint}")
         if not prefix and key in tables:
             if not isinstance(value, Mapping):
@@ -353,10 +356,10 @@ def _refuse_unknown_keys(raw: Mapping[str, Any], cls: type, *, prefix: str) -> N
             for number, item in enumerate(value):
                 if isinstance(item, Mapping):
                     _refuse_unknown_keys(item, EnvironmentConfig, prefix=f"environments.{number}.")
-        if prefix == "credit." and key == "extra_terms":
+        if prefix == "credit." and key == "terms":
             for number, item in value.items() if isinstance(value, Mapping) else enumerate(value):
                 if isinstance(item, Mapping):
-                    _refuse_unknown_keys(item, Term, prefix=f"credit.extra_terms.{number}.")
+                    _refuse_unknown_keys(item, Term, prefix=f"credit.terms.{number}.")
 
 
 def _override_pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

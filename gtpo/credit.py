@@ -1,6 +1,7 @@
 """Credit: from turn rewards to one advantage for every sampled token, once for a whole rollout.
 
-The arithmetic is `gtpo_kernels.combined_advantages`; this module lays a `Method` and trajectories out as its arguments.
+The arithmetic is `gtpo_kernels.combined_advantages`; this module lays a `CreditSum` and trajectories out
+as its arguments.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gtpo.batch import PackedSequence
-from gtpo.methods import Method, Term
+from gtpo.methods import CreditSum, Term
 from gtpo.rewards import TurnRewards, is_void_turn
 from gtpo.types import StopReason, Trajectory
 from gtpo_kernels import CreditRule, CreditTerm, TurnAdvantages, combined_advantages
@@ -28,8 +29,8 @@ class Credit:
     advantages: list[float]
 
 
-def method_advantages(
-    method: Method,
+def credit_advantages(
+    credit: CreditSum,
     turn_rewards: Tensor,
     cu_turns: Tensor,
     group_ids: Tensor,
@@ -40,19 +41,19 @@ def method_advantages(
     turns_with_calls: Tensor | None = None,
     backend: str | None = None,
 ) -> TurnAdvantages:
-    """The credit of a method: `gtpo_kernels.combined_advantages` of its terms.
+    """The advantages of a credit: `gtpo_kernels.combined_advantages` of its terms.
 
     outcomes [B] and anchor_ids [K] as there.  turns_with_calls: [K] bool, for terms of turns="with_calls".
-    Raises ValueError where the method needs one of them and it is None, and as `combined_advantages` does.
+    Raises ValueError where the credit needs one of them and it is None, and as `combined_advantages` does.
 
     >>> from gtpo.methods import METHODS
     >>> batch = [torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0, 2, 3]), torch.tensor([5, 5]), torch.arange(3)]
-    >>> method_advantages(METHODS["dr_grpo"], *batch).turn_advantages.tolist()
+    >>> credit_advantages(METHODS["dr_grpo"].credit, *batch).turn_advantages.tolist()
     [0.5, 0.5, -0.5]
     """
     terms = [
         CreditTerm(rule, term.weight, *_turns(term, turns_with_calls))
-        for term, rule in zip(_terms(method), credit_rules(method), strict=False)
+        for term, rule in zip(credit.terms, credit_rules(credit), strict=False)
     ]
     return combined_advantages(
         turn_rewards,
@@ -60,7 +61,7 @@ def method_advantages(
         group_ids,
         turn_ids,
         terms,
-        then=_WHITEN if method.whiten else None,
+        then=_WHITEN if credit.whiten else None,
         outcomes=outcomes,
         anchor_ids=anchor_ids,
         backend=backend,
@@ -68,7 +69,7 @@ def method_advantages(
 
 
 def group_advantages(
-    method: Method,
+    credit: CreditSum,
     rewards: Sequence[Sequence[float]],
     *,
     outcomes: Sequence[float] | None = None,
@@ -76,10 +77,10 @@ def group_advantages(
     calls: Sequence[Sequence[bool]] | None = None,
     digits: int = 4,
 ) -> list[list[float]]:
-    """`method_advantages` of one group given as lists, for examples: a list a trajectory, an entry and a token a turn.
+    """`credit_advantages` of one group given as lists, for examples: a list a trajectory, an entry and a token a turn.
 
     >>> from gtpo.methods import METHODS
-    >>> group_advantages(METHODS["rloo"], [[0.0, 1.0], [0.0], [0.0]])
+    >>> group_advantages(METHODS["rloo"].credit, [[0.0, 1.0], [0.0], [0.0]])
     [[1.0, 1.0], [-0.5], [-0.5]]
     """
     lengths = [len(trajectory) for trajectory in rewards]
@@ -89,8 +90,8 @@ def group_advantages(
 
     turn_rewards = flat(rewards, torch.float64)
     assert turn_rewards is not None
-    credit = method_advantages(
-        method,
+    found = credit_advantages(
+        credit,
         turn_rewards,
         torch.tensor([0, *lengths]).cumsum(0),
         torch.zeros(len(lengths), dtype=torch.long),
@@ -99,27 +100,26 @@ def group_advantages(
         anchor_ids=flat(anchors, torch.long),
         turns_with_calls=flat(calls, torch.bool),
     )
-    return [[round(x, digits) + 0.0 for x in part.tolist()] for part in credit.turn_advantages.split(lengths)]
+    return [[round(x, digits) + 0.0 for x in part.tolist()] for part in found.turn_advantages.split(lengths)]
 
 
-def credit_rules(method: Method) -> list[CreditRule]:
-    """The rules of the method's terms, then the one that whitens their sum, if it does."""
-    rules = [CreditRule(*(getattr(term, name) for name in CreditRule._fields)) for term in _terms(method)]
-    return [*rules, _WHITEN] if method.whiten else rules
+def credit_rules(credit: CreditSum) -> list[CreditRule]:
+    """The rules of the terms, then the one that whitens their sum, if it does."""
+    rules = [CreditRule(*(getattr(term, name) for name in CreditRule._fields)) for term in credit.terms]
+    return [*rules, _WHITEN] if credit.whiten else rules
 
 
-def check_credit(method: Method) -> None:
+def check_credit(credit: CreditSum) -> None:
     """Raises ValueError for fields of the credit that contradict one another or lie outside what they may be."""
-    for number, rule in enumerate(credit_rules(method)):
+    for number, rule in enumerate(credit_rules(credit)):
         try:
             check_rule(rule)
         except ValueError as error:
-            where = "credit" if number == 0 else f"credit.extra_terms.{number - 1}"
-            raise ValueError(f"{where}.{error}") from None
+            raise ValueError(f"credit.terms.{number}.{error}") from None
 
 
 def assign_credit(
-    groups: Sequence[Sequence[Trajectory]], rewards: Sequence[Sequence[TurnRewards]], method: Method
+    groups: Sequence[Sequence[Trajectory]], rewards: Sequence[Sequence[TurnRewards]], credit: CreditSum
 ) -> list[list[Credit]]:
     """Returns and advantages of all groups of a rollout, lost trajectories left out: a group has its true size."""
     trajectories = [trajectory for group in groups for trajectory in group]
@@ -127,8 +127,8 @@ def assign_credit(
     num_turns = [len(trajectory.turns) for trajectory in trajectories]
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     turn_ids = [k for k, turn in enumerate(turns) for _ in turn.completion_ids]
-    result = method_advantages(
-        method,
+    result = credit_advantages(
+        credit,
         torch.tensor(flat_rewards, dtype=torch.float32),
         torch.tensor([0, *num_turns]).cumsum(0).to(torch.int32),
         torch.tensor([number for number, group in enumerate(groups) for _ in group]),
@@ -158,12 +158,8 @@ def anchor_ids(trajectories: Sequence[Trajectory]) -> list[int]:
     return ids
 
 
-def _terms(method: Method) -> tuple[Method | Term, ...]:
-    return (method, *method.extra_terms)
-
-
-def _turns(term: Method | Term, turns_with_calls: Tensor | None) -> tuple[Tensor | None, Others]:
-    if isinstance(term, Method) or term.turns == "all":
+def _turns(term: Term, turns_with_calls: Tensor | None) -> tuple[Tensor | None, Others]:
+    if term.turns == "all":
         return None, "leave"
     if turns_with_calls is None:
         raise ValueError("turns_with_calls must be [K] for a term of turns='with_calls', got None")

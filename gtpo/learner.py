@@ -8,13 +8,13 @@ from torch import Tensor
 
 from gtpo.batch import Batch, PackedSequence, pack, split_by_tokens
 from gtpo.config import Config
+from gtpo.loss import loss_rule
 from gtpo.metrics import update_metrics
 from gtpo.policy import Policy
 from gtpo.schedule import learning_rate, split_evenly
 from gtpo_kernels import (
     LossMean,
     LossMetrics,
-    LossRule,
     linear_gtpo_loss,
     linear_token_logprobs,
     loss_mean,
@@ -32,14 +32,7 @@ class Learner:
     def __init__(self, policy: Policy, config: Config) -> None:
         self.policy = policy
         self.config = config
-        method = config.credit
-        self.rule = LossRule(
-            method.surrogate,
-            dual_clip=method.dual_clip,
-            kl=method.kl,
-            kl_coef=method.kl_coef,
-            entropy_coef=method.entropy_coef,
-        )
+        self.rule = loss_rule(config.loss)
         # of the policy that a KL term holds on to
         self.reference: Mapping[str, Tensor] = {}
 
@@ -104,7 +97,7 @@ class Learner:
             old_logprobs = batch.old_logprobs[sampled]
         gap = (old_logprobs - batch.rollout_logprobs[sampled]).abs()
         advantages = batch.advantages
-        if self.config.credit.rollout_correction != "none":
+        if self.config.loss.rollout_correction != "none":
             advantages = advantages * self._rollout_weights(batch, old_logprobs)
         loss, metrics = linear_gtpo_loss(
             hidden,
@@ -115,12 +108,12 @@ class Learner:
             loss_mask=batch.loss_mask,
             old_logprobs=batch.old_logprobs,
             temperature=self.config.rollout.temperature,
-            clip_low=self.config.credit.clip_low,
-            clip_high=self.config.credit.clip_high,
+            clip_low=self.config.loss.clip_low,
+            clip_high=self.config.loss.clip_high,
             rule=self.rule,
             ref_logprobs=batch.ref_logprobs,
             token_weights=self.mean_of(batch).token_weights,
-            ratio_ids=_shared_ids(batch, self.config.credit.ratio_level),
+            ratio_ids=_shared_ids(batch, self.config.loss.ratio_level),
             num_loss_tokens=float(num_loss_tokens),
         )
         loss.backward()
@@ -128,23 +121,23 @@ class Learner:
 
     def mean_of(self, batch: Batch) -> LossMean:
         """What a micro-batch brings to the method's mean over tokens; the denominators add up."""
-        method, constant = self.config.credit, None
-        if method.aggregation == "constant":
-            constant = method.aggregation_constant or float(self.config.rollout.max_trajectory_tokens)
-        return loss_mean(method.aggregation, batch.loss_mask, batch.cu_seqlens, constant=constant)
+        rule, constant = self.config.loss, None
+        if rule.aggregation == "constant":
+            constant = rule.aggregation_constant or float(self.config.rollout.max_trajectory_tokens)
+        return loss_mean(rule.aggregation, batch.loss_mask, batch.cu_seqlens, constant=constant)
 
     def _rollout_weights(self, batch: Batch, old_logprobs: Tensor) -> Tensor:
         """old_logprobs: of the tokens in the loss."""
-        method = self.config.credit
-        assert method.rollout_correction != "none"
+        rule = self.config.loss
+        assert rule.rollout_correction != "none"
         return rollout_weights(
             torch.zeros_like(batch.rollout_logprobs).masked_scatter(batch.loss_mask, old_logprobs),
             batch.rollout_logprobs,
             batch.loss_mask,
-            correction=method.rollout_correction,
-            low=method.rollout_correction_low,
-            high=method.rollout_correction_high,
-            ratio_ids=_shared_ids(batch, method.rollout_correction_level),
+            correction=rule.rollout_correction,
+            low=rule.rollout_correction_low,
+            high=rule.rollout_correction_high,
+            ratio_ids=_shared_ids(batch, rule.rollout_correction_level),
         )
 
     def micro_batches(self, sequences: Sequence[PackedSequence]) -> list[Batch]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gtpo.credit import Credit
-from gtpo.rewards import TurnRewards, has_format_fault, is_void_turn
+from gtpo.rewards import TurnRewards, is_void_turn
 from gtpo.types import StopReason, ToolResult, ToolStatus, Trajectory
 from gtpo_kernels import LossMetrics
 
@@ -55,14 +55,12 @@ def rollout_metrics(
         "turns/max": float(max(len(t.turns) for t in trajectories)),
         "turns/void_ratio": _mean([float(is_void_turn(t, i)) for t in trajectories for i in range(len(t.turns))]),
         "turn_reward/mean": _mean([value for reward in flat_rewards for value in reward.rewards]),
-        "turn_reward/format_fault_ratio": _mean(
-            [float(has_format_fault(t, i)) for t in trajectories for i in range(len(t.turns))]
-        ),
+        "turn_reward/format_fault_ratio": _mean([float(fault) for reward in flat_rewards for fault in reward.faults]),
         "turn_return/mean": _mean([value for item in flat_credit for value in item.returns]),
         "turn_return/std": _std([value for item in flat_credit for value in item.returns]),
         "turn_advantage/abs_max": max(abs(value) for item in flat_credit for value in item.advantages),
-        "shaping/similarity": _mean([reward.similarity for reward in flat_rewards]),
-        "shaping/execution": _mean([value for reward in flat_rewards for value in reward.execution]),
+        "shaping/similarity": _mean([sum(reward.terms["similarity"]) for reward in flat_rewards]),
+        "shaping/execution": _mean([value for reward in flat_rewards for value in reward.terms["execution"]]),
         "tools/calls_per_task": _mean([t.num_calls for t in trajectories]),
         "tools/call_frequency": _mean([float(t.num_calls > 0) for t in trajectories]),
         "tools/failure_frequency": _mean([float(result.status is not ToolStatus.OK) for result in calls]),

@@ -4,58 +4,76 @@ Pure functions of trajectories. Source: arXiv 2511.14846; what it leaves open is
 """
 
 import ast
+import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gtpo.methods import Method
+from gtpo.methods import RewardRule
 from gtpo.types import StopReason, ToolStatus, Trajectory
 
 # of two trajectories' cells, in [0, 1]
 Similarity = Callable[[Sequence[str], Sequence[str]], float]
+_FAILURES = (ToolStatus.ERROR, ToolStatus.TIMEOUT, ToolStatus.CRASH, ToolStatus.OUT_OF_MEMORY)
 
 
 @dataclass(frozen=True)
 class TurnRewards:
-    """For one trajectory: `rewards`, one a turn, and their parts, which add up to them."""
+    """For one trajectory: named terms, each one float a turn, and which turns have a format fault.
 
-    rewards: list[float]
-    outcome: float
-    similarity: float
-    format: list[float]
-    execution: list[float]
+    >>> TurnRewards({"outcome": [0.0, 1.0], "format": [-0.1, 0.0]}, faults=[True, False]).rewards
+    [-0.1, 1.0]
+    """
+
+    terms: Mapping[str, Sequence[float]]
+    faults: Sequence[bool]
+
+    @functools.cached_property
+    def rewards(self) -> list[float]:
+        """One a turn: the sum of the terms, which does not depend on their order."""
+        return [math.fsum(values) for values in zip(*self.terms.values(), strict=True)]
 
 
-def turn_rewards(group: Sequence[Trajectory], method: Method) -> list[TurnRewards]:
+def turn_rewards(group: Sequence[Trajectory], rule: RewardRule) -> list[TurnRewards]:
     """Rewards of every trajectory of one group (the attempts at one task; lost ones are left out by the caller).
 
-    r_ij = (on the last turn: the outcome, or the similarity credit where that is 0)
-    + (min(format_ij, execution_ij) where either is negative, else execution_ij).
-
-    The positive execution term is paid once a trajectory, for the first turn whose tools printed what the task expects;
-    the negative one for every turn whose tool failed or printed something else. Success is an unshaped outcome of 1.
+    The terms, which add up to r_ij:
+        "outcome": on the last turn; with `outcome_needs_format` 0 where any turn has a format fault;
+        "similarity": on the last turn of a trajectory whose outcome is 0, see `similarity_credits`;
+        "format": minus the penalty on a turn with a format fault;
+        "execution": the bonus once a trajectory, on the first turn whose tools printed what the task expects; minus
+            the penalty on every turn whose tool failed or printed something else.
+    Of two penalties on one turn the greater alone is taken, and a faulty turn earns no bonus.
 
     Raises ValueError if a trajectory has no turn, is lost, or its outcome is not a number in [0, 1].
     """
     for trajectory in group:
         _check(trajectory)
-    if method.reward == "outcome":
-        return [_outcome_reward(trajectory) for trajectory in group]
-    credits = similarity_credits(group, alpha=method.similarity_alpha, similarity=SIMILARITIES[method.similarity])
-    rewards = []
-    for trajectory, credit in zip(group, credits, strict=True):
-        format_terms = [
-            _format_term(trajectory, turn, penalty=method.format_penalty) for turn in range(len(trajectory.turns))
-        ]
-        execution_terms = _execution_terms(trajectory, method)
-        totals = [
-            min(form, run) if min(form, run) < 0 else run
-            for form, run in zip(format_terms, execution_terms, strict=True)
-        ]
-        totals[-1] += trajectory.outcome or credit
-        rewards.append(TurnRewards(totals, trajectory.outcome, credit, format_terms, execution_terms))
-    return rewards
+    credits = similarity_credits(group, alpha=rule.similarity_alpha, similarity=SIMILARITIES[rule.similarity])
+    return [_rewards_of(trajectory, credit, rule) for trajectory, credit in zip(group, credits, strict=True)]
+
+
+def _rewards_of(trajectory: Trajectory, credit: float, rule: RewardRule) -> TurnRewards:
+    num_turns = len(trajectory.turns)
+    faults = [has_format_fault(trajectory, turn, rule) for turn in range(num_turns)]
+    form = [0.0 - rule.format_penalty * fault for fault in faults]
+    execution = _execution_terms(trajectory, rule)
+    for turn, fault in enumerate(form):
+        if fault < 0 and execution[turn] < fault:
+            form[turn] = 0.0
+        elif fault < 0:
+            execution[turn] = 0.0
+    is_paid = not (rule.outcome_needs_format and any(faults))
+    outcome = trajectory.outcome if is_paid else 0.0
+    similarity = credit if is_paid and outcome == 0 else 0.0
+    terms = {
+        "outcome": _on_last_turn(outcome, num_turns),
+        "similarity": _on_last_turn(similarity, num_turns),
+        "format": form,
+        "execution": execution,
+    }
+    return TurnRewards(terms, faults)
 
 
 def similarity_credits(group: Sequence[Trajectory], *, alpha: float, similarity: Similarity) -> list[float]:
@@ -75,9 +93,12 @@ def similarity_credits(group: Sequence[Trajectory], *, alpha: float, similarity:
     return credits
 
 
-def has_format_fault(trajectory: Trajectory, turn: int) -> bool:
-    """A turn with an invalid tool call, or a first turn that calls no tool."""
-    return trajectory.turns[turn].num_invalid_calls > 0 or (turn == 0 and not trajectory.turns[0].calls)
+def has_format_fault(trajectory: Trajectory, turn: int, rule: RewardRule) -> bool:
+    """A turn with one of the rule's faults: an invalid tool call, or a first turn that calls no tool."""
+    found = trajectory.turns[turn]
+    return ("invalid_call" in rule.format_faults and found.num_invalid_calls > 0) or (
+        "no_first_call" in rule.format_faults and turn == 0 and not found.calls
+    )
 
 
 def is_void_turn(trajectory: Trajectory, turn: int) -> bool:
@@ -121,28 +142,18 @@ def _check(trajectory: Trajectory) -> None:
         raise ValueError(f"the outcome of {where} must be in [0, 1], got {trajectory.outcome}")
 
 
-def _outcome_reward(trajectory: Trajectory) -> TurnRewards:
-    clean = not any(has_format_fault(trajectory, turn) for turn in range(len(trajectory.turns)))
-    reward = 1.0 if trajectory.is_success and clean else 0.0
-    zeros = [0.0] * len(trajectory.turns)
-    return TurnRewards([*zeros[:-1], reward], trajectory.outcome, 0.0, zeros, zeros)
+def _on_last_turn(value: float, num_turns: int) -> list[float]:
+    return [0.0] * (num_turns - 1) + [value]
 
 
-def _format_term(trajectory: Trajectory, turn: int, *, penalty: float) -> float:
-    return -penalty if has_format_fault(trajectory, turn) else 0.0
-
-
-def _execution_terms(trajectory: Trajectory, method: Method) -> list[float]:
+def _execution_terms(trajectory: Trajectory, rule: RewardRule) -> list[float]:
     terms = [0.0] * len(trajectory.turns)
-    if method.execution_bonus == 0 and method.execution_penalty == 0:
-        return terms
-    failures = (ToolStatus.ERROR, ToolStatus.TIMEOUT, ToolStatus.CRASH, ToolStatus.OUT_OF_MEMORY)
     earned = False
     for number, turn in enumerate(trajectory.turns):
-        if any(result.status in failures for result in turn.results) or turn.as_expected is False:
-            terms[number] = -method.execution_penalty
+        if any(result.status in _FAILURES for result in turn.results) or turn.as_expected is False:
+            terms[number] = 0.0 - rule.execution_penalty
         elif turn.as_expected and not earned:
-            terms[number] = method.execution_bonus
+            terms[number] = rule.execution_bonus
             earned = True
     return terms
 

@@ -208,7 +208,7 @@ class Trainer:
             raise RuntimeError(
                 f"step {step + 1}: all {len(lost)} trajectories were lost, the first to: {lost[0].lost_because}"
             )
-        rewards = [turn_rewards(group, self.config.credit) for group in groups]
+        rewards = [turn_rewards(group, self.config.reward) for group in groups]
         credit = assign_credit(groups, rewards, self.config.credit)
         sampled = time.perf_counter()
         sequences = to_sequences(groups, credit, self.config)
@@ -405,8 +405,8 @@ def to_sequences(
         to_sequence(
             trajectory,
             assigned,
-            mask_truncated=config.credit.mask_truncated,
-            mask_void_turns=config.credit.mask_void_turns,
+            mask_truncated=config.loss.mask_truncated,
+            mask_void_turns=config.loss.mask_void_turns,
         )
         for group, group_credit in zip(groups, credit, strict=True)
         for trajectory, assigned in zip(group, group_credit, strict=True)

@@ -9,21 +9,22 @@ import pytest
 import torch
 
 from benchmarks import bias, bias_report
+from benchmarks.bias_findings import CREDITS, RESULTS, TURN_PROCESSES, Finding, Results
 from benchmarks.bias_processes import ENDS, PROCESSES, Process, Rollouts, sample
-from gtpo.methods import METHODS, PRESETS, Method, describe_credit, describe_loss
+from gtpo.methods import METHODS, PRESETS, PolicyLoss, describe_credit, describe_loss
 
 NAMED = {process.name: process for process in PROCESSES}
 DOCUMENT = bias_report.DOCUMENT.read_text()
-Findings = dict[tuple[str, str], bias.Finding]
+Findings = dict[tuple[str, str], Finding]
 
 
-def by_name(findings: list[bias.Finding]) -> Findings:
+def by_name(findings: list[Finding]) -> Findings:
     return {(finding.method, finding.process): finding for finding in findings}
 
 
 @pytest.fixture(scope="module")
 def credits() -> Findings:
-    return by_name(bias.study(240, bias.CREDITS, processes=bias.TURN_PROCESSES))
+    return by_name(bias.study(240, CREDITS, processes=TURN_PROCESSES))
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,8 @@ def presets() -> Findings:
 
 
 @pytest.fixture(scope="module")
-def kept() -> bias.Results:
-    return bias.Results.from_json(bias.RESULTS.read_text())
+def kept() -> Results:
+    return Results.from_json(RESULTS.read_text())
 
 
 def rollouts_of(process: Process, num_groups: int, seed: int = 3) -> Rollouts:
@@ -89,8 +90,8 @@ def test_the_estimator_that_all_are_held_against_is_unbiased(process: Process) -
     assert (error.abs() <= 4 * found.std(dim=0) / math.sqrt(len(found))).all()
 
 
-def token_weights_by_loops(method: Method, ends: list[str], lengths: list[int]) -> list[float]:
-    masked = {"truncated": method.mask_truncated, "void": method.mask_void_turns, "answer": False}
+def token_weights_by_loops(loss: PolicyLoss, ends: list[str], lengths: list[int]) -> list[float]:
+    masked = {"truncated": loss.mask_truncated, "void": loss.mask_void_turns, "answer": False}
     counts = [0 if masked[end] else length for end, length in zip(ends, lengths, strict=True)]
     in_loss = sum(count > 0 for count in counts)
     weights = {
@@ -98,7 +99,7 @@ def token_weights_by_loops(method: Method, ends: list[str], lengths: list[int]) 
         "seq-mean-token-mean": [1 / in_loss / max(count, 1) for count in counts],
         "seq-mean-token-sum": [1 / in_loss] * len(counts),
         "constant": [1 / in_loss] * len(counts),
-    }[method.aggregation]
+    }[loss.aggregation]
     pairs = zip(weights, counts, lengths, strict=True)
     return [weight * (count > 0) for weight, count, length in pairs for _ in range(length)]
 
@@ -109,15 +110,15 @@ def test_an_update_is_credit_times_score_in_the_mean_of_the_preset(name: str) ->
     process, method = NAMED["limits"], METHODS[name]
     rollouts = rollouts_of(process, 6)
     found = bias.updates(process, method, rollouts, 2)
-    credit = bias.advantages(method, rollouts, 2)
+    credit = bias.advantages(method.credit, rollouts, 2)
     logit = torch.tensor(process.logits, dtype=torch.float64)
     chance = torch.sigmoid(logit)
     # d entropy / d logit = -logit p (1 - p)
-    entropy = -method.entropy_coef * logit * chance * (1 - chance)
+    entropy = -method.loss.entropy_coef * logit * chance * (1 - chance)
     for batch in range(3):
         trajectories = range(16 * batch, 16 * batch + 16)
         lengths = [int(rollouts.cu_tokens[i + 1] - rollouts.cu_tokens[i]) for i in trajectories]
-        weights = token_weights_by_loops(method, [ENDS[rollouts.ends[i]] for i in trajectories], lengths)
+        weights = token_weights_by_loops(method.loss, [ENDS[rollouts.ends[i]] for i in trajectories], lengths)
         expected = torch.zeros(4, dtype=torch.float64)
         for i, weight in enumerate(weights, int(rollouts.cu_tokens[16 * batch])):
             at = process.observations[int(rollouts.states[i])]
@@ -129,7 +130,7 @@ def test_an_update_is_credit_times_score_in_the_mean_of_the_preset(name: str) ->
 def test_late_updates_go_through_ratio_and_clip(name: str, bounds: tuple[float, float]) -> None:
     process = NAMED["late"]
     rollouts = rollouts_of(process, 4)
-    credit = bias.advantages(METHODS[name], rollouts, 4)
+    credit = bias.advantages(METHODS[name].credit, rollouts, 4)
     logit = torch.tensor(process.logits, dtype=torch.float64)[rollouts.states].requires_grad_()
     logprobs = bias.log_chance(logit, rollouts.tokens)
     ratio = (logprobs - bias.sampled_logprobs(process, rollouts)).exp()
@@ -143,7 +144,7 @@ def test_late_updates_go_through_ratio_and_clip(name: str, bounds: tuple[float, 
 
 @pytest.mark.parametrize(("name", "size"), [("rloo", 1.0), ("turn_rloo", 1.0), ("dr_grpo", 7 / 8)])
 def test_what_takes_the_others_mean_off_is_unbiased(name: str, size: float, credits: Findings) -> None:
-    for process in bias.TURN_PROCESSES:
+    for process in TURN_PROCESSES:
         finding = credits[name, process.name]
         assert not finding.is_biased, finding
         if finding.size is not None and finding.size_error is not None:
@@ -209,7 +210,7 @@ def test_a_relative_variance_counts_batches() -> None:
     assert abs(value - 4.0) < 1.5 * error < 1.5
 
 
-def test_kept_results_are_those_of_a_small_study(kept: bias.Results, presets: Findings, credits: Findings) -> None:
+def test_kept_results_are_those_of_a_small_study(kept: Results, presets: Findings, credits: Findings) -> None:
     of_presets, of_credits = by_name(kept.presets), by_name(kept.credits)
     assert of_presets.keys() == presets.keys() and of_credits.keys() == credits.keys()
     for name, known in of_presets.items():
@@ -226,14 +227,14 @@ def test_kept_results_are_those_of_a_small_study(kept: bias.Results, presets: Fi
             assert abs(known.size - small.size) < 5 * errors, name
 
 
-def test_the_document_has_what_make_bias_found(kept: bias.Results) -> None:
+def test_the_document_has_what_make_bias_found(kept: Results) -> None:
     written = DOCUMENT[DOCUMENT.index(bias_report.BEGIN) : DOCUMENT.index(bias_report.END)]
     assert written + bias_report.END == bias_report.section(kept)
     for plot in (bias_report.PRESETS_PLOT, bias_report.SIZES_PLOT):
         assert f"({plot.name})" in written and plot.stat().st_size < 150_000
 
 
-def test_what_the_document_says_of_the_tables_is_in_them(kept: bias.Results) -> None:
+def test_what_the_document_says_of_the_tables_is_in_them(kept: Results) -> None:
     presets, credits = by_name(kept.presets), by_name(kept.credits)
     on_policy = [process.name for process in PROCESSES if process.has_gradient and process.name != "late"]
 
@@ -266,14 +267,14 @@ def test_what_the_document_says_of_the_tables_is_in_them(kept: bias.Results) -> 
 def test_the_document_lists_every_preset_as_it_is() -> None:
     for name, preset in PRESETS.items():
         row = next(line for line in DOCUMENT.splitlines() if line.startswith(f"| `{name}` |"))
-        assert f"`{describe_credit(preset.method)}`" in row and describe_loss(preset.method) in row
+        assert f"`{describe_credit(preset.method.credit)}`" in row and describe_loss(preset.method.loss) in row
         numbers = re.findall(r"\d{4}\.\d{5}", preset.source)
         assert all(number in row for number in numbers)
 
 
 def test_a_section_is_written_from_findings(presets: Findings, credits: Findings, tmp_path: Path) -> None:
-    results = bias.Results(list(presets.values()), list(credits.values()), list(credits.values()))
-    assert bias.Results.from_json(results.as_json()) == results
+    results = Results(list(presets.values()), list(credits.values()), list(credits.values()))
+    assert Results.from_json(results.as_json()) == results
     text = bias_report.section(results)
     assert text.startswith(bias_report.BEGIN) and text.endswith(bias_report.END)
     assert "| none of it |" in text and "`rloo`" in text

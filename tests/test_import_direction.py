@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("environments",),
     ("attention", "batch", "rewards"),
     ("trial",),
-    ("credit", "policy"),
+    ("credit", "loss", "policy"),
     ("sampler", "schedule"),
     ("rollout",),
     ("assembly", "sft", "evaluation", "metrics", "run_folder"),
@@ -42,7 +42,7 @@ RESTRICTED: dict[str, dict[str, tuple[str, ...] | None]] = {
 }
 
 # Maths only: no I/O, no clock, no scheduling, no randomness but what is passed in.
-PURE = ("methods", "rewards", "credit", "batch")
+PURE = ("methods", "rewards", "credit", "loss", "batch")
 IMPURE_IMPORTS = ("asyncio", "io", "multiprocessing", "os", "pathlib", "random", "socket", "subprocess", "time")
 
 KERNELS_NEVER = ("gtpo", "transformers", "flash_attn")

@@ -3,9 +3,10 @@
 One call each, and no trainer is needed.  All entries stand at the place of their token (nothing is shifted), and every
 call takes whole groups: before micro-batches, before rows are shuffled, and from all ranks.
 
-`options` are fields of a credit: gamma, scope, population, ddof, eps and the others of `gtpo.methods.Method` from
-`quantity` to `whiten`; left out, they are GTPO's.  Or `method` names a preset that `gtpo methods` lists, and the others
-change it: method="rloo".  Its rewards and its loss are the trainer's.  `backend` is that of `turn_advantages`.
+`options` are those of a credit: gamma, scope, population, ddof, eps and the other fields of a `gtpo.methods.Term`, or
+`terms`, a list of these, and `whiten`; left out, they are GTPO's.  Or `method` names a preset that `gtpo methods`
+lists, and the others change it: method="grpo", eps=1e-4; where it has several terms by number: method="matchtir",
+terms={1: {"gamma": 1.0}}.  Its rewards and its loss are the trainer's.  `backend` is that of `turn_advantages`.
 With the fields come what some credits need of the batch, and no other takes:
     outcomes: B numbers, for quantity="outcome" (MT-GRPO).
     anchor_ids: for each trajectory one label a turn, equal for turns taken in one state, for scope="group_anchor"
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from gtpo.adapters.options import PER_BATCH, CreditSettings, credit_settings
 from gtpo.adapters.ragged import flat_floats, flat_ints
-from gtpo.credit import method_advantages
+from gtpo.credit import credit_advantages
 from gtpo_kernels import TurnAdvantages
 from gtpo_kernels.checks import check_tensor
 
@@ -294,8 +295,8 @@ def _of_settings(
     if "turns_with_calls" in of_batch:
         calls = _flat_by_turn("turns_with_calls", of_batch["turns_with_calls"], counts)
         tensors["turns_with_calls"] = torch.tensor(calls, dtype=torch.bool, device=device)
-    return method_advantages(
-        settings.method, turn_rewards, cu_turns, group_ids, turn_ids, backend=settings.backend, **tensors
+    return credit_advantages(
+        settings.credit, turn_rewards, cu_turns, group_ids, turn_ids, backend=settings.backend, **tensors
     )
 
 

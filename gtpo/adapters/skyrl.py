@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from gtpo.adapters.layouts import token_reward_advantages
-from gtpo.adapters.options import credit_settings
-from gtpo.methods import METHODS
+from gtpo.adapters.options import credit_settings, with_discount
 from gtpo_kernels import LossRule, clipped_loss
 
 NAME = "gtpo"
@@ -70,14 +69,7 @@ def gtpo_advantages(
             "SkyRL's own trainer hides the turns from its estimators: return gtpo.adapters.skyrl.trainer_class()(...) "
             "from BasePPOExp.get_trainer"
         )
-    options = dict(credit or {})
-    if "method" not in options:
-        if options.get("quantity") != "turn_reward":  # which is not discounted
-            options.setdefault("gamma", gamma)
-    elif gamma not in (1.0, options.get("gamma", METHODS[options["method"]].gamma)):
-        raise ValueError(
-            f"trainer.algorithm.gamma={gamma} is not that of the method {options['method']!r}: pass gamma to register()"
-        )
+    options = with_discount(credit or {}, gamma, key="trainer.algorithm.gamma")
     result = token_reward_advantages(token_level_rewards, response_mask, index, **options)
     return result.advantages, result.returns
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gtpo.methods import METHODS, Method
+from gtpo.methods import METHODS, PolicyLoss
 from gtpo_kernels import LossRule, linear_gtpo_loss
 from gtpo_kernels.clipped_loss.reference import ClippedLoss, Penalty
 
@@ -35,10 +35,10 @@ class FusedLoss(NamedTuple):
     options: dict[str, Any]
 
 
-def loss_arguments(method: str | Method) -> dict[str, Any]:
+def loss_arguments(method: str | PolicyLoss) -> dict[str, Any]:
     """The fields of TRL's `GRPOConfig` that make its loss the one of a preset: `GRPOConfig(**loss_arguments("gspo"))`.
 
-    method: a name that `gtpo methods` lists, or a `Method`.
+    method: a name that `gtpo methods` lists, or a `PolicyLoss`.
     Raises ValueError, by name, for what no field of `GRPOConfig` says.
 
     >>> loss_arguments("gspo")["importance_sampling_level"], loss_arguments("gtpo")["epsilon_high"]
@@ -50,7 +50,7 @@ def loss_arguments(method: str | Method) -> dict[str, Any]:
     """
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    m = METHODS[method] if isinstance(method, str) else method
+    m = METHODS[method].loss if isinstance(method, str) else method
     is_cispo = m.surrogate == "cispo"
     refused = {
         "surrogate": m.surrogate == "reinforce",

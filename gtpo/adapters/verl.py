@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gtpo.adapters.layouts import token_reward_advantages, turn_ids_of_runs
-from gtpo.adapters.options import credit_settings
+from gtpo.adapters.options import credit_settings, with_discount
 from gtpo_kernels import LossRule, clipped_loss
 from gtpo_kernels.clipped_loss.reference import Surrogate
 
@@ -35,7 +35,7 @@ def gtpo_advantages(
     token_level_rewards, response_mask: [bs, response_length].  index: the uid of each row's prompt.
     config: verl's `algorithm`.  `algorithm.gamma` is the discount from turn to turn (verl: 1.0, GTPO: 0.9); any option
         of `gtpo.adapters.layouts` can stand under `+algorithm.gtpo.<keyword>=<value>`.  With `+algorithm.gtpo.method`
-        the discount is the preset's, or that of `+algorithm.gtpo.gamma`.
+        discounts are the preset's, or those of `+algorithm.gtpo.terms.0.gamma`.
     Returns (advantages, returns), [bs, response_length] each.
     Raises ValueError for a rejection by verl's rollout correction (`rollout_rs` outside bypass mode), which takes
         tokens out of the mask, and with them turns; and for credits that need more than verl hands over.
@@ -57,17 +57,8 @@ def _credit_options(config: Any) -> dict[str, Any]:
     """What verl's `algorithm` says about the credit."""
     if config is None:
         return {}
-    options = dict(config.get(NAME, None) or {})
-    gamma = config.get("gamma", None)
-    if "method" not in options and gamma is not None and options.get("quantity") != "turn_reward":
-        options.setdefault("gamma", float(gamma))
-    settings = credit_settings(options, given=())
-    # 1.0 is verl's default, which says nothing about a preset
-    if "method" in options and gamma not in (None, 1.0, settings.method.gamma) and "gamma" not in options:
-        raise ValueError(
-            f"algorithm.gamma={gamma} is not that of the method {options['method']!r}, {settings.method.gamma}: "
-            "set algorithm.gtpo.gamma to change the preset"
-        )
+    options = with_discount(config.get(NAME, None) or {}, config.get("gamma", None), key="algorithm.gamma")
+    credit_settings(options, given=())
     correction = config.get("rollout_correction", None) or {}
     if correction.get("rollout_rs", None) and not correction.get("bypass_mode", False):
         raise ValueError(

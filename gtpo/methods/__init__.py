@@ -1,23 +1,34 @@
-"""The methods of the family as data: what a turn is credited with, and what the loss makes of it.
+"""The methods of the family as data: what a turn is paid and credited with, and what the loss makes of it.
 
-A `Method` is one row of settings, `PRESETS` holds the published ones. Nothing here computes: the credit is
-`gtpo.credit`, the loss `gtpo_kernels`.
+A `Method` is three records of settings, `PRESETS` holds the published ones. Nothing here computes: rewards are
+`gtpo.rewards`, the credit is `gtpo.credit`, the loss `gtpo.loss`.
 """
 
+from gtpo.methods.checks import check_credit_fields, check_method, ranges_of
 from gtpo.methods.describe import describe_credit, describe_loss, describe_reward
-from gtpo.methods.method import Method, Term, check_method, drop_idle
+from gtpo.methods.overrides import TABLES, elsewhere, moved, overridden, overridden_credit
 from gtpo.methods.presets import METHODS, NAMESAKES, PRESETS, Preset
+from gtpo.methods.records import CreditSum, Method, PolicyLoss, RewardRule, Term
 
 __all__ = [
     "METHODS",
     "NAMESAKES",
     "PRESETS",
+    "TABLES",
+    "CreditSum",
     "Method",
+    "PolicyLoss",
     "Preset",
+    "RewardRule",
     "Term",
+    "check_credit_fields",
     "check_method",
     "describe_credit",
     "describe_loss",
     "describe_reward",
-    "drop_idle",
+    "elsewhere",
+    "moved",
+    "overridden",
+    "overridden_credit",
+    "ranges_of",
 ]

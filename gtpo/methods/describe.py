@@ -1,55 +1,55 @@
 """Reward, credit and loss of a method in a line each, read off its fields."""
 
-from gtpo.methods.method import Method, Term
+from gtpo.methods.records import CreditSum, PolicyLoss, RewardRule, Term
 
 
-def describe_reward(method: Method) -> str:
+def describe_reward(rule: RewardRule) -> str:
     """What a turn is paid, read off the fields.
 
     >>> from gtpo.methods import METHODS
-    >>> describe_reward(METHODS["gtpo"])
+    >>> describe_reward(METHODS["gtpo"].reward)
     'outcome or similarity 0.5, format -0.1'
-    >>> describe_reward(METHODS["grpo"])
+    >>> describe_reward(METHODS["grpo"].reward)
     'outcome, 0 with a format fault'
     """
-    if method.reward == "outcome":
-        return "outcome, 0 with a format fault"
-    parts = [f"outcome or similarity {method.similarity_alpha:g}" if method.similarity_alpha else "outcome"]
-    parts += [f"format -{method.format_penalty:g}"] if method.format_penalty else []
-    if method.execution_bonus or method.execution_penalty:
-        parts += [f"execution {method.execution_bonus:g} / -{method.execution_penalty:g}"]
+    parts = [f"outcome or similarity {rule.similarity_alpha:g}" if rule.similarity_alpha else "outcome"]
+    parts += ["0 with a format fault"] if rule.outcome_needs_format else []
+    parts += [f"format -{rule.format_penalty:g}"] if rule.format_penalty and rule.format_faults else []
+    if rule.execution_bonus or rule.execution_penalty:
+        parts += [f"execution {rule.execution_bonus:g} / -{rule.execution_penalty:g}"]
+    if rule.format_faults != RewardRule.format_faults:
+        parts += [f"format faults: {' and '.join(rule.format_faults).replace('_', ' ') or 'none'}"]
     return ", ".join(parts)
 
 
-def describe_credit(method: Method) -> str:
+def describe_credit(credit: CreditSum) -> str:
     """The formula of a credit, read off its fields.
 
     >>> from gtpo.methods import METHODS
-    >>> describe_credit(METHODS["matchtir"])
+    >>> describe_credit(METHODS["matchtir"].credit)
     '0.5 norm[group, one a trajectory](trajectory return) + 0.5 norm[group and turn](turn return, gamma 0.9)'
     """
-    first = Term(**{name: getattr(method, name) for name in Term.__dataclass_fields__ if hasattr(method, name)})
-    credit = " + ".join(_describe_term(term) for term in (first, *method.extra_terms))
-    return f"whiten[tokens of the batch]({credit})" if method.whiten else credit
+    formula = " + ".join(_describe_term(term) for term in credit.terms)
+    return f"whiten[tokens of the batch]({formula})" if credit.whiten else formula
 
 
-def describe_loss(method: Method) -> str:
+def describe_loss(loss: PolicyLoss) -> str:
     """The settings of a loss in one line.
 
     >>> from gtpo.methods import METHODS
-    >>> describe_loss(METHODS["gtpo"])
+    >>> describe_loss(METHODS["gtpo"].loss)
     'token ratio, ppo, clip 0.2 / 0.28, token-mean'
     """
-    parts: list[str] = [method.surrogate]
-    if method.surrogate != "reinforce":
-        parts = [f"{method.ratio_level} ratio", *parts, f"clip {method.clip_low:g} / {method.clip_high:g}"]
-    parts += [f"dual clip {method.dual_clip:g}"] if method.dual_clip is not None else []
-    parts += [method.aggregation]
-    parts += [f"{method.kl} KL {method.kl_coef:g}"] if method.kl != "none" else []
-    parts += [f"entropy {method.entropy_coef:g}"] if method.entropy_coef else []
-    parts += [f"{method.rollout_correction} rollout weights"] if method.rollout_correction != "none" else []
-    parts += ["truncated masked"] if method.mask_truncated else []
-    parts += ["void turns masked"] if method.mask_void_turns else []
+    parts: list[str] = [loss.surrogate]
+    if loss.surrogate != "reinforce":
+        parts = [f"{loss.ratio_level} ratio", *parts, f"clip {loss.clip_low:g} / {loss.clip_high:g}"]
+    parts += [f"dual clip {loss.dual_clip:g}"] if loss.dual_clip is not None else []
+    parts += [loss.aggregation]
+    parts += [f"{loss.kl} KL {loss.kl_coef:g}"] if loss.kl != "none" else []
+    parts += [f"entropy {loss.entropy_coef:g}"] if loss.entropy_coef else []
+    parts += [f"{loss.rollout_correction} rollout weights"] if loss.rollout_correction != "none" else []
+    parts += ["truncated masked"] if loss.mask_truncated else []
+    parts += ["void turns masked"] if loss.mask_void_turns else []
     return ", ".join(parts)
 
 

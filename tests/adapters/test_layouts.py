@@ -17,7 +17,7 @@ from gtpo.adapters.layouts import (
     turn_ids_of_runs,
 )
 from gtpo.credit import group_advantages
-from gtpo.methods import METHODS
+from gtpo.methods import METHODS, Term
 from tests.adapters.attempts import ATTEMPTS, Attempts, by_the_formula, turn_ids_of
 from tests.adapters.conftest import ROOT, run_python_blocks
 
@@ -137,14 +137,19 @@ def test_credits_take_what_they_need_of_the_batch() -> None:
         on_tokens = token_reward_advantages(laid, (tokens >= 0).int(), "aa", **options).advantages
         for found in (padded_, packed.view(2, 3), on_tokens):
             assert found[:, [0, 2]].tolist() == [pytest.approx(row, rel=1e-6) for row in lists]
-    by_hand = group_advantages(METHODS["mt_grpo"], rewards, outcomes=[1.0, 0.0], calls=[[True, False]] * 2)
+    by_hand = group_advantages(METHODS["mt_grpo"].credit, rewards, outcomes=[1.0, 0.0], calls=[[True, False]] * 2)
     assert list_turn_advantages(rewards, "aa", **mt_grpo) == [pytest.approx(row, abs=1e-4) for row in by_hand]
 
 
 def test_terms_may_be_mappings_and_the_backend_is_passed_on() -> None:
-    term = {"weight": 0.5, "gamma": 0.9, "scope": "group_turn"}
-    given = list_turn_advantages(ATTEMPTS.rewards, ATTEMPTS.groups, method="matchtir", extra_terms=[term])
+    whole = {"weight": 0.5, "quantity": "trajectory_return", "gamma": 1.0, "population": "trajectories"}
+    terms = [whole, Term(weight=0.5, gamma=0.9, scope="group_turn")]
+    given = list_turn_advantages(ATTEMPTS.rewards, ATTEMPTS.groups, terms=terms)
     assert given == list_turn_advantages(ATTEMPTS.rewards, ATTEMPTS.groups, method="matchtir", backend="reference")
+    changed = list_turn_advantages(ATTEMPTS.rewards, ATTEMPTS.groups, method="matchtir", terms={1: {"gamma": 0.5}})
+    by_key = list_turn_advantages(ATTEMPTS.rewards, ATTEMPTS.groups, method="matchtir", terms={"1": {"gamma": 0.5}})
+    terms[1] = Term(weight=0.5, gamma=0.5, scope="group_turn")
+    assert changed == by_key == list_turn_advantages(ATTEMPTS.rewards, ATTEMPTS.groups, terms=terms) != given
     with pytest.raises(ValueError, match="backend"):
         list_turn_advantages(ATTEMPTS.rewards, ATTEMPTS.groups, method="matchtir", backend="fortran")
 
@@ -319,13 +324,22 @@ IDS, REWARDS = torch.tensor([[0, -1, 1], [0, 0, -1]]), [[0.0, 1.0], [0.0]]
         ),
         (
             lambda: list_turn_advantages(REWARDS, "aa", scale="none", eps=0.1),
-            "credit.eps has no effect with credit.scale = 'none': it must be 1e-06, got 0.1",
+            r"credit.terms.0.eps has no effect with credit.terms.0.scale = 'none': it must be 1e-06, got 0.1",
         ),
         (
-            lambda: list_turn_advantages(REWARDS, "aa", extra_terms=[{"quantity": "turn_reward", "gamma": 0.5}]),
-            "credit.extra_terms.0.gamma has no effect",
+            lambda: list_turn_advantages(REWARDS, "aa", terms=[{}, {"quantity": "turn_reward", "gamma": 0.5}]),
+            "credit.terms.1.gamma has no effect",
         ),
-        (lambda: list_turn_advantages(REWARDS, "aa", extra_terms=[3]), "extra_terms must hold Terms or mappings"),
+        (lambda: list_turn_advantages(REWARDS, "aa", terms=[3]), "terms must hold Terms or mappings"),
+        (lambda: list_turn_advantages(REWARDS, "aa", terms=[]), "credit.terms must hold at least one term, got none"),
+        (lambda: list_turn_advantages(REWARDS, "aa", terms=3), "terms must be a list of Terms or mappings, .* got 3"),
+        (lambda: list_turn_advantages(REWARDS, "aa", terms={1: {}}), r"credit.terms.1: .* one of 1 terms, .* got '1'"),
+        (lambda: list_turn_advantages(REWARDS, "aa", terms=[{}], gamma=1.0), "gamma must stand in terms"),
+        (
+            lambda: list_turn_advantages(REWARDS, "aa", method="matchtir", gamma=1.0),
+            r"'matchtir' has 2 terms: say of which gamma is, as in terms=\{0: \{...\}\}",
+        ),
+        (lambda: list_turn_advantages(REWARDS, "aa", extra_terms=[{}]), "extra_terms is now terms, which holds the"),
         (lambda: number_groups(["a"], 1, group_size=2), "group_size=2 trajectories, but 'a' has 1"),
     ],
 )

@@ -22,4 +22,4 @@ def test_the_loss_of_a_preset_is_that_of_verl(name: str) -> None:
             by_token = by_token + of_verl.penalty[1] * estimate
         loss = mean_of(by_token - of_verl.entropy * leaf[1], rows.mask, of_verl.mean)
         (gradient,) = torch.autograd.grad(loss, leaf)
-        assert_same(preset_loss(METHODS[name], rows), (loss.detach(), gradient))
+        assert_same(preset_loss(METHODS[name].loss, rows), (loss.detach(), gradient))

@@ -93,7 +93,7 @@ def test_skyrl_options_come_from_register(monkeypatch: pytest.MonkeyPatch) -> No
         [0.0 if turn < 0 else values[turn] for turn in turns] for values, turns in zip(whole, TURN_IDS, strict=True)
     ]
     assert_close(estimator(**arguments, gamma=1.0)[0], padded(expected))
-    with pytest.raises(ValueError, match=r"algorithm.gamma=0.8 is not that of the method 'gtpo'"):
+    with pytest.raises(ValueError, match=r"algorithm.gamma=0.8 is no discount of the credit, which has 0.9"):
         estimator(**arguments, gamma=0.8)
     # the discount that SkyRL always sends is none of a reward that is not discounted
     skyrl.register(quantity="turn_reward", scope="none")

@@ -34,7 +34,7 @@ def test_verl_preset_keeps_its_discount() -> None:
     assert_close(by_name, padded(BY_TOKEN))
     changed = verl.gtpo_advantages(*arguments, {"gamma": 1.0, "gtpo": {"method": "gtpo", "gamma": 0.5}})[0]
     assert_close(changed, verl.gtpo_advantages(*arguments, {"gamma": 0.5})[0])
-    with pytest.raises(ValueError, match=r"algorithm.gamma=0.5 is not that of the method 'gtpo', 0.9"):
+    with pytest.raises(ValueError, match=r"algorithm.gamma=0.5 is no discount of the credit, which has 0.9: change it"):
         verl.gtpo_advantages(*arguments, {"gamma": 0.5, "gtpo": {"method": "gtpo"}})
 
 
@@ -54,7 +54,7 @@ def test_verl_rejection_is_refused() -> None:
 
 def test_verl_options_are_those_of_a_credit() -> None:
     arguments = (token_rewards(), MASK, ATTEMPTS.groups)
-    half = {"method": "matchtir", "extra_terms": [{"weight": 0.3, "scope": "group_turn"}]}
+    half = {"method": "matchtir", "terms": {1: {"weight": 0.3}}}
     assert verl.gtpo_advantages(*arguments, {"gtpo": half})[0].isfinite().all()
     # the discount that verl always sends is none of a reward that is not discounted
     config = {"gamma": 1.0, "gtpo": {"quantity": "turn_reward", "scope": "none"}}
@@ -65,8 +65,8 @@ def test_verl_options_are_those_of_a_credit() -> None:
         ({"gama": 1}, "a credit has no field gama"),
         ({"method": "gspo", "clip_low": 0.1}, "a credit has no clip_low: rewards and loss are the trainer's"),
         ({"method": "mt_grpo"}, "'mt_grpo' needs outcomes, turns_with_calls, which is not given here"),
-        ({"extra_terms": [{"wait": 0.3}]}, "extra_terms.0 has no field wait"),
-        ({"scale": "none", "eps": 0.1}, "credit.eps has no effect with credit.scale = 'none'"),
+        ({"terms": [{"wait": 0.3}]}, "terms.0 has no field wait"),
+        ({"scale": "none", "eps": 0.1}, "credit.terms.0.eps has no effect with credit.terms.0.scale = 'none'"),
     ):
         with pytest.raises(ValueError, match=message):
             verl.gtpo_advantages(*arguments, {"gtpo": options})

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gtpo.methods import Method
-from gtpo_kernels import LossRule, clipped_loss, loss_mean, sequence_ids
+from gtpo.loss import loss_rule
+from gtpo.methods import PolicyLoss
+from gtpo_kernels import clipped_loss, loss_mean, sequence_ids
 from tests.adapters.verl_losses import BATCH, LONGEST, Rows
 
 
@@ -53,28 +54,28 @@ def moved(rows: Rows) -> Rows:
     return rows._replace(old_logprobs=torch.where(far, rows.logprobs - 1.8, rows.old_logprobs))
 
 
-def preset_loss(method: Method, rows: Rows) -> tuple[Tensor, Tensor]:
-    """`clipped_loss` of the rows with all that the method says of it, and its gradient [2, BATCH, LONGEST].
+def preset_loss(loss: PolicyLoss, rows: Rows) -> tuple[Tensor, Tensor]:
+    """`clipped_loss` of the rows with all that it says, and its gradient [2, BATCH, LONGEST].
 
     The entropy of a token is taken to be minus its log-probability under the reference, which only has to be a number.
     """
     mask, cu_seqlens = rows.mask.flatten(), torch.arange(BATCH + 1) * LONGEST
-    constant = float(LONGEST) if method.aggregation == "constant" else None
-    mean = loss_mean(method.aggregation, mask, cu_seqlens, constant=constant)
+    constant = float(LONGEST) if loss.aggregation == "constant" else None
+    mean = loss_mean(loss.aggregation, mask, cu_seqlens, constant=constant)
     leaf = torch.stack([rows.logprobs, -rows.ref_logprobs]).requires_grad_()
-    loss = clipped_loss(
+    value = clipped_loss(
         leaf[0].flatten(),
         rows.advantages.flatten(),
         loss_mask=mask,
         old_logprobs=rows.old_logprobs.flatten(),
         entropy=leaf[1].flatten(),
-        clip_low=method.clip_low,
-        clip_high=method.clip_high,
-        rule=LossRule(*(getattr(method, field) for field in LossRule._fields)),
-        ref_logprobs=None if method.kl == "none" else rows.ref_logprobs.flatten(),
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        rule=loss_rule(loss),
+        ref_logprobs=None if loss.kl == "none" else rows.ref_logprobs.flatten(),
         token_weights=mean.token_weights,
-        ratio_ids=sequence_ids(cu_seqlens, len(mask)) if method.ratio_level == "sequence" else None,
+        ratio_ids=sequence_ids(cu_seqlens, len(mask)) if loss.ratio_level == "sequence" else None,
         num_loss_tokens=mean.num_loss_tokens,
     ).loss
-    (gradient,) = torch.autograd.grad(loss, leaf, materialize_grads=True)
-    return loss.detach(), gradient
+    (gradient,) = torch.autograd.grad(value, leaf, materialize_grads=True)
+    return value.detach(), gradient

@@ -66,7 +66,7 @@ def test_help_and_the_list_of_keys(capsys: pytest.CaptureFixture[str]) -> None:
     for key, value, meaning, allowed, _ in describe_keys():
         assert f"{f'  {key} = {value!r}':46}  # {meaning} ({allowed})" in listing
     assert f"{'  rollout.group_size = 8':46}  # trajectories for each task (int at least 2)" in listing
-    assert any("# preset of [credit]; `gtpo methods` lists them (one of gtpo, gtpo_dense, " in line for line in listing)
+    assert any("# preset of [reward], [credit], [loss]; `gtpo methods` lists them (one of gtpo, " in x for x in listing)
     assert any(line.endswith("learning rate to 0 (one of linear, cosine, constant)") for line in listing)
     assert listing[-1].startswith("methods: gtpo, gtpo_dense, grpo")
     assert main(["config", "extra"]) == 2
@@ -109,7 +109,7 @@ def test_a_reader_that_has_read_enough_is_no_fault() -> None:
         (["--rollout.tools", '["calculator"]'], 'rollout.tools must hold "python", which call_format = "code" calls'),
         (["--environments.0.weight", "0"], "environments.0.weight must be above 0, got 0"),
         (["--environments", '[{name = "retry", options = {num_items = "a"}}]'], "options of environment 'retry': "),
-        (["--credit.similarity", "foo"], "config key 'credit.similarity': Input should be 'ngram', got 'foo'"),
+        (["--reward.similarity", "foo"], "config key 'reward.similarity': Input should be 'ngram', got 'foo'"),
         (["--model.device", "nowhere"], "model.device must be one that PyTorch has here, got 'nowhere': "),
         (
             ["--model.attention=flash", "--model.device=meta", "--model.dtype=bfloat16", "--model.lora_rank=1"],

@@ -6,22 +6,23 @@ from typing import Any
 
 import pytest
 
-from gtpo.config import METHODS, config_from_dict, config_to_dict, load_config
+from gtpo.config import METHODS, Method, config_from_dict, config_to_dict, load_config
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_presets_fill_credit_and_come_back_from_plain_data(method: str) -> None:
+def test_presets_fill_the_tables_and_come_back_from_plain_data(method: str) -> None:
     config = config_from_dict({"method": method})
-    assert config.credit == METHODS[method]
+    assert Method(config.reward, config.credit, config.loss) == METHODS[method]
     assert config_from_dict(config_to_dict(config)) == config
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
-    path.write_text('method = "grpo"\n[train]\nsteps = 3\n[credit]\neps = 0.1\n')
+    path.write_text('method = "grpo"\n[train]\nsteps = 3\n[credit.terms.0]\neps = 0.1\n')
     config = load_config(path, ["--train.steps", "7", "--rollout.group-size=4", "--output_dir", "runs/a"])
     assert (config.train.steps, config.rollout.group_size, config.output_dir) == (7, 4, "runs/a")
-    assert (config.credit.eps, config.credit.gamma) == (0.1, 1.0)
+    (term,) = config.credit.terms
+    assert (term.eps, term.gamma) == (0.1, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ({"method": "ppo"}, "method must be one of gtpo, gtpo_dense, grpo, .*; got 'ppo'"),
         ({"rollout": {"group_size": 1}}, r"rollout\.group_size must be at least 2, got 1"),
         ({"rollout": {"temperature": 0.0}}, r"rollout\.temperature must be above 0"),
-        ({"credit": {"gamma": 1.5}}, r"credit\.gamma must be in \[0, 1\], got 1\.5"),
+        ({"credit": {"terms": [{"gamma": 1.5}]}}, r"credit\.terms\.0\.gamma must be in \[0, 1\], got 1\.5"),
         ({"environments": []}, "at least one environment, got none"),
         ({"environments": [{"name": "retry", "weight": 0}]}, r"environments\.0\.weight must be above 0, got 0"),
         ({"model": {"num_heads": 3, "num_kv_heads": 2}}, r"num_heads must be a multiple of .* = 2, got 3"),
@@ -45,12 +46,16 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
             {"rollout": {"tools": ["python", "python"]}},
             r"rollout\.tools must name .* each once; got \['python', 'python'",
         ),
-        ({"credit": {"similarity": "foo"}}, r"'credit\.similarity': Input should be 'ngram', got 'foo'"),
-        (
-            {"method": "grpo", "credit": {"similarity_alpha": 0.5}},
-            r"reward = \"outcome\" pays no term of a turn.*: credit\.similarity_alpha, got 0\.5$",
-        ),
-        ({"credit": {"reward": "outcome"}}, r"format_penalty, got 0\.1, credit\.similarity_alpha, got 0\.5$"),
+        ({"reward": {"similarity": "foo"}}, r"'reward\.similarity': Input should be 'ngram', got 'foo'"),
+        ({"reward": {"format_faults": ["typo"]}}, r"'reward\.format_faults\.0': Input should be .*, got 'typo'"),
+        ({"loss": {"gamma": 1.0}}, r"unknown config key 'loss\.gamma'; did you mean 'credit\.terms\.0\.gamma'"),
+        ({"reward": {"kl": "k3"}}, r"unknown config key 'reward\.kl'; did you mean 'loss\.kl'"),
+        ({"credit": {"term": []}}, r"unknown config key 'credit\.term'; did you mean 'credit\.terms'"),
+        ({"credit": {"terms": []}}, r"credit\.terms must hold at least one term, got none"),
+        ({"credit": {"terms": {"1": {}}}}, r"credit\.terms\.1: expected the number of one of 1 terms, .* got '1'"),
+        ({"credit": {"terms": {"0": 3}}}, r"'credit\.terms\.0' must be a table, got 3"),
+        ({"credit": {"terms": 3}}, r"'credit\.terms' must be a list of tables, got 3"),
+        ({"loss": 3}, "'loss' must be a table, got 3"),
     ],
 )
 def test_what_is_wrong_is_named(raw: dict[str, object], message: str) -> None:
@@ -63,12 +68,14 @@ def test_what_is_wrong_is_named(raw: dict[str, object], message: str) -> None:
     [
         ("seed", -1),
         ("num_threads", -1),
-        ("credit.eps", -1.0),
-        ("credit.ddof", 5),
-        ("credit.clip_low", -1.0),
-        ("credit.clip_high", float("nan")),
-        ("credit.format_penalty", -0.1),
-        ("credit.execution_bonus", -2.0),
+        ("credit.terms.0.eps", -1.0),
+        ("credit.terms.0.ddof", 5),
+        ("credit.terms.0.weight", float("nan")),
+        ("loss.clip_low", -1.0),
+        ("loss.clip_high", float("nan")),
+        ("loss.dual_clip", 1.0),
+        ("reward.format_penalty", -0.1),
+        ("reward.execution_bonus", -2.0),
         ("model.num_layers", 0),
         ("tasks.num_eval", 0),
         ("rollout.tool_join_steps", -5),
@@ -87,7 +94,10 @@ def test_what_is_wrong_is_named(raw: dict[str, object], message: str) -> None:
 def test_numbers_out_of_range_are_named(key: str, value: float) -> None:
     raw: dict[str, Any] = {}
     *tables, last = key.split(".")
-    (raw.setdefault(tables[0], {}) if tables else raw)[last] = value
+    table = raw
+    for name in tables:
+        table = table.setdefault(name, {})
+    table[last] = value
     with pytest.raises(ValueError, match=rf"^{re.escape(key)} must be .*, got {re.escape(str(value))}$"):
         config_from_dict(raw)
 
@@ -148,3 +158,41 @@ def test_bad_overrides_are_refused(tmp_path: Path, words: list[str], message: st
     path.write_text("")
     with pytest.raises(ValueError, match=message):
         load_config(path, words)
+
+
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("credit.clip_low", "loss.clip_low"),
+        ("credit.kl", "loss.kl"),
+        ("credit.mask_truncated", "loss.mask_truncated"),
+        ("credit.similarity_alpha", "reward.similarity_alpha"),
+        ("credit.gamma", "credit.terms.0.gamma"),
+        ("credit.weight", "credit.terms.0.weight"),
+        ("credit.reward", 'reward.outcome_needs_format, true for what was "outcome"'),
+        ("credit.extra_terms", "credit.terms, where entry 0 is the first term: extra_terms.0 is terms.1"),
+        ("credit.extra_terms.0.weight", "credit.terms, where entry 0 is the first term: extra_terms.0 is terms.1"),
+        ("rollout.mask_void_turns", "loss.mask_void_turns"),
+    ],
+)
+def test_a_key_that_moved_says_where_to(tmp_path: Path, key: str, place: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("")
+    old = ".".join(key.split(".")[:2])
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{old} is now {place}')}$"):
+        load_config(path, [f"--{key}", "1"])
+
+
+def test_a_method_is_overridden_in_its_three_tables(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'method = "matchtir"\n[reward]\nformat_penalty = 0.3\n[credit.terms.1]\ngamma = 1.0\n[loss]\nclip_low = 0.1\n'
+    )
+    words = ["--loss.clip_high", "0.3", "--credit.terms.0.weight", "0.25", "--reward.format_faults", '["invalid_call"]']
+    config = load_config(path, words)
+    preset = METHODS["matchtir"]
+    assert (config.reward.format_penalty, config.reward.format_faults) == (0.3, ("invalid_call",))
+    assert [(term.weight, term.gamma) for term in config.credit.terms] == [(0.25, 1.0), (0.5, 1.0)]
+    assert [term.scope for term in config.credit.terms] == [term.scope for term in preset.credit.terms]
+    assert (config.loss.clip_low, config.loss.clip_high, config.loss.kl) == (0.1, 0.3, preset.loss.kl)
+    assert config_from_dict(config_to_dict(config)) == config

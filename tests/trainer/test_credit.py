@@ -1,9 +1,13 @@
 """Advantages of whole groups, and what the masks leave of a trajectory."""
 
+import re
+import tomllib
+
 import pytest
 
-from gtpo.config import METHODS, Method
+from gtpo.config import config_from_dict
 from gtpo.credit import Credit, assign_credit, to_sequence
+from gtpo.methods import METHODS, CreditSum, Method, Term
 from gtpo.rewards import turn_rewards
 from gtpo.types import StopReason, Trajectory
 from tests.adapters.conftest import ROOT, run_python_blocks
@@ -15,8 +19,15 @@ def test_the_code_of_the_page_runs() -> None:
     assert scope["credit"].advantages.count_nonzero() == 4
 
 
+def test_the_tables_of_the_page_are_a_configuration() -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "credit.md").read_text(), re.DOTALL)
+    config = config_from_dict(tomllib.loads(block))
+    assert config.reward.format_faults == ("invalid_call",) and config.loss.clip_high == 0.28
+    assert [term.gamma for term in config.credit.terms] == [1.0, 1.0]
+
+
 def credit_of(groups: list[list[Trajectory]], method: Method) -> list[list[Credit]]:
-    return assign_credit(groups, [turn_rewards(group, method) for group in groups], method)
+    return assign_credit(groups, [turn_rewards(group, method.reward) for group in groups], method.credit)
 
 
 def calls(num_turns: int, outcome: float) -> Trajectory:
@@ -39,7 +50,7 @@ def test_groups_do_not_mix_but_under_batch_scope() -> None:
     groups = [[calls(1, 1.0), calls(1, 1.0)], [calls(1, 0.0), calls(1, 0.0)]]
     apart = credit_of(groups, Method())
     assert [credit.advantages for group in apart for credit in group] == [[0.0]] * 4
-    pooled = credit_of(groups, Method(scope="batch"))
+    pooled = credit_of(groups, Method(credit=CreditSum((Term(scope="batch"),))))
     assert pooled[0][0].advantages[0] > 0.8 and pooled[1][0].advantages[0] < -0.8
 
 

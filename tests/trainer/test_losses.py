@@ -11,16 +11,16 @@ from torch import Tensor
 
 from gtpo.batch import PackedSequence, pack
 from gtpo.learner import Learner
-from gtpo.methods import METHODS, Method
+from gtpo.methods import METHODS, PolicyLoss
 from gtpo.policy import Policy
 from tests.trainer.conftest import tiny_policy
 from tests.trainer.test_trainer import make_optimizer, make_trainer
 
 LOSSES = {
-    **METHODS,
-    "turn ratio": Method(ratio_level="turn", clip_low=0.05, clip_high=0.05, dual_clip=1.02, entropy_coef=0.1),
-    "truncated": Method(rollout_correction="truncated", rollout_correction_high=1.1, kl="k2", kl_coef=0.2),
-    "masked turns": Method(
+    **{name: method.loss for name, method in METHODS.items()},
+    "turn ratio": PolicyLoss(ratio_level="turn", clip_low=0.05, clip_high=0.05, dual_clip=1.02, entropy_coef=0.1),
+    "truncated": PolicyLoss(rollout_correction="truncated", rollout_correction_high=1.1, kl="k2", kl_coef=0.2),
+    "masked turns": PolicyLoss(
         rollout_correction="masked",
         rollout_correction_level="turn",
         rollout_correction_low=0.8,
@@ -51,8 +51,8 @@ def sequences_of_turns(num: int) -> list[PackedSequence]:
     return sequences
 
 
-def plain_loss(policy: Policy, method: Method, sequences: list[PackedSequence], old: Tensor, ref: Tensor) -> Tensor:
-    """The method's loss of whole sequences, by loops and plain PyTorch.  old, ref: [N] of the packed sequences."""
+def plain_loss(policy: Policy, loss: PolicyLoss, sequences: list[PackedSequence], old: Tensor, ref: Tensor) -> Tensor:
+    """The loss of whole sequences, by loops and plain PyTorch.  old, ref: [N] of the packed sequences."""
     batch = pack(sequences)
     log_p = (policy.hidden_states(batch) @ policy.head.weight.T).log_softmax(dim=1)
     logprobs = log_p.gather(1, batch.targets[:, None]).squeeze(1)
@@ -76,31 +76,31 @@ def plain_loss(policy: Policy, method: Method, sequences: list[PackedSequence], 
         in_loss = [i for i, row in enumerate(rows) if row[0] == number and row[2]]
         total = logprobs.new_zeros(())
         for i in in_loss:
-            same = sharing(method.ratio_level, i)
+            same = sharing(loss.ratio_level, i)
             # a token's own gradient on a shared value
             ratio = (logprobs[same] - old[same]).mean().detach().exp() * (logprobs[i] - logprobs[i].detach()).exp()
-            same = sharing(method.rollout_correction_level, i)
+            same = sharing(loss.rollout_correction_level, i)
             weight = math.exp(float((old[same] - batch.rollout_logprobs[same]).mean()))
-            if method.rollout_correction == "none":
+            if loss.rollout_correction == "none":
                 weight = 1.0
-            elif method.rollout_correction == "truncated":
-                weight = min(weight, method.rollout_correction_high)
-            elif not method.rollout_correction_low <= weight <= method.rollout_correction_high:
+            elif loss.rollout_correction == "truncated":
+                weight = min(weight, loss.rollout_correction_high)
+            elif not loss.rollout_correction_low <= weight <= loss.rollout_correction_high:
                 weight = 0.0
             advantage = float(batch.advantages[i]) * weight
-            bounded = ratio.clamp(1 - method.clip_low, 1 + method.clip_high)
+            bounded = ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high)
             gain = torch.minimum(ratio * advantage, bounded * advantage)
-            if method.dual_clip is not None and advantage < 0:
-                gain = gain.clamp(min=method.dual_clip * advantage)
-            if method.surrogate != "ppo":
-                gain = advantage * logprobs[i] * (bounded.detach() if method.surrogate == "cispo" else 1.0)
+            if loss.dual_clip is not None and advantage < 0:
+                gain = gain.clamp(min=loss.dual_clip * advantage)
+            if loss.surrogate != "ppo":
+                gain = advantage * logprobs[i] * (bounded.detach() if loss.surrogate == "cispo" else 1.0)
             x = ref[i] - logprobs[i]
-            kl = {"none": 0.0 * x, "k1": -x, "k2": x * x / 2, "k3": x.exp() - 1 - x}[method.kl]
-            total = total - gain + method.kl_coef * kl - method.entropy_coef * entropy[i]
+            kl = {"none": 0.0 * x, "k1": -x, "k2": x * x / 2, "k3": x.exp() - 1 - x}[loss.kl]
+            total = total - gain + loss.kl_coef * kl - loss.entropy_coef * entropy[i]
         if in_loss:
-            of_sequences.append(total / len(in_loss) if method.aggregation == "seq-mean-token-mean" else total)
+            of_sequences.append(total / len(in_loss) if loss.aggregation == "seq-mean-token-mean" else total)
             counts.append(len(in_loss))
-    divisor = {"token-mean": sum(counts), "constant": len(counts) * 48}.get(method.aggregation, len(counts))
+    divisor = {"token-mean": sum(counts), "constant": len(counts) * 48}.get(loss.aggregation, len(counts))
     return torch.stack(of_sequences).sum() / divisor
 
 
@@ -118,7 +118,7 @@ def policies() -> tuple[Policy, Policy]:
 def test_the_gradient_is_that_of_the_loss_by_loops(name: str, policies: tuple[Policy, Policy], tmp_path: Path) -> None:
     policy, before = policies
     with make_trainer(tmp_path, "--rollout.max_trajectory_tokens", "48") as trainer:
-        config = dataclasses.replace(trainer.config, credit=LOSSES[name])
+        config = dataclasses.replace(trainer.config, loss=LOSSES[name])
     learner = Learner(policy, config)
     learner.reference = before.reference_weights()
     sequences = sequences_of_turns(5)
@@ -139,7 +139,7 @@ def test_the_gradient_is_that_of_the_loss_by_loops(name: str, policies: tuple[Po
     loss = sum(learner.accumulate_gradient(batch, num_loss_tokens=denominator)[0] for batch in batches)
     found = {name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None}
     policy.model.zero_grad()
-    expected = plain_loss(policy, config.credit, sequences, old, ref)
+    expected = plain_loss(policy, config.loss, sequences, old, ref)
     expected.backward()
     assert loss == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
     assert found
@@ -149,7 +149,7 @@ def test_the_gradient_is_that_of_the_loss_by_loops(name: str, policies: tuple[Po
 
 
 def test_only_tokens_of_the_loss_are_projected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with make_trainer(tmp_path, "--credit.kl", "k3", "--credit.kl_coef", "0.1") as trainer:
+    with make_trainer(tmp_path, "--loss.kl", "k3", "--loss.kl_coef", "0.1") as trainer:
         learner = trainer.learner
     learner.keep_reference()
     sequences = sequences_of_turns(3)
@@ -173,7 +173,7 @@ def test_only_tokens_of_the_loss_are_projected(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_the_reference_is_the_policy_as_training_began(lora_rank: int, tmp_path: Path) -> None:
-    with make_trainer(tmp_path, "--credit.kl", "k3", "--credit.kl_coef", "0.1") as trainer:
+    with make_trainer(tmp_path, "--loss.kl", "k3", "--loss.kl_coef", "0.1") as trainer:
         config = trainer.config
     policy = tiny_policy(lora_rank=lora_rank)
     learner = Learner(policy, config)
@@ -199,7 +199,7 @@ def test_the_reference_is_the_policy_as_training_began(lora_rank: int, tmp_path:
 
 def test_under_lora_too_the_first_kl_is_that_of_the_warmed_up_policy_to_itself(tmp_path: Path) -> None:
     changes = ("--model.lora_rank", "2", "--sft.learning_rate", "0.05", "--train.updates_per_rollout", "1")
-    with make_trainer(tmp_path, *changes, "--credit.kl", "k2", "--credit.kl_coef", "0.1") as trainer:
+    with make_trainer(tmp_path, *changes, "--loss.kl", "k2", "--loss.kl_coef", "0.1") as trainer:
         trainer.warm_up_only()
         adapters = [value for name, value in trainer.policy.trainable().items() if "lora_B" in name]
         assert min(float(value.detach().abs().max()) for value in adapters) > 1e-3

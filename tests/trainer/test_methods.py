@@ -13,11 +13,14 @@ import torch
 
 from gtpo.__main__ import main
 from gtpo.config import config_from_dict, load_config
-from gtpo.credit import anchor_ids, assign_credit, check_credit, credit_rules, group_advantages, method_advantages
+from gtpo.credit import anchor_ids, assign_credit, check_credit, credit_advantages, credit_rules, group_advantages
 from gtpo.methods import (
     METHODS,
     PRESETS,
+    CreditSum,
     Method,
+    PolicyLoss,
+    RewardRule,
     Term,
     check_method,
     describe_credit,
@@ -62,12 +65,12 @@ def random_trial(seed: int) -> Trial:
     )
 
 
-def by_method(method: Method, trial: Trial) -> list[list[float]]:
+def by_credit(credit: CreditSum, trial: Trial) -> list[list[float]]:
     lengths = [len(turns) for turns in trial.rewards]
     num_tokens = [n for turns in trial.num_tokens for n in turns]
     flat = {name: [x for turns in getattr(trial, name) for x in turns] for name in ("rewards", "anchors", "calls")}
-    credit = method_advantages(
-        method,
+    found = credit_advantages(
+        credit,
         torch.tensor(flat["rewards"], dtype=torch.float64),
         torch.tensor([0, *lengths]).cumsum(0),
         torch.tensor(trial.groups),
@@ -76,7 +79,7 @@ def by_method(method: Method, trial: Trial) -> list[list[float]]:
         anchor_ids=torch.tensor(flat["anchors"]),
         turns_with_calls=torch.tensor(flat["calls"]),
     )
-    return [part.tolist() for part in credit.turn_advantages.split(lengths)]
+    return [part.tolist() for part in found.turn_advantages.split(lengths)]
 
 
 def mean(values: list[float]) -> float:
@@ -181,7 +184,7 @@ def test_a_preset_is_its_formula(name: str) -> None:
     for seed in range(100):
         trial = random_trial(seed)
         expected = [[FORMULAS[name](trial, i, j) for j in range(len(turns))] for i, turns in enumerate(trial.rewards)]
-        for ours, theirs in zip(by_method(METHODS[name], trial), expected, strict=True):
+        for ours, theirs in zip(by_credit(METHODS[name].credit, trial), expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-9)
 
 
@@ -196,7 +199,7 @@ def test_mt_grpo_gives_the_authors_credit_to_whoever_calls() -> None:
         outcome_advantage, turn_advantage = ((x - x.mean()) / (x.std() + 1e-4) for x in (outcome, turn))
         rewards = [[value, 0.0] if called else [0.0] for value, called in zip(turn.tolist(), calls, strict=True)]
         found = group_advantages(
-            METHODS["mt_grpo"],
+            METHODS["mt_grpo"].credit,
             rewards,
             outcomes=outcome.tolist(),
             calls=[[True, False] if called else [False] for called in calls],
@@ -261,7 +264,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_loss_of_a_preset_is_that_of_its_source(name: str) -> None:
-    assert Loss(*(getattr(METHODS[name], field) for field in Loss._fields)) == LOSSES[name]
+    assert Loss(*(getattr(METHODS[name].loss, field) for field in Loss._fields)) == LOSSES[name]
 
 
 def test_gtpo_and_grpo_are_the_short_call_bit_for_bit() -> None:
@@ -274,71 +277,76 @@ def test_gtpo_and_grpo_are_the_short_call_bit_for_bit() -> None:
         rest = (cu_turns, torch.tensor(trial.groups), torch.arange(len(rewards)).repeat_interleave(2))
         for name in ("gtpo", "gtpo_dense"):
             for ours, short in zip(
-                method_advantages(METHODS[name], rewards, *rest),
+                credit_advantages(METHODS[name].credit, rewards, *rest),
                 turn_advantages(rewards, *rest, gamma=0.9),
                 strict=True,
             ):
                 assert torch.equal(ours, short)
         short = turn_advantages(terminal, *rest, gamma=1.0, population="trajectories")
-        for ours, theirs in zip(method_advantages(METHODS["grpo"], terminal, *rest), short, strict=True):
+        for ours, theirs in zip(credit_advantages(METHODS["grpo"].credit, terminal, *rest), short, strict=True):
             assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_preset_is_chosen_by_name_and_any_field_overridden(name: str) -> None:
     config = config_from_dict({"method": name})
-    assert config.credit == METHODS[name]
+    preset = METHODS[name]
+    assert Method(config.reward, config.credit, config.loss) == preset
     check_credit(config.credit)
-    changed = {"weight": -1.0, "aggregation": "constant", "kl": "k2", "kl_coef": 0.5, "mask_truncated": True}
-    config = config_from_dict({"method": name, "credit": changed})
-    assert config.credit == dataclasses.replace(METHODS[name], **changed)  # type: ignore[arg-type]
+    check_method(preset)
+    changed: dict[str, Any] = {"aggregation": "constant", "kl": "k2", "kl_coef": 0.5, "mask_truncated": True}
+    given = {"loss": changed, "credit": {"terms": {"0": {"weight": -1.0}}}, "reward": {"execution_penalty": 0.3}}
+    config = config_from_dict({"method": name, **given})
+    assert config.loss == dataclasses.replace(preset.loss, **changed)
+    first = dataclasses.replace(preset.credit.terms[0], weight=-1.0)
+    assert config.credit.terms == (first, *preset.credit.terms[1:])
+    assert config.reward == dataclasses.replace(preset.reward, execution_penalty=0.3)
 
 
-def test_a_further_term_is_overridden_or_replaced(tmp_path: Path) -> None:
+def test_a_term_is_overridden_or_all_are_replaced(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('method = "matchtir"\n')
-    (term,) = METHODS["matchtir"].extra_terms
-    (changed,) = load_config(path, ["--credit.extra_terms.0.weight", "0.3"]).credit.extra_terms
-    assert changed == dataclasses.replace(term, weight=0.3)
-    path.write_text('method = "matchtir"\n[[credit.extra_terms]]\nscope = "batch"\n')
-    assert load_config(path).credit.extra_terms == (Term(scope="batch"),)
-    assert load_config(path, ["--credit.extra_terms.0.gamma", "1.0"]).credit.extra_terms == (
-        Term(scope="batch", gamma=1),
-    )
+    first, second = METHODS["matchtir"].credit.terms
+    changed = load_config(path, ["--credit.terms.1.weight", "0.3"]).credit.terms
+    assert changed == (first, dataclasses.replace(second, weight=0.3))
+    path.write_text('method = "matchtir"\n[[credit.terms]]\nscope = "batch"\n')
+    assert load_config(path).credit.terms == (Term(scope="batch"),)
+    assert load_config(path, ["--credit.terms.0.gamma", "1.0"]).credit.terms == (Term(scope="batch", gamma=1),)
     path.write_text('method = "matchtir"\n')
-    with pytest.raises(ValueError, match=r"--credit.extra_terms.1: expected the number of one of 1 entries"):
-        load_config(path, ["--credit.extra_terms.1.weight", "0.3"])
-    with pytest.raises(ValueError, match=r"unknown config key 'credit.extra_terms.0.wieght'; did you mean"):
-        load_config(path, ["--credit.extra_terms.0.wieght", "0.3"])
+    with pytest.raises(ValueError, match=r"credit.terms.2: expected the number of one of 2 terms, from 0, got '2'"):
+        load_config(path, ["--credit.terms.2.weight", "0.3"])
+    with pytest.raises(ValueError, match=r"unknown config key 'credit.terms.0.wieght'; did you mean"):
+        load_config(path, ["--credit.terms.0.wieght", "0.3"])
 
 
-@pytest.mark.parametrize("record", [Method, Term])
-def test_a_term_has_the_fields_choices_and_defaults_of_a_credit_rule(record: type) -> None:
+def test_a_term_has_the_fields_choices_and_defaults_of_a_credit_rule() -> None:
     # gtpo.methods states them once more, because the command line reads it without loading torch
-    types, defaults = get_type_hints(record), {field.name: field.default for field in dataclasses.fields(record)}
+    types, defaults = get_type_hints(Term), {field.name: field.default for field in dataclasses.fields(Term)}
     assert {name: types[name] for name in CreditRule._fields} == get_type_hints(CreditRule)
     assert {name: defaults[name] for name in CreditRule._fields} == CreditRule._field_defaults
 
 
 def test_a_credit_that_contradicts_itself_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"credit\.scope must be 'none' where neither centre nor scale is taken"):
-        check_credit(Method(centre="none", scale="none"))
-    with pytest.raises(ValueError, match=r"credit\.extra_terms\.0\.ddof must be 0 or 1, got 3"):
-        check_credit(Method(extra_terms=(Term(ddof=3),)))
-    with pytest.raises(ValueError, match=r"credit\.extra_terms\.1\.gamma must lie in \[0, 1\], got 2"):
-        check_credit(Method(extra_terms=(Term(), Term(gamma=2.0))))
+    with pytest.raises(ValueError, match=r"credit\.terms\.0\.scope must be 'none' where neither centre nor scale is"):
+        check_credit(CreditSum((Term(centre="none", scale="none"),)))
+    with pytest.raises(ValueError, match=r"credit\.terms\.1\.ddof must be 0 or 1, got 3"):
+        check_credit(CreditSum((Term(), Term(ddof=3))))
+    with pytest.raises(ValueError, match=r"credit\.terms\.2\.gamma must lie in \[0, 1\], got 2"):
+        check_credit(CreditSum((Term(), Term(), Term(gamma=2.0))))
 
 
 def test_what_a_credit_needs_and_lacks_is_named() -> None:
     batch = [torch.tensor([1.0, 0.0]), torch.tensor([0, 1, 2]), torch.tensor([0, 0]), torch.arange(2)]
     with pytest.raises(ValueError, match=r"outcomes must be \[B\] for quantity='outcome', got None"):
-        method_advantages(METHODS["mt_grpo"], *batch, turns_with_calls=torch.ones(2, dtype=torch.bool))
+        credit_advantages(METHODS["mt_grpo"].credit, *batch, turns_with_calls=torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"turns_with_calls must be \[K\] for a term of turns='with_calls', got None"):
-        method_advantages(METHODS["mt_grpo"], *batch, outcomes=torch.ones(2))
+        credit_advantages(METHODS["mt_grpo"].credit, *batch, outcomes=torch.ones(2))
     with pytest.raises(ValueError, match=r"turns must be \[K\] = \[2\], got shape \(1,\)"):
-        method_advantages(METHODS["mt_grpo"], *batch, outcomes=torch.ones(2), turns_with_calls=torch.ones(1).bool())
+        credit_advantages(
+            METHODS["mt_grpo"].credit, *batch, outcomes=torch.ones(2), turns_with_calls=torch.ones(1).bool()
+        )
     with pytest.raises(ValueError, match=r"anchor_ids must be \[K\]"):
-        method_advantages(METHODS["gigpo"], *batch)
+        credit_advantages(METHODS["gigpo"].credit, *batch)
 
 
 @pytest.mark.parametrize("outcomes", [(1.0, 0.0), (0.0, 1.0)])
@@ -351,8 +359,8 @@ def test_the_trainer_gives_every_method_what_it_needs(outcomes: tuple[float, flo
             turn.results = [result]
     assert anchor_ids([first, second]) == [0, 1, 2, 0, 1]
     for name, method in METHODS.items():
-        rewards = [turn_rewards([first, second], method)]
-        (credit,) = assign_credit([[first, second]], rewards, method)
+        rewards = [turn_rewards([first, second], method.reward)]
+        (credit,) = assign_credit([[first, second]], rewards, method.credit)
         trial = Trial(
             groups=[0, 0],
             outcomes=list(outcomes),
@@ -366,100 +374,154 @@ def test_the_trainer_gives_every_method_what_it_needs(outcomes: tuple[float, flo
             assert assigned.advantages == pytest.approx(expected, abs=1e-5), name
 
 
+def with_fields(table: str, fields: dict[str, Any]) -> Method:
+    """GTPO with other fields of its reward, its one term or its loss."""
+    if table == "term":
+        return Method(credit=CreditSum((Term(**fields),)))
+    return Method(**{table: {"reward": RewardRule, "credit": CreditSum, "loss": PolicyLoss}[table](**fields)})
+
+
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("table", "fields", "message"),
     [
-        ({"kl_coef": 0.1}, "credit.kl_coef has no effect with credit.kl = 'none': it must be 0.0, got 0.1"),
-        ({"kl": "k3"}, "credit.kl_coef must be above 0 with credit.kl = 'k3', got 0.0"),
-        ({"surrogate": "cispo", "dual_clip": 3.0}, "credit.dual_clip has no effect with credit.surrogate = 'cispo'"),
-        ({"surrogate": "reinforce", "dual_clip": 3.0}, "credit.dual_clip has no effect with"),
-        ({"surrogate": "reinforce", "ratio_level": "turn"}, "credit.ratio_level has no effect with"),
+        ("loss", {"kl_coef": 0.1}, "loss.kl_coef has no effect with loss.kl = 'none': it must be 0.0, got 0.1"),
+        ("loss", {"kl": "k3"}, "loss.kl_coef must be above 0 with loss.kl = 'k3', got 0.0"),
         (
+            "loss",
+            {"surrogate": "cispo", "dual_clip": 3.0},
+            "loss.dual_clip has no effect with loss.surrogate = 'cispo'",
+        ),
+        ("loss", {"surrogate": "reinforce", "dual_clip": 3.0}, "loss.dual_clip has no effect with"),
+        ("loss", {"surrogate": "reinforce", "ratio_level": "turn"}, "loss.ratio_level has no effect with"),
+        (
+            "loss",
             {"surrogate": "reinforce", "clip_low": 0.5, "clip_high": 0.3},
-            "credit.clip_low, credit.clip_high has no effect .*: it must be 0.2, 0.28, got 0.5, 0.3",
+            "loss.clip_low, loss.clip_high has no effect .*: it must be 0.2, 0.28, got 0.5, 0.3",
         ),
-        ({"aggregation_constant": 9.0}, "credit.aggregation_constant has no effect with credit.aggregation = 'token"),
-        ({"rollout_correction_low": 0.1}, "credit.rollout_correction_low has no effect with"),
-        ({"rollout_correction_high": 3.0}, "credit.rollout_correction_high has no effect with"),
-        ({"rollout_correction_level": "turn"}, "credit.rollout_correction_level has no effect with"),
         (
+            "loss",
+            {"aggregation_constant": 9.0},
+            "loss.aggregation_constant has no effect with loss.aggregation = 'token",
+        ),
+        ("loss", {"rollout_correction_low": 0.1}, "loss.rollout_correction_low has no effect with"),
+        ("loss", {"rollout_correction_high": 3.0}, "loss.rollout_correction_high has no effect with"),
+        ("loss", {"rollout_correction_level": "turn"}, "loss.rollout_correction_level has no effect with"),
+        (
+            "loss",
             {"rollout_correction": "truncated", "rollout_correction_low": 0.1},
-            "credit.rollout_correction_low has no effect with credit.rollout_correction = 'truncated'",
+            "loss.rollout_correction_low has no effect with loss.rollout_correction = 'truncated'",
         ),
         (
+            "loss",
             {"rollout_correction": "masked", "rollout_correction_low": 3.0},
-            "credit.rollout_correction_low must be at most .*, got 3.0 and 2.0",
+            "loss.rollout_correction_low must be at most .*, got 3.0 and 2.0",
         ),
-        ({"scale": "none", "eps": 0.1}, "credit.eps has no effect with credit.scale = 'none'"),
-        ({"scale": "none", "ddof": 0}, "credit.ddof has no effect with"),
-        ({"scope": "none", "centre": "leave_one_out"}, "credit.centre has no effect with credit.scope = 'none'"),
-        ({"scope": "none", "population": "tokens"}, "credit.population has no effect with"),
-        ({"scope": "none", "singleton": "keep"}, "credit.singleton has no effect with"),
-        ({"quantity": "outcome", "gamma": 0.5}, "credit.gamma has no effect with credit.quantity = 'outcome'"),
+        ("term", {"scale": "none", "eps": 0.1}, "credit.terms.0.eps has no effect with credit.terms.0.scale = 'none'"),
+        ("term", {"scale": "none", "ddof": 0}, "credit.terms.0.ddof has no effect with"),
         (
-            {"whiten": True, "weight": 0.5},
-            "credit.weight has no effect with credit.whiten = True and no further term: it must be 1.0, got 0.5",
+            "term",
+            {"scope": "none", "centre": "leave_one_out"},
+            "centre has no effect with credit.terms.0.scope = 'none'",
         ),
-        ({"reward": "outcome"}, "pays no term of a turn, so these must be 0: credit.format_penalty, got 0.1"),
+        ("term", {"scope": "none", "population": "tokens"}, "credit.terms.0.population has no effect with"),
+        ("term", {"scope": "none", "singleton": "keep"}, "credit.terms.0.singleton has no effect with"),
+        ("term", {"quantity": "outcome", "gamma": 0.5}, "gamma has no effect with credit.terms.0.quantity = 'outcome'"),
+        ("term", {"others": "zero"}, "credit.terms.0.others has no effect with credit.terms.0.turns = 'all'"),
         (
-            {"extra_terms": (Term(), Term(quantity="turn_reward", gamma=0.5))},
-            "credit.extra_terms.1.gamma has no effect with credit.extra_terms.1.quantity = 'turn_reward'",
+            "credit",
+            {"terms": (Term(weight=0.5),), "whiten": True},
+            "credit.terms.0.weight has no effect with credit.whiten = True and no other term: it must be 1.0, got 0.5",
+        ),
+        (
+            "credit",
+            {"terms": (Term(), Term(quantity="turn_reward", gamma=0.5))},
+            "credit.terms.1.gamma has no effect with credit.terms.1.quantity = 'turn_reward'",
+        ),
+        ("credit", {"terms": ()}, "credit.terms must hold at least one term, got none"),
+        (
+            "reward",
+            {"format_faults": (), "format_penalty": 0.3},
+            r"reward.format_penalty has no effect with reward.format_faults = \(\): it must be 0.1, got 0.3",
+        ),
+        (
+            "reward",
+            {"format_faults": (), "outcome_needs_format": True},
+            r"reward.outcome_needs_format has no effect with reward.format_faults = \(\)",
         ),
     ],
 )
-def test_a_field_that_would_be_ignored_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_a_field_that_would_be_ignored_is_refused(table: str, fields: dict[str, Any], message: str) -> None:
+    method = with_fields(table, fields)
     with pytest.raises(ValueError, match=message):
-        check_method(dataclasses.replace(METHODS["gtpo"], **fields))
+        check_method(method)
     with pytest.raises(ValueError, match=message):
-        config_from_dict({"method": "gtpo", "credit": dataclasses.asdict(Method(**fields))})
+        config_from_dict({"method": "gtpo", **dataclasses.asdict(method)})
 
 
 @pytest.mark.parametrize(
-    ("method", "given", "back_at_default"),
+    ("method", "table", "given", "back_at_default"),
     [
-        ("deepseek_grpo", {"kl": "none"}, "kl_coef"),
-        ("deepseek_grpo", {"surrogate": "reinforce"}, "clip_high"),
-        ("matchtir", {"surrogate": "cispo"}, "dual_clip"),
-        ("gspo", {"surrogate": "reinforce"}, "ratio_level clip_low clip_high"),
-        ("mt_grpo", {"scale": "none"}, "eps"),
-        ("grpo", {"quantity": "outcome"}, "gamma"),
-        ("dr_grpo", {"scope": "none"}, "population"),
+        ("deepseek_grpo", "loss", {"kl": "none"}, "kl_coef"),
+        ("deepseek_grpo", "loss", {"surrogate": "reinforce"}, "clip_high"),
+        ("matchtir", "loss", {"surrogate": "cispo"}, "dual_clip"),
+        ("gspo", "loss", {"surrogate": "reinforce"}, "ratio_level clip_low clip_high"),
+        ("grpo", "reward", {"format_faults": []}, "outcome_needs_format format_penalty"),
     ],
 )
 def test_what_an_override_leaves_without_effect_is_dropped_and_refused_where_it_is_given(
-    method: str, given: dict[str, Any], back_at_default: str
+    method: str, table: str, given: dict[str, Any], back_at_default: str
 ) -> None:
-    names = back_at_default.split()
-    defaults = {name: getattr(Method, name) for name in names}
-    assert defaults != {name: getattr(METHODS[method], name) for name in names}
-    expected = dataclasses.replace(METHODS[method], **given, **defaults)
-    assert config_from_dict({"method": method, "credit": given}).credit == expected
-    kept = {name: getattr(METHODS[method], name) for name in names}
-    with pytest.raises(ValueError, match=f"credit.{names[0]}.* has no effect with credit.{next(iter(given))} = "):
-        config_from_dict({"method": method, "credit": {**given, **kept}})
+    names, preset = back_at_default.split(), getattr(METHODS[method], table)
+    defaults = {name: getattr(type(preset), name) for name in names}
+    kept = {name: getattr(preset, name) for name in names}
+    assert defaults != kept
+    as_fields = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    found = getattr(config_from_dict({"method": method, table: given}), table)
+    assert found == dataclasses.replace(preset, **as_fields, **defaults)
+    with pytest.raises(ValueError, match=f"{table}.{names[0]}.* has no effect with {table}.{next(iter(given))} = "):
+        config_from_dict({"method": method, table: {**given, **kept}})
 
 
-def test_a_term_of_a_preset_drops_what_an_override_leaves_without_effect(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "number", "given", "back_at_default"),
+    [
+        ("mt_grpo", 0, {"scale": "none"}, "eps"),
+        ("mt_grpo", 1, {"turns": "all"}, "others"),
+        ("grpo", 0, {"quantity": "outcome"}, "gamma"),
+        ("dr_grpo", 0, {"scope": "none"}, "population scale"),
+    ],
+)
+def test_a_term_of_a_preset_drops_what_an_override_leaves_without_effect(
+    tmp_path: Path, method: str, number: int, given: dict[str, str], back_at_default: str
+) -> None:
     path = tmp_path / "run.toml"
-    path.write_text('method = "mt_grpo"\n')
-    (term,) = load_config(path, ["--credit.extra_terms.0.scale", "none"]).credit.extra_terms
-    assert term == dataclasses.replace(METHODS["mt_grpo"].extra_terms[0], scale="none", eps=Term.eps)
-    with pytest.raises(ValueError, match=r"credit\.extra_terms\.0\.eps has no effect"):
-        load_config(path, ["--credit.extra_terms.0.scale", "none", "--credit.extra_terms.0.eps", "0.5"])
+    path.write_text(f'method = "{method}"\n')
+    names, preset = back_at_default.split(), METHODS[method].credit.terms[number]
+    defaults = {name: getattr(Term, name) for name in names if getattr(preset, name) != "none"}
+    words = [word for name, value in given.items() for word in (f"--credit.terms.{number}.{name}", value)]
+    found = load_config(path, words).credit.terms[number]
+    assert found == dataclasses.replace(preset, **{**given, **defaults})  # type: ignore[arg-type]
+    kept = getattr(preset, names[0])
+    with pytest.raises(ValueError, match=rf"credit\.terms\.{number}\.{names[0]} has no effect"):
+        load_config(path, [*words, f"--credit.terms.{number}.{names[0]}", str(kept)])
 
 
 def test_a_field_that_has_an_effect_is_taken() -> None:
-    for fields in (
-        {"rollout_correction": "truncated", "rollout_correction_level": "turn", "rollout_correction_high": 0.3},
-        {"scope": "none", "centre": "none", "scale": "none", "gamma": 0.5},
-        {"scale": "none", "singleton": "keep", "population": "tokens"},
-        {"order": "normalise_first", "gamma": 0.5},
+    rollout: dict[str, Any] = {"rollout_correction_level": "turn", "rollout_correction_high": 0.3}
+    for table, fields in (
+        ("loss", {"rollout_correction": "truncated", **rollout}),
+        ("term", {"scope": "none", "centre": "none", "scale": "none", "gamma": 0.5}),
+        ("term", {"scale": "none", "singleton": "keep", "population": "tokens"}),
+        ("term", {"order": "normalise_first", "gamma": 0.5}),
+        ("reward", {"format_faults": ("invalid_call",), "format_penalty": 0.0, "outcome_needs_format": True}),
     ):
-        assert config_from_dict({"credit": fields}).credit == Method(**fields)  # type: ignore[arg-type]
+        given = {"credit": {"terms": [fields]}} if table == "term" else {table: fields}
+        config = config_from_dict(given)
+        assert Method(config.reward, config.credit, config.loss) == with_fields(table, fields)
 
 
 def test_without_a_ratio_a_rollout_is_good_for_one_update() -> None:
-    with pytest.raises(ValueError, match=r"train.updates_per_rollout must be 1 with credit.surrogate = .*, got 4"):
+    with pytest.raises(ValueError, match=r"train.updates_per_rollout must be 1 with loss.surrogate = .*, got 4"):
         config_from_dict({"method": "rloo", "train": {"updates_per_rollout": 4}})
 
 
@@ -467,10 +529,13 @@ def test_without_a_ratio_a_rollout_is_good_for_one_update() -> None:
 def test_a_preset_has_an_example_that_is_run(name: str) -> None:
     """Tokens of the example are seen to be checked: with another weight it fails."""
     example = presets.__test__[name]
-    assert example.count(">>> group_advantages(method, [") >= 1
-    for method, is_failed in ((METHODS[name], False), (dataclasses.replace(METHODS[name], weight=-1.0), True)):
+    assert example.count(">>> group_advantages(credit, [") >= 1
+    method = METHODS[name]
+    terms = tuple(dataclasses.replace(term, weight=-term.weight) for term in method.credit.terms)
+    negative = dataclasses.replace(method, credit=dataclasses.replace(method.credit, terms=terms))
+    for shown, is_failed in ((method, False), (negative, True)):
         runner = doctest.DocTestRunner(verbose=False)
-        globs = {"METHODS": {name: method}}
+        globs = {"METHODS": {name: shown}}
         found = doctest.DocTestParser().get_doctest(example, globs, name, None, None)
         assert bool(runner.run(found, out=lambda text: None).failed) is is_failed
 
@@ -480,10 +545,10 @@ def test_methods_are_listed_with_formula_and_source(capsys: pytest.CaptureFixtur
     listing = capsys.readouterr().out
     for name, preset in PRESETS.items():
         assert f"{name}  {preset.source}\n" in listing
-        assert f"  reward  {describe_reward(preset.method)}\n" in listing
-        assert f"  credit  {describe_credit(preset.method)}\n" in listing
-        assert f"  loss    {describe_loss(preset.method)}\n" in listing
-    told = {(describe_reward(m), describe_credit(m), describe_loss(m)) for m in METHODS.values()}
+        assert f"  reward  {describe_reward(preset.method.reward)}\n" in listing
+        assert f"  credit  {describe_credit(preset.method.credit)}\n" in listing
+        assert f"  loss    {describe_loss(preset.method.loss)}\n" in listing
+    told = {(describe_reward(m.reward), describe_credit(m.credit), describe_loss(m.loss)) for m in METHODS.values()}
     assert len(told) == len(METHODS)
     assert "arXiv 2508.03772" in listing and "arXiv 2508.04349" in listing
     assert main(["methods", "--all", "1"]) == 2
@@ -491,5 +556,6 @@ def test_methods_are_listed_with_formula_and_source(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_description_tells_credits_apart(name: str) -> None:
-    same = [other for other in METHODS if describe_credit(METHODS[other]) == describe_credit(METHODS[name])]
-    assert {tuple(credit_rules(METHODS[other])) for other in same} == {tuple(credit_rules(METHODS[name]))}
+    credits = {other: method.credit for other, method in METHODS.items()}
+    same = [other for other in credits if describe_credit(credits[other]) == describe_credit(credits[name])]
+    assert {tuple(credit_rules(credits[other])) for other in same} == {tuple(credit_rules(credits[name]))}

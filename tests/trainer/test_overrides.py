@@ -1,4 +1,4 @@
-"""Every key of `[credit]` can be overridden, in a file and on the command line, and changes what is computed."""
+"""Every key of a method's three tables can be overridden, in a file and by a word, and changes what is computed."""
 
 import dataclasses
 import json
@@ -10,55 +10,63 @@ import pytest
 import torch
 
 from gtpo.batch import pack
-from gtpo.config import config_from_dict, load_config
+from gtpo.config import Config, config_from_dict, load_config
 from gtpo.credit import Credit, to_sequence
 from gtpo.learner import Learner
-from gtpo.methods import METHODS, Method, Term
+from gtpo.methods import METHODS, CreditSum, Method, PolicyLoss, RewardRule, Term
 from gtpo.rewards import turn_rewards
 from gtpo.types import StopReason, ToolResult, ToolStatus
 from tests.trainer.conftest import make_trajectory, make_turn, tiny_policy
 from tests.trainer.test_losses import sequences_of_turns
-from tests.trainer.test_methods import by_method, random_trial
+from tests.trainer.test_methods import by_credit, random_trial
 from tests.trainer.test_trainer import make_trainer
 
 CORRECTED = {"rollout_correction": "truncated", "rollout_correction_high": 1.05}
 MASKED = {"rollout_correction": "masked", "rollout_correction_low": 0.9, "rollout_correction_high": 1.1}
-# key: (what stands beside it, another value than GTPO's)
-OVERRIDES: dict[str, tuple[dict[str, Any], Any]] = {
-    "reward": (dict.fromkeys(("format_penalty", "similarity_alpha"), 0.0), "outcome"),
-    "quantity": ({}, "trajectory_return"),
-    "gamma": ({}, 0.5),
-    "order": ({}, "normalise_first"),
-    "scope": ({}, "batch"),
-    "population": ({}, "tokens"),
-    "centre": ({}, "leave_one_out"),
-    "scale": ({}, "none"),
-    "ddof": ({}, 0),
-    "eps": ({}, 0.1),
-    "singleton": ({}, "keep"),
-    "weight": ({}, 0.5),
-    "extra_terms": ({}, [{"scope": "batch"}]),
-    "whiten": ({}, True),
-    "format_penalty": ({}, 0.3),
-    "similarity_alpha": ({}, 0.25),
-    "execution_bonus": ({}, 0.05),
-    "execution_penalty": ({}, 0.2),
-    "ratio_level": ({}, "turn"),
-    "surrogate": ({}, "cispo"),
-    "clip_low": ({}, 0.01),
-    "clip_high": ({}, 0.01),
-    "dual_clip": ({}, 1.05),
-    "aggregation": ({}, "seq-mean-token-mean"),
-    "aggregation_constant": ({"aggregation": "constant"}, 7.0),
-    "kl": ({"kl": "k2", "kl_coef": 0.1}, "k3"),
-    "kl_coef": ({"kl": "k2", "kl_coef": 0.1}, 0.5),
-    "entropy_coef": ({}, 0.1),
-    "rollout_correction": ({}, "truncated"),
-    "rollout_correction_level": (CORRECTED, "turn"),
-    "rollout_correction_low": (MASKED, 0.99),
-    "rollout_correction_high": (CORRECTED, 1.01),
-    "mask_truncated": ({}, True),
-    "mask_void_turns": ({}, True),
+# table: key: (what stands beside it in the table, another value than GTPO's)
+OVERRIDES: dict[str, dict[str, tuple[dict[str, Any], Any]]] = {
+    "reward": {
+        "format_faults": ({}, ["invalid_call"]),
+        "outcome_needs_format": ({}, True),
+        "format_penalty": ({}, 0.3),
+        "similarity_alpha": ({}, 0.25),
+        "execution_bonus": ({}, 0.05),
+        "execution_penalty": ({}, 0.2),
+    },
+    "credit": {"terms": ({}, [{"scope": "batch"}]), "whiten": ({}, True)},
+    "credit.terms.0": {
+        "turns": ({}, "with_calls"),
+        "others": ({"turns": "with_calls"}, "zero"),
+        "quantity": ({}, "trajectory_return"),
+        "gamma": ({}, 0.5),
+        "order": ({}, "normalise_first"),
+        "scope": ({}, "batch"),
+        "population": ({}, "tokens"),
+        "centre": ({}, "leave_one_out"),
+        "scale": ({}, "none"),
+        "ddof": ({}, 0),
+        "eps": ({}, 0.1),
+        "singleton": ({}, "keep"),
+        "weight": ({}, 0.5),
+    },
+    "loss": {
+        "ratio_level": ({}, "turn"),
+        "surrogate": ({}, "cispo"),
+        "clip_low": ({}, 0.01),
+        "clip_high": ({}, 0.01),
+        "dual_clip": ({}, 1.05),
+        "aggregation": ({}, "seq-mean-token-mean"),
+        "aggregation_constant": ({"aggregation": "constant"}, 7.0),
+        "kl": ({"kl": "k2", "kl_coef": 0.1}, "k3"),
+        "kl_coef": ({"kl": "k2", "kl_coef": 0.1}, 0.5),
+        "entropy_coef": ({}, 0.1),
+        "rollout_correction": ({}, "truncated"),
+        "rollout_correction_level": (CORRECTED, "turn"),
+        "rollout_correction_low": (MASKED, 0.99),
+        "rollout_correction_high": (CORRECTED, 1.01),
+        "mask_truncated": ({}, True),
+        "mask_void_turns": ({}, True),
+    },
 }
 # the one way of comparing code has no other
 ONLY_ONE_VALUE = {"similarity"}
@@ -93,13 +101,13 @@ def effect(tmp_path_factory: pytest.TempPathFactory) -> Effect:
     alone = dataclasses.replace(trials[0], groups=list(range(len(trials[0].groups))))
 
     def of(method: Method) -> list[float]:
-        values = [x for reward in turn_rewards(group, method) for x in reward.rewards]
-        values += [x for trial in (*trials, alone) for turns in by_method(method, trial) for x in turns]
-        masks = {"mask_truncated": method.mask_truncated, "mask_void_turns": method.mask_void_turns}
+        values = [x for reward in turn_rewards(group, method.reward) for x in reward.rewards]
+        values += [x for trial in (*trials, alone) for turns in by_credit(method.credit, trial) for x in turns]
+        masks = {"mask_truncated": method.loss.mask_truncated, "mask_void_turns": method.loss.mask_void_turns}
         for trajectory in group:
             credit = Credit([0.0] * len(trajectory.turns), [1.0] * len(trajectory.turns))
             values.append(sum(to_sequence(trajectory, credit, **masks).loss_mask))
-        learner = Learner(policy, dataclasses.replace(config, credit=method))
+        learner = Learner(policy, dataclasses.replace(config, loss=method.loss))
         scored = dataclasses.replace(batch, ref_logprobs=then) if learner.has_reference else batch
         policy.model.zero_grad()
         count = float(learner.mean_of(batch).num_loss_tokens)
@@ -111,27 +119,41 @@ def effect(tmp_path_factory: pytest.TempPathFactory) -> Effect:
 
 
 def test_every_key_is_here() -> None:
-    assert OVERRIDES.keys() | ONLY_ONE_VALUE == {field.name for field in dataclasses.fields(Method)}
+    records = {"reward": RewardRule, "credit": CreditSum, "credit.terms.0": Term, "loss": PolicyLoss}
+    assert records.keys() == OVERRIDES.keys()
+    for table, record in records.items():
+        names = {field.name for field in dataclasses.fields(record)}
+        assert OVERRIDES[table].keys() | (ONLY_ONE_VALUE & names) == names
 
 
-@pytest.mark.parametrize("name", OVERRIDES)
-def test_an_override_is_taken_and_has_an_effect(name: str, effect: Effect, tmp_path: Path) -> None:
-    beside, value = OVERRIDES[name]
+def method_of(config: Config) -> Method:
+    return Method(config.reward, config.credit, config.loss)
+
+
+@pytest.mark.parametrize(("table", "name"), [(table, name) for table, keys in OVERRIDES.items() for name in keys])
+def test_an_override_is_taken_and_has_an_effect(table: str, name: str, effect: Effect, tmp_path: Path) -> None:
+    beside, value = OVERRIDES[table][name]
     given = {**beside, name: value}
-    as_field = {"extra_terms": tuple(Term(**term) for term in value)} if name == "extra_terms" else {name: value}
-    expected = dataclasses.replace(METHODS["gtpo"], **{**given, **as_field})
-    assert config_from_dict({"method": "gtpo", "credit": given}).credit == expected
+    nested = {"credit": {"terms": {"0": given}}} if table == "credit.terms.0" else {table: given}
+    found = method_of(config_from_dict({"method": "gtpo", **nested}))
+    record: Any = found.credit.terms[0] if table == "credit.terms.0" else getattr(found, table)
+    as_field = {"terms": (Term(scope="batch"),), "format_faults": ("invalid_call",)}.get(name, value)
+    assert record == dataclasses.replace(type(record)(), **{**beside, name: as_field})
+    # nothing else is another than GTPO's
+    others = {"reward", "credit", "loss"} - {table.partition(".")[0]}
+    assert all(getattr(found, other) == getattr(METHODS["gtpo"], other) for other in others)
     path = tmp_path / "run.toml"
     path.write_text('method = "gtpo"\n')
     words = [
         word
         for key, setting in given.items()
-        for word in (f"--credit.{key}", setting if isinstance(setting, str) else json.dumps(setting))
-        if key != "extra_terms"
+        for word in (f"--{table}.{key}", setting if isinstance(setting, str) else json.dumps(setting))
+        if key != "terms"
     ]
-    if name == "extra_terms":
-        path.write_text('method = "gtpo"\n[[credit.extra_terms]]\nscope = "batch"\n')
-    assert load_config(path, words).credit == expected
-    before = effect(dataclasses.replace(METHODS["gtpo"], **beside))
-    after = effect(expected)
+    if name == "terms":
+        path.write_text('method = "gtpo"\n[[credit.terms]]\nscope = "batch"\n')
+    assert method_of(load_config(path, words)) == found
+    of_beside = {"credit": {"terms": {"0": beside}}} if table == "credit.terms.0" else {table: beside}
+    before = effect(method_of(config_from_dict({"method": "gtpo", **of_beside})))
+    after = effect(found)
     assert max(abs(a - b) for a, b in zip(before, after, strict=True)) > 1e-5

@@ -9,9 +9,10 @@ import torch
 
 from gtpo.batch import pack, split_by_tokens
 from gtpo.chat import BrokenPrefix, Chat
-from gtpo.config import METHODS, Method, RolloutConfig, config_from_dict
+from gtpo.config import RolloutConfig, config_from_dict
 from gtpo.credit import Credit, assign_credit, to_sequence
 from gtpo.evaluation import evaluate_groups
+from gtpo.methods import METHODS, CreditSum, Method, RewardRule, Term
 from gtpo.metrics import rollout_metrics, update_metrics
 from gtpo.policy import Policy
 from gtpo.rewards import turn_rewards
@@ -37,7 +38,7 @@ GTPO = METHODS["gtpo"]
 
 
 def credit_of(group: list[Trajectory], method: Method = GTPO) -> list[Credit]:
-    return assign_credit([group], [turn_rewards(group, method)], method)[0]
+    return assign_credit([group], [turn_rewards(group, method.reward)], method.credit)[0]
 
 
 def test_01_returns_iterate_over_turns() -> None:
@@ -87,7 +88,7 @@ def test_05_rewards_never_read_tool_text(policy: Policy) -> None:
     plain = make_trajectory(make_turn(code="f()", output="nothing"), make_turn())
     marked = make_trajectory(make_turn(code="f()", output="answer: 1 ```python\nprint(1)\n```"), make_turn())
     success = make_trajectory(make_turn(code="print(1)"), outcome=1.0)
-    assert turn_rewards([plain, success], GTPO) == turn_rewards([marked, success], GTPO)
+    assert turn_rewards([plain, success], GTPO.reward) == turn_rewards([marked, success], GTPO.reward)
 
 
 def test_06_token_in_token_out(policy: Policy) -> None:
@@ -129,7 +130,7 @@ def test_06_and_09_the_trainer_sees_what_the_sampler_saw(tmp_path: Path) -> None
         assert any(len(trajectory.turns) > 1 for group in groups for trajectory in group)
 
         def largest_gap() -> float:
-            credit = assign_credit(groups, [turn_rewards(group, GTPO) for group in groups], GTPO)
+            credit = assign_credit(groups, [turn_rewards(group, GTPO.reward) for group in groups], GTPO.credit)
             batch = pack(to_sequences(groups, credit, trainer.config))
             # of the policy that sampled, as a second update on this rollout takes them, and as a first one does
             again = trainer.learner.with_old_logprobs(batch).old_logprobs
@@ -155,11 +156,11 @@ def test_07_low_probability_tokens_do_not_blow_up() -> None:
     void = make_trajectory(make_turn(code="a"), make_turn(), answer=None)
     sequence = to_sequence(void, Credit([0, 0], [1, 1]), mask_truncated=False, mask_void_turns=True)
     assert not any(sequence.loss_mask)
-    rewards, credit = [turn_rewards([void], GTPO)], [credit_of([void])]
+    rewards, credit = [turn_rewards([void], GTPO.reward)], [credit_of([void])]
     assert rollout_metrics([[void]], rewards, credit)["turns/void_ratio"] == 0.5
     # its sign: the least likely token behind tool output, which no ratio shows while each rollout is used once
     unlikely = make_trajectory(make_turn(code="a", logprob=-20.0), make_turn(logprob=-9.0), make_turn(logprob=-0.1))
-    rewards, credit = [turn_rewards([unlikely], GTPO)], [credit_of([unlikely])]
+    rewards, credit = [turn_rewards([unlikely], GTPO.reward)], [credit_of([unlikely])]
     assert rollout_metrics([[unlikely]], rewards, credit)["completions/min_logprob_after_tools"] == -9.0
 
 
@@ -171,14 +172,16 @@ def test_07_the_configured_masks_reach_the_loss(name: str) -> None:
     group, credit = [truncated, void, whole], [Credit([0.0] * 2, [1.0] * 2)] * 3
     masked = {"mask_truncated": 0, "mask_void_turns": 1}[name]
     for switch in (False, True):
-        sequences = to_sequences([group], [credit], config_from_dict({"credit": {name: switch}}))
+        sequences = to_sequences([group], [credit], config_from_dict({"loss": {name: switch}}))
         assert [any(sequence.loss_mask) for sequence in sequences] == [not switch or i != masked for i in range(3)]
 
 
 def test_08_metrics_show_the_death_spirals() -> None:
     right = make_trajectory(make_turn(3, code="a", logprob=-0.5), make_turn(1, logprob=-2.5), outcome=1.0)
     wrong = make_trajectory(make_turn(3, logprob=-9.0))
-    metrics = rollout_metrics([[right, wrong]], [turn_rewards([right, wrong], GTPO)], [credit_of([right, wrong])])
+    metrics = rollout_metrics(
+        [[right, wrong]], [turn_rewards([right, wrong], GTPO.reward)], [credit_of([right, wrong])]
+    )
     assert metrics["completions/correct_logprob"] == -1.0  # a mean over tokens of correct trajectories only
     assert metrics["tools/call_frequency"] == 0.5 and metrics["tools/calls_per_task"] == 0.5
 
@@ -230,17 +233,17 @@ def test_12_statistics_at_their_edges() -> None:
     equal = [make_trajectory(make_turn(code="a"), outcome=0.9, sample=i) for i in range(7)]
     assert [credit.advantages for credit in credit_of(equal)] == [[0.0]] * 7
     pair = [make_trajectory(make_turn(code="a"), outcome=float(i)) for i in range(2)]
-    plain = Method(similarity_alpha=0.0)
+    plain = RewardRule(similarity_alpha=0.0)
     for ddof, expected in ((1, 0.5 / 0.5**0.5), (0, 1.0)):
-        _, best = credit_of(pair, Method(**(vars(plain) | {"ddof": ddof})))
+        _, best = credit_of(pair, Method(plain, CreditSum((Term(ddof=ddof),))))
         assert best.advantages == pytest.approx([expected], abs=1e-5)
-    _, damped = credit_of(pair, Method(**(vars(plain) | {"ddof": 0, "eps": 0.5})))
+    _, damped = credit_of(pair, Method(plain, CreditSum((Term(ddof=0, eps=0.5),))))
     assert damped.advantages == pytest.approx([0.5])
     ids = torch.tensor([0, 0])
     with pytest.raises(ValueError, match="turn_rewards must be finite"):
         turn_advantages(torch.tensor([0.0, math.nan]), torch.tensor([0, 1, 2]), ids, ids)
     with pytest.raises(ValueError, match=r"outcome of trajectory 0 .* must be in \[0, 1\], got nan"):
-        turn_rewards([make_trajectory(make_turn(), outcome=math.nan)], GTPO)
+        turn_rewards([make_trajectory(make_turn(), outcome=math.nan)], GTPO.reward)
 
 
 def test_13_a_lost_trajectory_leaves_its_group() -> None:
@@ -251,10 +254,10 @@ def test_13_a_lost_trajectory_leaves_its_group() -> None:
     ]
     # it cannot be scored as a 0 by accident
     with pytest.raises(ValueError, match="trajectory 1 of task 't' is lost"):
-        turn_rewards(group, GTPO)
+        turn_rewards(group, GTPO.reward)
     survivors = [trajectory for trajectory in group if trajectory.stop is not StopReason.LOST]
     assert [trajectory.sample for trajectory in survivors] == [0, 2]
-    first, last = credit_of(survivors, Method(similarity_alpha=0.0))
+    first, last = credit_of(survivors, Method(RewardRule(similarity_alpha=0.0)))
     # the mean is that of two, 0.5: a third entry of 0 would make it 1/3
     assert first.advantages == pytest.approx([0.5**0.5], abs=1e-5) and last.advantages == pytest.approx(
         [-(0.5**0.5)], abs=1e-5

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gtpo.credit import method_advantages
-from gtpo.methods import METHODS, Method
+from gtpo.credit import credit_advantages
+from gtpo.methods import METHODS, CreditSum
 
 TRL_EPS = 1e-4
 
@@ -71,7 +71,7 @@ def trl_advantages(file: str, first: Callable[[str], bool], outcomes: Tensor, si
     return advantages
 
 
-def ours(method: Method, outcomes: Tensor, size: int, generator: random.Random) -> Tensor:
+def ours(credit: CreditSum, outcomes: Tensor, size: int, generator: random.Random) -> Tensor:
     """[B], the same for a batch of ragged multi-turn trajectories that the outcomes end."""
     lengths = torch.tensor([generator.randint(1, 5) for _ in outcomes])
     cu_turns = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
@@ -79,8 +79,8 @@ def ours(method: Method, outcomes: Tensor, size: int, generator: random.Random) 
     rewards[cu_turns[1:] - 1] = outcomes
     num_tokens = torch.tensor([generator.randint(1, 3) for _ in rewards])
     turn_ids = torch.arange(len(rewards)).repeat_interleave(num_tokens)
-    credit = method_advantages(method, rewards, cu_turns, torch.arange(len(outcomes)) // size, turn_ids)
-    by_turn = credit.turn_advantages
+    found = credit_advantages(credit, rewards, cu_turns, torch.arange(len(outcomes)) // size, turn_ids)
+    by_turn = found.turn_advantages
     assert torch.equal(by_turn, by_turn[cu_turns[:-1]].repeat_interleave(lengths))
     return by_turn[cu_turns[:-1]]
 
@@ -97,7 +97,8 @@ def ours(method: Method, outcomes: Tensor, size: int, generator: random.Random) 
     ],
 )
 def test_trl(name: str, file: str, first: Callable[[str], bool], settings: dict[str, Any]) -> None:
-    method = dataclasses.replace(METHODS[name], eps=TRL_EPS)
+    (term,) = METHODS[name].credit.terms
+    credit = CreditSum((dataclasses.replace(term, eps=TRL_EPS),))
     for seed in range(100):
         generator = random.Random(seed)
         size = generator.randint(2, 6)
@@ -105,7 +106,7 @@ def test_trl(name: str, file: str, first: Callable[[str], bool], settings: dict[
         outcomes = [generator.choice(choices)() for _ in range(size * generator.randint(1, 4))]
         exact = torch.tensor(outcomes, dtype=torch.float64)
         theirs = trl_advantages(file, first, exact.clone(), size, **settings)
-        torch.testing.assert_close(ours(method, exact, size, generator), theirs, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(ours(credit, exact, size, generator), theirs, atol=1e-6, rtol=1e-6)
 
 
 def test_trl_has_other_advantages_for_other_settings() -> None:

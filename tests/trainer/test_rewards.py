@@ -2,12 +2,12 @@
 
 import pytest
 
-from gtpo.config import METHODS, Method
+from gtpo.methods import METHODS, RewardRule
 from gtpo.rewards import ngram_similarity, similarity_credits, turn_rewards
 from gtpo.types import ToolStatus
 from tests.trainer.conftest import make_trajectory, make_turn
 
-GTPO, DENSE, GRPO = METHODS["gtpo"], METHODS["gtpo_dense"], METHODS["grpo"]
+GTPO, DENSE, GRPO = (METHODS[name].reward for name in ("gtpo", "gtpo_dense", "grpo"))
 INVALID = ToolStatus.MALFORMED
 
 
@@ -21,7 +21,7 @@ def test_format_faults_cost_once_a_turn() -> None:
     invalid.results *= 2
     no_call = make_trajectory(make_turn(), outcome=1.0)
     rewards = turn_rewards(
-        [make_trajectory(invalid, make_turn(code="b"), invalid), no_call], Method(similarity_alpha=0)
+        [make_trajectory(invalid, make_turn(code="b"), invalid), no_call], RewardRule(similarity_alpha=0)
     )
     assert [entry.rewards for entry in rewards] == [[-0.1, 0.0, -0.1], [0.9]]
 
@@ -37,7 +37,7 @@ def test_execution_takes_the_worse_of_two_faults_and_pays_once() -> None:
     ]
     (rewards,) = turn_rewards([make_trajectory(*turns)], DENSE)
     assert rewards.rewards == [-0.05, 0.05, 0.0, -0.05, 0.0, -0.1]
-    assert turn_rewards([make_trajectory(*turns)], GTPO)[0].execution == [0.0] * 6
+    assert turn_rewards([make_trajectory(*turns)], GTPO)[0].terms["execution"] == [0.0] * 6
 
 
 def test_failures_earn_by_similarity_to_successes() -> None:
@@ -55,6 +55,62 @@ def test_grpo_pays_a_clean_right_trajectory_only() -> None:
     faulty = make_trajectory(make_turn(code="a", status=INVALID), make_turn(), outcome=1.0)
     wrong = make_trajectory(make_turn(code="a"), make_turn(), outcome=0.0)
     assert [entry.rewards for entry in turn_rewards([clean, faulty, wrong], GRPO)] == [[0, 1], [0, 0], [0, 0]]
+
+
+def test_graded_outcomes_count_as_they_are_in_every_method() -> None:
+    for name, method in METHODS.items():
+        graded, faulty = (
+            make_trajectory(make_turn(code="a"), make_turn(code="b", status=status), make_turn(), outcome=0.7)
+            for status in (ToolStatus.OK, INVALID)
+        )
+        found = turn_rewards([graded, faulty], method.reward)
+        assert found[0].rewards == [0.0, 0.0, 0.7], name
+        expected = 0.0 if method.reward.outcome_needs_format else 0.7
+        assert found[1].rewards == [0.0, -method.reward.format_penalty, expected], name
+
+
+def test_what_is_a_format_fault_is_a_switch() -> None:
+    invalid, silent = make_turn(code="a", status=INVALID), make_turn()
+    group = [
+        make_trajectory(silent, outcome=1.0),
+        make_trajectory(make_turn(code="a"), invalid, make_turn(), outcome=1.0),
+    ]
+    for faults, expected in (
+        (("invalid_call", "no_first_call"), [[True], [False, True, False]]),
+        (("invalid_call",), [[False], [False, True, False]]),
+        (("no_first_call",), [[True], [False] * 3]),
+        ((), [[False], [False] * 3]),
+    ):
+        paid = turn_rewards(group, RewardRule(format_faults=faults, format_penalty=0.25))
+        strict = RewardRule(format_faults=faults, format_penalty=0.0, outcome_needs_format=True, similarity_alpha=0.0)
+        clean = turn_rewards(group, strict)
+        assert [entry.faults for entry in paid] == [entry.faults for entry in clean] == expected
+        for entry, of_clean, wrong in zip(paid, clean, expected, strict=True):
+            assert entry.terms["format"] == [-0.25 * fault for fault in wrong]
+            assert of_clean.rewards == [*[0.0] * (len(wrong) - 1), float(not any(wrong))]
+
+
+def test_no_term_stands_in_for_an_outcome_that_a_fault_cost() -> None:
+    rule = RewardRule(format_penalty=0.0, outcome_needs_format=True)
+    success = make_trajectory(make_turn(code="print(1)"), outcome=1.0)
+    for outcome in (0.0, 0.7):
+        faulty = make_trajectory(make_turn(code="print(1)"), make_turn(code="b", status=INVALID), outcome=outcome)
+        assert turn_rewards([success, faulty], rule)[1].rewards == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rewards_are_the_sum_of_their_named_terms(name: str) -> None:
+    group = [
+        make_trajectory(make_turn(), make_turn(code="f", status=INVALID, as_expected=True), make_turn(), outcome=0.4),
+        make_trajectory(
+            make_turn(code="a", as_expected=True), make_turn(code="b", status=ToolStatus.ERROR), outcome=1.0
+        ),
+        make_trajectory(make_turn(code="a", status=INVALID, as_expected=False), make_turn(code="b")),
+    ]
+    for entry in turn_rewards(group, METHODS[name].reward):
+        assert list(entry.terms) == ["outcome", "similarity", "format", "execution"]
+        assert entry.rewards == pytest.approx([sum(parts) for parts in zip(*entry.terms.values(), strict=True)])
+        assert all(len(values) == len(entry.rewards) == len(entry.faults) for values in entry.terms.values())
 
 
 def test_similarity_ignores_layout_only() -> None:
@@ -83,7 +139,7 @@ def test_only_the_whole_outcome_is_a_success() -> None:
     found = turn_rewards([partial, low, failure, success], GTPO)
     # only an outcome of 0 is replaced
     assert [entry.rewards for entry in found] == [[0.9], [0.2], [0.5], [1.0]]
-    assert [entry.similarity for entry in found] == [0.5, 0.5, 0.5, 0.0]
+    assert [entry.terms["similarity"] for entry in found] == [[0.0], [0.0], [0.5], [0.0]]
 
 
 def test_a_trajectory_without_turns_is_refused() -> None:

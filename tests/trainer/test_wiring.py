@@ -28,7 +28,7 @@ from tests.trainer.test_trainer import make_optimizer, make_trainer, random_sequ
 
 
 def test_each_clip_bound_stands_on_its_side(tmp_path: Path) -> None:
-    with make_trainer(tmp_path, "--credit.clip_low", "0.1", "--credit.clip_high", "0.5") as trainer:
+    with make_trainer(tmp_path, "--loss.clip_low", "0.1", "--loss.clip_high", "0.5") as trainer:
         batch = pack([make_sequence([5, 6, 7, 8, 9])])
         now = trainer.learner.with_old_logprobs(batch).old_logprobs
         assert now is not None
@@ -110,13 +110,13 @@ def test_metrics_are_those_of_all_micro_batches() -> None:
 
 def test_a_turn_row_has_the_expected_and_the_given_answer() -> None:
     group = [make_trajectory(make_turn(code="a"), make_turn(), answer=answer) for answer in ("5", None)]
-    rewards = [turn_rewards(group, METHODS["gtpo"])]
-    rows = list(turn_rows(1, [group], rewards, assign_credit([group], rewards, METHODS["gtpo"])))
+    rewards = [turn_rewards(group, METHODS["gtpo"].reward)]
+    rows = list(turn_rows(1, [group], rewards, assign_credit([group], rewards, METHODS["gtpo"].credit)))
     assert [(row["expected_answer"], row["given_answer"]) for row in rows] == [("4", "5")] * 2 + [("4", None)] * 2
 
 
 def test_the_guide_names_every_metric_and_every_column(tmp_path: Path) -> None:
-    terms = ("--credit.kl", "k3", "--credit.kl_coef", "0.1", "--credit.dual_clip", "3")
+    terms = ("--loss.kl", "k3", "--loss.kl_coef", "0.1", "--loss.dual_clip", "3")
     with make_trainer(tmp_path, "--sft.steps", "0", "--train.updates_per_rollout", "2", *terms) as trainer:
         trainer.learner.keep_reference()
         trainer.evaluate(step=0)

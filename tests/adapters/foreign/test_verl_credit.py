@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from verl.trainer.ppo import core_algos
 
-from gtpo.credit import method_advantages
+from gtpo.credit import credit_advantages
 from gtpo.methods import METHODS
 
 Estimator = Callable[..., tuple[Tensor, Tensor]]
@@ -64,9 +64,11 @@ def padded_batch(seed: int) -> tuple[dict[str, Any], dict[str, Any], Tensor]:
 )
 def test_verl(name: str, estimator: Estimator, options: dict[str, Any], singleton: Any) -> None:
     # verl gives a group of one its score, or its vectorised RLOO zero; both are a rule of ours
-    method = dataclasses.replace(METHODS[name], singleton=singleton)
+    of_preset = METHODS[name].credit
+    terms = tuple(dataclasses.replace(term, singleton=singleton) for term in of_preset.terms)
+    credit_sum = dataclasses.replace(of_preset, terms=terms)
     for seed in range(100):
         theirs, flat, turn_ids = padded_batch(seed)
         expected, _ = estimator(**theirs, **options)
-        credit = method_advantages(method, **flat, turn_ids=turn_ids.flatten())
+        credit = credit_advantages(credit_sum, **flat, turn_ids=turn_ids.flatten())
         torch.testing.assert_close(credit.advantages.view(turn_ids.shape), expected, atol=1e-6, rtol=1e-6)

@@ -71,4 +71,4 @@ def test_the_loss_of_a_preset_is_that_of_verl(name: str, monkeypatch: pytest.Mon
             by_token = core_algos.kl_penalty(leaf[0], rows.ref_logprobs, of_verl.penalty[0])
             loss = loss + of_verl.penalty[1] * core_algos.agg_loss(by_token, mask, of_verl.mean)
         (gradient,) = torch.autograd.grad(loss, leaf)
-        assert_same(preset_loss(METHODS[name], rows), (loss.detach(), gradient))
+        assert_same(preset_loss(METHODS[name].loss, rows), (loss.detach(), gradient))

@@ -18,7 +18,7 @@ from gtpo.adapters.trl_loss import (
     refuse_other_logits,
     refuse_other_losses,
 )
-from gtpo.methods import METHODS, Method
+from gtpo.methods import METHODS, PolicyLoss
 from gtpo_kernels import LossRule
 from tests.adapters.conftest import ROOT
 from tests.adapters.trl_trainer.training import BUILT, TRL_GRPO, example, generated, loss_and_gradients, totals, trained
@@ -134,7 +134,7 @@ def test_softcap_of_the_model_is_in_the_fused_loss(build: BUILT, monkeypatch: py
 @pytest.mark.parametrize("method", ["gtpo", "deepseek_grpo", "dr_grpo", "dapo", "gspo", "cispo", "gigpo"])
 def test_loss_of_a_preset_as_trls_arguments(build: BUILT, method: str) -> None:
     """The loss that `GRPOConfig` then asks for has the settings of the preset, and is fused."""
-    preset = METHODS[method]
+    preset = METHODS[method].loss
     trainer = build(arguments=loss_arguments(method), credit={"method": method})
     inputs = generated(trainer)
     inputs.setdefault("ref_per_token_logps", None)
@@ -152,14 +152,14 @@ def test_loss_arguments_refuse_by_name() -> None:
     for method, named in (
         ("rloo", "surrogate='reinforce'"),
         ("simpletir", "mask_void_turns=True"),
-        (Method(ratio_level="turn", kl="k2", kl_coef=0.1), "ratio_level='turn', kl='k2'"),
-        (Method(ratio_level="sequence", kl="rho_k3", kl_coef=0.1), "kl='rho_k3'"),
-        (Method(rollout_correction="masked"), "rollout_correction='masked'"),
+        (PolicyLoss(ratio_level="turn", kl="k2", kl_coef=0.1), "ratio_level='turn', kl='k2'"),
+        (PolicyLoss(ratio_level="sequence", kl="rho_k3", kl_coef=0.1), "kl='rho_k3'"),
+        (PolicyLoss(rollout_correction="masked"), "rollout_correction='masked'"),
     ):
         with pytest.raises(ValueError, match=f"GRPOConfig has no field for {named}"):
             loss_arguments(method)
     for kl in ("k3", "rho_k3"):
-        assert loss_arguments(Method(kl=kl, kl_coef=0.1))["use_bias_correction_kl"] == (kl == "rho_k3")  # type: ignore[arg-type]
+        assert loss_arguments(PolicyLoss(kl=kl, kl_coef=0.1))["use_bias_correction_kl"] == (kl == "rho_k3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="method must be one of gtpo, "):
         loss_arguments("ppo")
 

@@ -206,7 +206,7 @@ def test_credits_that_ask_for_messages_and_outcomes(build: BUILT) -> None:
     [
         ({"gama": 0.9}, "a credit has no field gama"),
         ({"method": "deepseek_grpo", "kl_coef": 0.5}, "a credit has no kl_coef: rewards and loss are the trainer's"),
-        ({"method": "gspo", "reward": "turn"}, "a credit has no reward: "),
+        ({"method": "gspo", "format_penalty": 0.2}, "a credit has no format_penalty: "),
     ],
 )
 def test_options_that_are_no_credit_are_refused_at_once(build: BUILT, credit: dict[str, Any], message: str) -> None:
