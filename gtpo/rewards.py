@@ -6,6 +6,7 @@ Pure functions of trajectories. Source: arXiv 2511.14846; what it leaves open is
 import ast
 import functools
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +164,9 @@ def _tokens(cells: Sequence[str]) -> Iterator[list[str]]:
     program = ast.Module(body=[], type_ignores=[])
     for cell in cells:
         try:
-            program.body += ast.parse(cell).body
+            # what the parser thinks of a model's escape sequences is nobody's concern
+            with warnings.catch_warnings(action="ignore"):
+                program.body += ast.parse(cell).body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             yield cell.split()
     # of the tree and not of the text, so that layout and comments do not count
@@ -176,6 +179,9 @@ def _node_tokens(node: ast.AST) -> list[str]:
             return [name]
         case ast.Attribute(attr=name):
             return [name]
+        case ast.Constant(value=int(value)) if not isinstance(value, bool):
+            # hexadecimal, since Python refuses to write an int of more than 4,300 digits in decimal
+            return [hex(value)]
         case ast.Constant(value=value):
             return [repr(value)]
         case ast.expr_context() | ast.Module():

@@ -70,11 +70,13 @@ class Task:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model wrote. `error` is the parser's message when the call is malformed, else None."""
+    """A call that the model wrote. `error` is the parser's message when no tool is to be asked, else None; `fault` is
+    then how the call ends."""
 
     name: str
     arguments: Mapping[str, Any]
     error: str | None = None
+    fault: ToolStatus = ToolStatus.MALFORMED
 
     @property
     def code(self) -> str:

@@ -117,7 +117,7 @@ class Toolbox:
 
     async def _execute_one(self, call: ToolCall) -> ToolResult:
         if call.error is not None:
-            return ToolResult(ToolStatus.MALFORMED, call.error)
+            return ToolResult(call.fault, call.error)
         if call.name not in self._tools:
             known = ", ".join(self._tools) or "none"
             return ToolResult(ToolStatus.UNKNOWN_TOOL, f"Unknown tool '{call.name}'. Known tools: {known}.")

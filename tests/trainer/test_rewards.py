@@ -1,5 +1,7 @@
 """Turn rewards: every rule of the method, worked by hand."""
 
+import sys
+
 import pytest
 
 from gtpo.methods import METHODS, RewardRule
@@ -126,6 +128,37 @@ def test_a_cell_that_does_not_parse_leaves_the_others_as_they_are() -> None:
     # the broken cell costs what it adds: the tokens of the others still count, whatever their layout
     assert 0.8 < ngram_similarity(["x=f(1)", "print(", "print(x)"], success) < 1
     assert ngram_similarity(["print("], success) == 0.0
+
+
+HUGE = ["0x" + "f" * 3600, "0b" + "1" * 15_000, "0o" + "7" * 5000, "-0x" + "f" * 3600, "1" * 4300, "9" * 5000]
+
+
+@pytest.mark.parametrize("literal", HUGE)
+@pytest.mark.parametrize("digits", [0, 640, 4300])
+def test_no_literal_is_too_long_to_compare(literal: str, digits: int) -> None:
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(digits)
+    try:
+        # 0 is no limit, 640 the least that Python takes
+        failed = make_trajectory(make_turn(code=f"n = {literal}\nprint(n % 7)"))
+        success = make_trajectory(make_turn(code="n = 0xff\nprint(n % 7)"), outcome=1.0)
+        first, _ = turn_rewards([failed, success], GTPO)
+        assert 0 < first.similarity < GTPO.similarity_alpha
+        assert ngram_similarity(failed.cells, failed.cells) == pytest.approx(1.0)
+    finally:
+        sys.set_int_max_str_digits(before)
+
+
+def test_numbers_count_by_their_value_and_kind() -> None:
+    assert ngram_similarity(["f(16)"], ["f(0x10)"]) == 1.0
+    for other in ("f(16.0)", "f('16')", "f(17)", "f(16j)", "f('0x10')"):
+        assert ngram_similarity(["f(16)"], [other]) < 1.0
+    assert ngram_similarity(["f(1)"], ["f(True)"]) < 1.0
+
+
+def test_a_parser_s_warning_about_a_cell_is_not_heard() -> None:
+    # as an error it would make the cell one that does not parse
+    assert ngram_similarity(["print('\\d' + x)"], ["print( '\\d'+x )"]) == 1.0
 
 
 def test_only_the_whole_outcome_is_a_success() -> None:
