@@ -78,7 +78,12 @@ def make_mixture(config: Config) -> Mixture:
 def make_chat(policy: Policy, config: Config) -> Chat:
     rollout = config.rollout
     return Chat(
-        policy.tokenizer, call_format=rollout.call_format, tool_role=rollout.tool_role, stop_ids=policy.stop_ids
+        policy.tokenizer,
+        call_format=rollout.call_format,
+        tool_role=rollout.tool_role,
+        stop_ids=policy.stop_ids,
+        max_calls_per_turn=rollout.max_calls_per_turn,
+        reasoning_may_call=rollout.reasoning_may_call,
     )
 
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back at the borders of a turn: prompts, tool output, calls and answers.
+"""Text to token ids and back at the borders of a turn: prompts, tool output and completions.
 
 A conversation is rendered once, for its prompt. After that ids are only appended: the sampled completion as it is, then
 the template's glue around the tool output. The glue is found by rendering a made-up conversation, so a template that
@@ -6,27 +6,18 @@ rewrites earlier turns (and would thus break the prefix) is refused at the start
 """
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from gtpo.parsing import CallFormat, ParsedTurn, opens_thought, parse_turn
 from gtpo.token_ids import TokenIds
 from gtpo.types import Message, ToolCall, ToolSchema
 
-_FENCED_CODE = re.compile(r"```py(?:thon)?3?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
-# quotes, which call nothing
-_FENCED_TEXT = re.compile(r"```(?:text|txt|output|json|markdown)[ \t]*\r?\n.*?```", re.DOTALL | re.IGNORECASE)
-_JSON_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-_ANSWER = re.compile(r"answer:[ \t]*(\S[^\n]*)", re.IGNORECASE)
 _MARK = "\x00tool-output\x00"
 _ANSWER_PROTOCOL = "Give the result as: answer: ..."
 _CODE_PROTOCOL = (
     "Call Python with a block that opens with ```python and closes with ```. You then read what it printed.\n"
 )
-
-
-CallFormat = Literal["code", "json"]
 
 
 def written_call(call: ToolCall, call_format: CallFormat) -> str:
@@ -55,18 +46,11 @@ class BrokenPrefix(ValueError):
     """The chat template does not extend what it rendered before, so ids could not be appended token-in, token-out."""
 
 
-@dataclass(frozen=True)
-class ParsedTurn:
-    """What a completion asks for: calls (malformed ones included), else an answer, else neither (a void turn)."""
-
-    calls: tuple[ToolCall, ...]
-    answer: str | None
-
-
 class Chat:
     """The chat template of one tokenizer, in one call format.
 
-    stop_ids: ids that end a turn beside that of `eos_token`.
+    stop_ids: ids that end a turn beside that of `eos_token`. max_calls_per_turn, reasoning_may_call: as `parse_turn`
+    takes them. opens_thought: whether a completion begins in a thought, which the generation prompt opened.
     The template must keep the system prompt and earlier turns, and end a turn of the assistant with `eos_token`. Known
     to: Qwen 2.5 to 3.8, LFM2, Nemotron 3, DeepSeek V3; with tool_role "user" also Llama 3, Gemma 4 and Phi 3.
     Raises BrokenPrefix or ValueError where it does not.
@@ -79,6 +63,8 @@ class Chat:
         call_format: CallFormat = "code",
         tool_role: str = "tool",
         stop_ids: Collection[int] = (),
+        max_calls_per_turn: int = 8,
+        reasoning_may_call: bool = False,
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
@@ -93,7 +79,10 @@ class Chat:
         self.end_of_turn_id: int = tokenizer.eos_token_id
         self.stop_ids = frozenset({self.end_of_turn_id, *stop_ids})
         self._glue: dict[tuple[str, ...], list[str]] = {}
+        self.max_calls_per_turn = max_calls_per_turn
+        self.reasoning_may_call = reasoning_may_call
         self._check_tool_glue()
+        self.opens_thought = opens_thought(self._glue_of((tool_role,))[-1])
 
     def prompt_ids(
         self, messages: Sequence[Message], tools: Sequence[ToolSchema] = (), *, explain_protocol: bool = False
@@ -166,7 +155,9 @@ class Chat:
         return "".join(f"\n- {_signature_line(tool['function'])}" for tool in tools)
 
     def completion_ids(self, text: str) -> list[int]:
-        """Ids of a demonstrated completion, its end-of-turn id included."""
+        """Ids of a demonstrated completion, its end-of-turn id included. It does not think: a thought that the
+        generation prompt opened is closed first."""
+        text = f"</think>\n\n{text}" if self.opens_thought else text
         return [*self.tokens.part(text, control=False), self.end_of_turn_id]
 
     def decode(self, completion_ids: Sequence[int]) -> str:
@@ -175,11 +166,13 @@ class Chat:
 
     def parse(self, text: str) -> ParsedTurn:
         """Reads the calls, or else the answer, out of a completion. Never raises: a malformed call has its error."""
-        calls = _fenced_calls(text) if self.call_format == "code" else _json_calls(text)
-        if calls:
-            return ParsedTurn(calls=calls, answer=None)
-        answers = _ANSWER.findall(text)
-        return ParsedTurn(calls=(), answer=(_bare(answers[-1]) or None) if answers else None)
+        return parse_turn(
+            text,
+            call_format=self.call_format,
+            max_calls=self.max_calls_per_turn,
+            is_thinking=self.opens_thought,
+            reasoning_may_call=self.reasoning_may_call,
+        )
 
     def _check_tool_glue(self) -> None:
         """Raises where the template cannot take tool output after a turn, one or several, without changing the turn."""
@@ -225,53 +218,6 @@ class Chat:
         return str(
             self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
         )
-
-
-
-def _fenced_calls(text: str) -> tuple[ToolCall, ...]:
-    calls = [ToolCall(name="python", arguments={"code": code.strip("\r\n")}) for code in _FENCED_CODE.findall(text)]
-    if "```" in _FENCED_TEXT.sub("", _FENCED_CODE.sub("", text)):
-        calls.append(_malformed("a code block must open with ```python and close with ```"))
-    return tuple(calls)
-
-
-def _bare(answer: str) -> str:
-    """The answer without the emphasis of Markdown around it.
-
-    >>> _bare(" **4** "), _bare("`x = 1`"), _bare("2**3")
-    ('4', 'x = 1', '2**3')
-    """
-    bare = answer.strip().removeprefix("**").removesuffix("**").strip()
-    return bare[1:-1].strip() if len(bare) > 1 and bare[0] == bare[-1] == "`" else bare
-
-
-def _json_calls(text: str) -> tuple[ToolCall, ...]:
-    calls = [_json_call(body) for body in _JSON_CALL.findall(text)]
-    if "<tool_call>" in _JSON_CALL.sub("", text):
-        calls.append(_malformed("a call must be closed with </tool_call>"))
-    return tuple(calls)
-
-
-def _json_call(body: str) -> ToolCall:
-    try:
-        call = json.loads(body)
-        # some models write the arguments as the OpenAI API does, as a string of JSON
-        arguments = call["arguments"] if isinstance(call, dict) else None
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except json.JSONDecodeError as error:
-        return _malformed(f"the call is not valid JSON: {error.msg} at character {error.pos}")
-    except KeyError:
-        return _malformed('the call must have the keys "name" and "arguments"')
-    except (ValueError, RecursionError) as error:
-        # a number of thousands of digits, or brackets nested as deep
-        return _malformed(f"the call is not JSON that can be read: {error}")
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
-        return _malformed('the call must be {"name": a string, "arguments": an object}')
-    return ToolCall(name=call["name"], arguments=arguments)
-
-
-def _malformed(message: str) -> ToolCall:
-    return ToolCall(name="", arguments={}, error=message)
 
 
 def _without_return(schema: Mapping[str, Any]) -> dict[str, Any]:

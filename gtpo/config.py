@@ -97,6 +97,8 @@ class RolloutConfig:
     max_concurrent: Annotated[int, "trajectories sampled at once"] = 128
     call_format: Annotated[Literal["code", "json"], "fenced Python, or JSON in <tool_call> tags"] = "code"
     tools: Annotated[tuple[str, ...], "offered tools: kinds, or names of tables [tools.NAME]"] = ("python",)
+    max_calls_per_turn: Annotated[int, "calls that one completion can make; of the rest the model is told"] = 8
+    reasoning_may_call: Annotated[bool, "make the calls that stand in a <think> block too"] = False
     tool_role: Annotated[str, "role of tool output in the model's chat template"] = "tool"
     tool_join_steps: Annotated[int, "decoding steps from a call to its result"] = 4
 
@@ -199,6 +201,7 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
         _GREATEST,
         "model.hidden_size model.num_layers model.num_heads model.num_kv_heads model.head_dim model.intermediate_size "
         "model.vocab_size model.lora_alpha tasks.num_train tasks.num_eval rollout.tasks_per_step rollout.max_turns "
+        "rollout.max_calls_per_turn "
         "rollout.max_completion_tokens rollout.max_trajectory_tokens rollout.max_concurrent sandbox.max_concurrent "
         "sft.batch_size sft.num_demonstrations train.updates_per_rollout train.micro_batch_tokens "
         "train.checkpoint_every eval.samples",

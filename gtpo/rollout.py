@@ -86,7 +86,7 @@ class Rollout:
             if not finished:
                 return StopReason.TRUNCATED
             parsed = self.chat.parse(turn.text)
-            turn.calls, turn.answer = list(parsed.calls), parsed.answer
+            turn.calls, turn.answer, turn.said = list(parsed.calls), parsed.answer, parsed.said
             reply = await episode.step(turn)
             turn.calls = turn.calls if reply.calls is None else list(reply.calls)
             turn.results, turn.rewards, turn.as_expected = list(reply.results), reply.rewards, reply.as_expected

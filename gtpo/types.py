@@ -114,7 +114,8 @@ class Turn:
     completion_ids: sampled ids, the end-of-turn id included when it was sampled. tool_ids: inserted ids, template glue
     included; empty on the last turn. rollout_logprobs: one for each completion id, after temperature. answer: what the
     turn gives as the answer, None where it gives none. as_expected: whether the tools printed what the task expects;
-    None where the task does not say. rewards: the named terms that the episode gave for the turn.
+    None where the task does not say. rewards: the named terms that the episode gave for the turn. said: its text
+    without the reasoning; empty where it was cut short.
     """
 
     completion_ids: list[int]
@@ -127,6 +128,7 @@ class Turn:
     seconds: float = 0.0
     answer: str | None = None
     rewards: Mapping[str, float] = field(default_factory=dict)
+    said: str = ""
 
     @property
     def num_invalid_calls(self) -> int:

@@ -11,8 +11,9 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from gtpo.chat import CallFormat, written_answer, written_call
+from gtpo.chat import written_answer, written_call
 from gtpo.environments.episode import BlockingEpisode, Episode
+from gtpo.parsing import CallFormat
 from gtpo.tools import RunTools
 from gtpo.types import Task, ToolCall
 

@@ -83,7 +83,7 @@ class CodeEpisode:
         if not self._cases:
             return Grade(self._environment.grade(self._task, trajectory.answer))
         finished = trajectory.stop is StopReason.FINISHED
-        program = program_of(trajectory.turns[-1].text) if finished else None
+        program = program_of(trajectory.turns[-1].said) if finished else None
         assert isinstance(self._run_tools.sandbox, SandboxPool)
         try:
             passed = program is not None and await passes(self._run_tools.sandbox, program, self._cases)

@@ -4,13 +4,13 @@ A program that could see the expected output, or write its own verdict, would be
 process: it gets an input, and what it prints is compared in the trainer's.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gtpo.parsing import last_program as program_of
 from gtpo.sandbox import CellStatus, SandboxPool, SandboxUnavailable
 
-_FENCED = re.compile(r"^```[^\n`]*\n(.*?)^```\s*$", re.DOTALL | re.MULTILINE)
+__all__ = ["ProgramCase", "passes", "program_of"]
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,6 @@ async def passes(sandbox: SandboxPool, program: str, cases: Sequence[ProgramCase
         if not ended or result.output_truncated or _lines(result.stdout) != _lines(case.output):
             return False
     return True
-
-
-def program_of(text: str) -> str | None:
-    """The last fenced block of `text`; None where there is none.
-
-    >>> program_of("So:\\n```python\\nprint(1)\\n```\\n"), program_of("print(2)")
-    ('print(1)\\n', None)
-    """
-    blocks: list[str] = _FENCED.findall(text)
-    return blocks[-1] if blocks else None
 
 
 def _lines(text: str) -> list[str]:

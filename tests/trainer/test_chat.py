@@ -1,4 +1,4 @@
-"""Prompts, tool output, calls and answers as text and as token ids."""
+"""Prompts, tool output and completions as text and as token ids."""
 
 import json
 from typing import get_args
@@ -7,135 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gtpo.chat import BrokenPrefix, CallFormat, Chat, written_answer, written_call
+from gtpo.chat import BrokenPrefix, Chat, written_answer, written_call
+from gtpo.parsing import CallFormat
 from gtpo.policy import Policy
 from gtpo.tools import ToolSet
 from gtpo.types import ToolCall
 from tests.trainer.conftest import prompt, python, tiny_policy
 
 END = "<|im_end|>"
-
-
-class Parser(Chat):
-    """Parsing needs no tokenizer."""
-
-    def __init__(self, call_format: str) -> None:
-        self.call_format = call_format  # type: ignore[assignment]
-
-
-CODE, JSON = Parser("code"), Parser("json")
-
-
-def call(body: object) -> str:
-    return f"<tool_call>{body if isinstance(body, str) else json.dumps(body)}</tool_call>"
-
-
-def test_code_calls() -> None:
-    turn = CODE.parse(f"First.\n{python('x = 1')}\nthen\n```py\nprint(x)\n\nprint(2)\n```")
-    assert [made.code for made in turn.calls] == ["x = 1", "print(x)\n\nprint(2)"]
-    assert all(made.error is None and made.name == "python" for made in turn.calls) and turn.answer is None
-
-
-@pytest.mark.parametrize("opening", ["```Python\n", "```python3 \n", "```PY\n", "```python\r\n"])
-def test_fences_as_models_write_them(opening: str) -> None:
-    (made,) = CODE.parse(f"{opening}print(1)\r\n```").calls
-    assert (made.code, made.error) == ("print(1)", None)
-
-
-def test_a_quoted_block_is_no_call() -> None:
-    turn = CODE.parse("It printed\n```text\n4\n```\nanswer: 4")
-    assert (turn.calls, turn.answer) == ((), "4")
-    (made,) = CODE.parse(f"```text\n4\n```\n{python('x')}").calls
-    assert made.code == "x"
-
-
-@pytest.mark.parametrize("text", ["```\nprint(1)\n```", "```python\nprint(1)", "```bash\nls\n```", "answer: 4 ```"])
-def test_malformed_code(text: str) -> None:
-    (made,) = CODE.parse(text).calls
-    assert made.error == "a code block must open with ```python and close with ```" and made.code == ""
-
-
-def test_json_calls() -> None:
-    as_object = {"name": "calculator", "arguments": {"expression": "1 + 1"}}
-    as_text = {"name": "python", "arguments": '{"code": "print(1)"}'}
-    first, second = JSON.parse(f"{call(as_object)}\n{call(as_text)}").calls
-    assert (first.name, first.arguments, first.error) == ("calculator", {"expression": "1 + 1"}, None)
-    assert (second.name, second.code, second.error) == ("python", "print(1)", None)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (call("{"), "not valid JSON"),
-        (call("[1]"), 'must be {"name": a string'),
-        (call({"name": "python"}), 'must have the keys "name" and "arguments"'),
-        (call({"name": 3, "arguments": {}}), 'must be {"name": a string'),
-        (call({"name": "python", "arguments": [1]}), 'must be {"name": a string'),
-        (call({"name": "python", "arguments": "nothing"}), "not valid JSON"),
-        ('<tool_call>{"name": "python", "arguments": {}}', "closed with </tool_call>"),
-        (call('{"name": "python", "arguments": {"code": ' + "9" * 5000 + "}}"), "not JSON that can be read"),
-        (call("[" * 100_000), "not JSON that can be read"),
-    ],
-)
-def test_malformed_json(text: str, message: str) -> None:
-    (made,) = JSON.parse(text).calls
-    assert made.error is not None and message in made.error and made.name == ""
-
-
-PIECES = st.sampled_from(
-    [
-        "```",
-        "```python\n",
-        "<tool_call>",
-        "</tool_call>",
-        "{",
-        "}",
-        "[",
-        "]",
-        '"',
-        ":",
-        "answer:",
-        "\n",
-        '"name"',
-        "NaN",
-    ]
-)
-
-
-@given(text=st.one_of(st.text(), st.lists(PIECES | st.text(max_size=5)).map("".join)))
-def test_parse_never_raises(text: str) -> None:
-    for chat in (CODE, JSON):
-        turn = chat.parse(text)
-        assert turn.answer is None or not turn.calls
-        assert all(made.error is None or (made.name, made.arguments) == ("", {}) for made in turn.calls)
-
-
-@given(arguments=st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.dictionaries(st.text(), inner)))
-def test_any_arguments_come_through_or_are_refused(arguments: object) -> None:
-    (made,) = JSON.parse(call({"name": "f", "arguments": arguments})).calls[:1]
-    if isinstance(arguments, dict) and "</tool_call>" not in json.dumps(arguments):
-        assert made.arguments == arguments and made.error is None
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("answer: 42", "42"),
-        ("So Answer:  3 boxes \nDone.", "3 boxes"),
-        ("answer: 1\nno, answer: 2", "2"),
-        ("answer:", None),
-        ("answer: \n4", None),
-        ("42", None),
-        ("answer: **4**", "4"),
-        ("**Answer:** 4", "4"),
-        ("**answer: 4**", "4"),
-        ("answer: `x = 1`", "x = 1"),
-        ("answer: 2**3", "2**3"),
-        ("answer: **", None),
-    ],
-)
-def test_answers(text: str, answer: str | None) -> None:
-    assert CODE.parse(text).answer == JSON.parse(text).answer == answer
 
 
 def test_demonstrations_parse_back(policy: Policy) -> None:
@@ -260,6 +139,32 @@ def test_a_template_that_drops_tool_output_is_refused() -> None:
     with pytest.raises(ValueError, match=r"drops messages of role 'tool'; set rollout\.tool_role = \"user\""):
         Chat(tokenizer)
     assert len(Chat(tokenizer, tool_role="user").reply_ids(["1"])) > 1
+
+
+THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}<think>\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("call_format", get_args(CallFormat))
+def test_a_generation_prompt_that_opens_a_thought(call_format: CallFormat) -> None:
+    tokenizer = tiny_policy().tokenizer
+    plain = Chat(tokenizer, call_format=call_format)
+    tokenizer.chat_template = THINKS
+    chat = Chat(tokenizer, call_format=call_format)
+    draft = written_call(ToolCall("python", {"code": "draft()"}), call_format)
+    assert plain.parse(draft).calls and not chat.parse(draft).calls
+    turn = chat.parse(f"{draft}\nanswer: 5 </think>answer: 4")
+    assert (turn.answer, turn.said) == ("4", "answer: 4")
+    # a demonstration closes the thought before it acts
+    for opened in (plain, chat):
+        (made,) = opened.parse(opened.decode(opened.completion_ids(draft))).calls
+        assert made.code == "draft()"
+        assert opened.parse(opened.decode(opened.completion_ids(written_answer("4")))).answer == "4"
+    (made,) = Chat(tokenizer, call_format=call_format, reasoning_may_call=True).parse(draft).calls
+    assert made.code == "draft()"
 
 
 def test_each_stop_id_ends_a_turn_and_is_no_text(policy: Policy) -> None:

@@ -71,6 +71,24 @@ def test_json_calls_of_two_tools_and_of_an_unknown_one(policy: Policy) -> None:
     assert (trajectory.outcome, trajectory.num_invalid_calls, trajectory.num_calls) == (1.0, 1, 4)
 
 
+def test_calls_of_a_turn_are_bounded_and_the_model_reads_so(policy: Policy) -> None:
+    """Twelve blocks in 290 characters cost what eight do, and the ninth result is for the model, not a fault."""
+    blocks = "".join(f"```py\nprint({number})\n```\n" for number in range(12))
+    (trajectory,) = play_all(policy, [[blocks, "answer: 4"]])
+    *made, told = trajectory.turns[0].results
+    assert [result.text for result in made] == [str(number) for number in range(8)]
+    assert told.status is ToolStatus.OVER_QUOTA and "those after the first 8 were not made" in told.text
+    assert trajectory.num_invalid_calls == 0 and trajectory.outcome == 1.0
+    assert told.text in policy.tokenizer.decode(trajectory.turns[0].tool_ids)
+
+
+def test_a_call_drafted_in_a_thought_is_not_made(policy: Policy) -> None:
+    draft = f"<think>{python('print(1)')}\nanswer: 5</think>"
+    (trajectory,) = play_all(policy, [[f"{draft}\n{python('print(4)')}", f"{draft}answer: 4"]])
+    assert [[result.text for result in turn.results] for turn in trajectory.turns] == [["4"], []]
+    assert (trajectory.answer, trajectory.outcome) == ("4", 1.0)
+
+
 def test_a_trajectory_ends_at_max_turns(policy: Policy) -> None:
     (trajectory,) = play_all(policy, [[python("print(4)")]], max_turns=2)
     assert trajectory.stop is StopReason.MAX_TURNS and len(trajectory.turns) == 2
