@@ -4,23 +4,20 @@ import codecs
 import json
 import math
 import random
-import re
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from gtpo.config_values import broken_text, shortened
 from gtpo.environments.base import Split, check_request, content_digest
 from gtpo.environments.code import CodeEnvironment
+from gtpo.environments.equality import same_answer
 from gtpo.types import Task
 
 PROMPT_COLUMNS = ("prompt", "question", "messages")
 ANSWER_COLUMNS = ("answer", "ground_truth")
 
 _EVAL_SHARE = 0.2
-_MAX_NUMBER_CHARS = 400
-_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(/\d+)?")
 
 
 class JsonlEnvironment(CodeEnvironment):
@@ -83,36 +80,6 @@ class JsonlEnvironment(CodeEnvironment):
 
     def grade(self, task: Task, answer: str | None) -> float:
         return float(answer is not None and same_answer(answer, task.answer))
-
-
-def same_answer(given: str, expected: str) -> bool:
-    """Whether two answers are equal: as numbers, exactly; else as texts but for case, spaces and a full stop.
-
-    >>> same_answer(" $1,200.00. ", "1200"), same_answer("1/2", "0.5"), same_answer("New  York", "new york.")
-    (True, True, True)
-    >>> same_answer("12", "120"), same_answer("", "0")
-    (False, False)
-    """
-    given_number, expected_number = _as_number(given), _as_number(expected)
-    if given_number is not None and expected_number is not None:
-        return given_number == expected_number
-    return _normalised(given) == _normalised(expected)
-
-
-def _normalised(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".").rstrip()
-
-
-def _as_number(text: str) -> Fraction | None:
-    text = _normalised(text).replace("$", "").replace(" ", "")
-    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", text):
-        text = text.replace(",", "")
-    if len(text) > _MAX_NUMBER_CHARS or not _NUMBER.fullmatch(text):
-        return None
-    numerator, _, denominator = text.partition("/")
-    if denominator and int(denominator) == 0:
-        return None
-    return Fraction(numerator) / int(denominator or 1)
 
 
 def _read_rows(path: Path) -> list[tuple[str, str]]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from gtpo.environments import JsonlEnvironment
-from gtpo.environments.jsonl import same_answer
 
 Write = Callable[..., str]
 
@@ -190,42 +189,3 @@ def test_the_protocol_is_left_to_the_chat(write: Write) -> None:
     assert own.explain_protocol and own.system_prompt == "Be brief."
     # a model that is told to give the answer alone would leave out the words by which it is found
     assert "only" not in JsonlEnvironment(write(*numbered(2))).system_prompt
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("42", "42.0"),
-        ("+42", "42"),
-        ("-0", "0"),
-        ("1,234,567.5", "1234567.50"),
-        ("$ 12", "12"),
-        ("3/4", "0.75"),
-        ("6/8", "3/4"),
-        (".5", "0.5"),
-        ("42.", "42"),
-        ("Paris", " paris. "),
-        ("a  b\nc", "A B C"),
-        ("9" * 300, "9" * 300 + ".0"),
-    ],
-)
-def test_equal_answers(given: str, expected: str) -> None:
-    assert same_answer(given, expected)
-    assert same_answer(expected, given)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("1,2", "12"),
-        ("1/0", "0"),
-        ("1e3", "1000"),
-        ("42 km", "42"),
-        ("0.333", "1/3"),
-        ("9" * 500, "9" * 499),
-        ("", "0"),
-    ],
-)
-def test_different_answers(given: str, expected: str) -> None:
-    assert not same_answer(given, expected)
-    assert not same_answer(expected, given)
