@@ -81,6 +81,7 @@ _NEVER_COVERED = (
     "reading the clock",
     "a cell that forges its own ok or error",
     "signals between sessions by the load of the machine and what is in its caches",
+    "how many processes and files earlier stateless calls in the same jail have made (numbers count on)",
 )
 # Of a layer: what comes with it, and what it would prevent.
 _UNCOVERED_WITH = {
@@ -95,6 +96,7 @@ _UNCOVERED_BELOW = {
         "names, sizes and times of access of files outside (stat)",
         "total size of files of a session",
         "a fixed working directory",
+        "which processes the host has, by their numbers in /proc",
     ),
     SandboxTier.LANDLOCK: ("the network", "files of the user", "signals to and memory of the user's processes"),
     SandboxTier.RLIMITS: ("starting processes", "memory"),

@@ -20,24 +20,29 @@ MACHINES = ("x86_64", "aarch64")
 ALLOWED = """
 read write readv writev pread64 pwrite64 lseek fsync fdatasync ftruncate close close_range dup dup2 dup3 pipe pipe2 open
 openat access faccessat faccessat2 stat lstat fstat newfstatat statx readlink readlinkat getcwd chdir fchdir getdents64
-mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 umask select pselect6 poll ppoll nanosleep clock_nanosleep
+mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 umask select pselect6 poll ppoll nanosleep
 pause munmap mremap mprotect brk rt_sigprocmask rt_sigreturn rt_sigpending sigaltstack alarm
-getitimer setitimer restart_syscall getpid getppid gettid getuid geteuid getgid getegid getgroups getpgrp getpgid getsid
-clock_gettime clock_getres gettimeofday time times getrusage getrlimit getrandom uname sched_getaffinity sched_yield
-getcpu exit exit_group
+getitimer setitimer restart_syscall getpid getppid gettid getuid geteuid getgid getegid getgroups getpgrp
+gettimeofday time times getrusage getrlimit getrandom uname sched_yield getcpu exit exit_group
 """
 # Without the two that every new thread makes (rseq, set_robust_list) the C library gives up.
 # Arrays of multiprocessing ask with statfs how large their directory is.
 # Semaphores of multiprocessing are futexes of files.
 ALLOWED_WITH_PROCESSES = "wait4 waitid kill tgkill set_robust_list rseq link linkat statfs fstatfs futex"
+# What tells of any process that it names by its number: a session has processes where it has numbers of its own.
+# Elsewhere it may ask for itself only, and for no clock of a process or thread, whose numbers are negative.
+ABOUT_PROCESSES = ("getpgid", "getsid", "sched_getaffinity")
+CLOCKS = ("clock_gettime", "clock_getres", "clock_nanosleep")
+_NEGATIVE = 0x8000_0000
 # Flags of clone that are refused: new namespaces, ptrace, pidfd, vfork (whose parent waits uninterruptibly), clone_io.
 CLONE_REFUSED = 0x7E02_0000 | 0x2000 | 0x80_0000 | 0x1000 | 0x4000 | 0x8000_0000
 # Calls that are harmless for some values of one argument only: name, argument, values.
-# ioctl: TCGETS, TIOCGWINSZ, FIOCLEX. fcntl: no F_SETOWN, which sends signals. prlimit64: the process itself.
+# ioctl: TCGETS, TIOCGWINSZ, FIOCLEX. fcntl: no F_SETOWN, which sends signals, and
+# no F_SETFL, whose flags the calls of a jail, which share descriptors, could read. prlimit64: the process itself.
 # prctl: PR_SET_NAME. madvise: nothing that changes pages which others have (MADV_MERGEABLE, _COLD, _PAGEOUT).
 ALLOWED_FOR = (
     ("ioctl", 1, (0x5401, 0x5413, 0x5451)),
-    ("fcntl", 1, (0, 1, 2, 3, 4, 5, 1030)),
+    ("fcntl", 1, (0, 1, 2, 3, 5, 1030)),
     ("prlimit64", 0, (0,)),
     ("prctl", 0, (15,)),
     ("madvise", 2, (0, 1, 2, 3, 4, 8, 10, 11, 14, 15, 16, 17, 18, 19)),
@@ -86,7 +91,13 @@ def generate(machine: str, *, processes: bool) -> bytes:
         rules.add_rule(libseccomp.ALLOW, name)
     if processes:
         rules.add_rule(libseccomp.ALLOW, "clone", masked(0, CLONE_REFUSED, 0))
+        for name in (*ABOUT_PROCESSES, *CLOCKS):
+            rules.add_rule(libseccomp.ALLOW, name)
     else:
+        for name in ABOUT_PROCESSES:
+            rules.add_rule(libseccomp.ALLOW, name, masked(0, 0xFFFF_FFFF, 0))
+        for name in CLOCKS:
+            rules.add_rule(libseccomp.ALLOW, name, masked(0, _NEGATIVE, 0))
         rules.add_rule(libseccomp.ALLOW, "futex", masked(1, _FUTEX_PRIVATE_FLAG, _FUTEX_PRIVATE_FLAG))
     granted = libseccomp.ERRNO(0)
     for action, (name, argument, values) in (

@@ -197,9 +197,9 @@ def test_the_command_line_runs_the_check(capsys):
 def test_the_check_names_what_was_not_contained(monkeypatch):
     said = []
     assert not run_check(adapter="tests.sandbox.no_sandbox:opened", only=["secrets"], say=said.append)
-    assert said[0].split() == ["secrets", "0", "of", "16", "contained"]
+    assert said[0].split() == ["secrets", "0", "of", "25", "contained"]
     assert said[1].startswith("FAILED secrets environment_of_trainer: it got through; it ended with ok")
-    assert said[-1] == "0 of 16 attempts contained"
+    assert said[-1] == "0 of 25 attempts contained"
     with pytest.raises(ValueError, match=r"kind must be one of \['processes', .* got \['nothing'\]"):
         run_check(only=["nothing"])
     with pytest.raises(ValueError, match='adapter must be "module:name", got'):
@@ -270,6 +270,26 @@ print(len(children))
     # As many as the limit says, or none at all where a cell can start no processes.
     least = LIMITS.max_processes if "snapshots" in cage.pool.report.layers else 0
     assert all(least <= int(cell.stdout) <= least + 2 for cell in (first, second))
+
+
+@pytest.mark.parametrize("cage", ["namespaces"], indirect=True)
+@pytest.mark.parametrize("exit_signal", [0, 10, 17])
+def test_dead_children_do_not_count_in_later_cells(cage, exit_signal):
+    """Whatever signal their end sends: without one, a wait for children does not find them unless it asks for all."""
+    code = f"""
+import ctypes, os
+libc, number = ctypes.CDLL(None, use_errno=True), {{"x86_64": 56, "aarch64": 220}}[os.uname().machine]
+started = 0
+for _ in range({LIMITS.max_processes}):
+    pid = libc.syscall(number, {exit_signal}, 0, 0, 0, 0)
+    if pid == 0:
+        os._exit(0)
+    started += pid > 0
+print(started)
+"""
+    ignore = "import signal\nsignal.signal(10, signal.SIG_IGN)"
+    results = cage.cells(ignore, *[code] * 4)
+    assert [result.stdout for result in results[1:]] == [f"{LIMITS.max_processes}\n"] * 4
 
 
 def test_fork_bombs_end_and_a_killed_snapshot_is_replaced():

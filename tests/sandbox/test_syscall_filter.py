@@ -76,7 +76,8 @@ def test_dangerous_and_unknown_calls_fail(machine, numbers):
 
 @pytest.mark.parametrize(("machine", "fcntl", "ioctl", "prlimit"), [("x86_64", 72, 16, 302), ("aarch64", 25, 29, 261)])
 def test_arguments_decide_for_some_calls(machine, fcntl, ioctl, prlimit):
-    get_flags, set_owner, terminal, inject = 3, 8, 0x5401, 0x5412
+    get_flags, set_flags, set_owner, terminal, inject = 3, 4, 8, 0x5401, 0x5412
+    assert verdict(machine, fcntl, arguments=(0, set_flags)) == EPERM
     assert verdict(machine, fcntl, arguments=(0, get_flags)) == ALLOW
     assert verdict(machine, fcntl, arguments=(0, set_owner)) == EPERM
     assert verdict(machine, ioctl, arguments=(0, terminal)) == ALLOW
@@ -112,6 +113,23 @@ def test_advice_is_about_pages_of_the_process_itself(machine, madvise):
     assert verdict(machine, madvise, arguments=(0, 4096, dont_need)) == ALLOW
     for advice in (mergeable, cold, pageout, poison):
         assert verdict(machine, madvise, arguments=(0, 4096, advice)) == EPERM
+
+
+@pytest.mark.parametrize("machine", ARCH)
+def test_of_processes_a_session_without_numbers_of_its_own_may_ask_for_itself(machine):
+    about_processes, clocks = TESTED_BY_ARGUMENT[machine][9:12], TESTED_BY_ARGUMENT[machine][12:]
+    pid, real_time, thread_time, clock_of_another = 4711, 0, 3, ~4711 << 3 | 2
+    for number in about_processes:
+        assert verdict(machine, number, arguments=(0,)) == ALLOW
+        for named in (pid, 1, 0xFFFF_FFFF):
+            assert verdict(machine, number, arguments=(named,)) == EPERM
+            assert verdict(machine, number, arguments=(named,), processes=True) == ALLOW
+    for number in clocks:
+        assert {verdict(machine, number, arguments=(clock,)) for clock in (real_time, 1, 2, thread_time, 11)} == {ALLOW}
+        # the kernel looks at the low half only
+        for clock in (clock_of_another & 0xFFFF_FFFF, clock_of_another & 2**64 - 1):
+            assert verdict(machine, number, arguments=(clock,)) == EPERM
+            assert verdict(machine, number, arguments=(clock,), processes=True) == ALLOW
 
 
 @pytest.mark.parametrize(("machine", "rt_sigaction"), [("x86_64", 13), ("aarch64", 134)])
@@ -186,10 +204,11 @@ def test_the_shipped_program_is_what_libseccomp_makes_of_the_rules(machine, proc
                 )
 
 
-# ioctl, fcntl, prlimit64, prctl, rt_sigaction, mmap, clone, madvise, futex
+# ioctl, fcntl, prlimit64, prctl, rt_sigaction, mmap, clone, madvise, futex; getpgid, getsid, sched_getaffinity,
+# clock_gettime, clock_getres, clock_nanosleep
 TESTED_BY_ARGUMENT = {
-    "x86_64": (16, 72, 302, 157, 13, 9, 56, 28, 202),
-    "aarch64": (29, 25, 261, 167, 134, 222, 220, 233, 98),
+    "x86_64": (16, 72, 302, 157, 13, 9, 56, 28, 202, 121, 124, 204, 228, 229, 230),
+    "aarch64": (29, 25, 261, 167, 134, 222, 220, 233, 98, 155, 156, 123, 113, 114, 115),
 }
 
 

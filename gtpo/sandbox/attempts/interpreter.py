@@ -26,6 +26,19 @@ ATTEMPTS = ends(
             (),
         ),
         "exit_functions": ("import atexit\natexit.register(lambda: exec('while True: pass'))", (OK,), ()),
+        "shadowed_modules": (
+            "for name in ('tempfile', 'json', 'random', 'threading', 'select'):\n"
+            "    with open(f'{name}.py', 'w') as f: f.write('raise SystemExit(3)')",
+            (OK,),
+            (),
+        ),
+        "exit_with_hostile_code": (
+            "class Code(int):\n    def __and__(s, o): raise s\n    __index__ = __int__ = __and__\n"
+            "class Exit(SystemExit):\n    code = property(lambda s: 1 / 0)\n"
+            "try: raise SystemExit(Code(7))\nexcept SystemExit as e: kept = e\nraise Exit(kept)",
+            (ERROR,),
+            (),
+        ),
         "closed_loop_of_the_keeper": (
             "import gc\nfor o in gc.get_objects():\n    if type(o).__name__ in ('Keeper', 'Plan', 'socket'):\n"
             "        for n in list(getattr(o, '__dict__', {})):\n            try: setattr(o, n, None)\n"
@@ -49,6 +62,7 @@ ATTEMPTS = ends(
             (CRASH, ERROR),
             (),
         ),
+        "import_of_the_sandbox": ("import gtpo.sandbox", (ERROR,), ("ModuleNotFoundError",)),
         "import_of_the_trainer": ("import torch", (ERROR,), ("ModuleNotFoundError",)),
     },
 )
