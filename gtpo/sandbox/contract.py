@@ -111,7 +111,8 @@ class CellResult:
     """What one cell did.
 
     `stdout` holds stdout and stderr as written: all of it, or its head and its tail with the number of bytes left out
-    between them; `num_output_bytes` counts all.  `error` is the exception as "Type: message" (or why the process
+    between them; `num_output_bytes` counts all, and `output_digest` is that of `output.LineDigest` of all where it was
+    asked for.  `error` is the exception as "Type: message" (or why the process
     ended), without paths, addresses or times; `error_line` is the line of the cell that raised it.
     `exit_status` is that of a process that ended, negative for a signal.  Times, exit status and `peak_memory_bytes`
     (of the session's interpreter so far) are the kernel's.  `num_tries` is above 1 where the sandbox failed under the
@@ -133,6 +134,7 @@ class CellResult:
     wall_time_s: float = 0.0
     peak_memory_bytes: int = 0
     num_output_bytes: int = 0
+    output_digest: str = ""
     output_truncated: bool = False
     state: SessionState = SessionState.KEPT
     num_tries: int = 1

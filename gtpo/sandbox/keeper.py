@@ -180,7 +180,7 @@ class Keeper:
     def _run_cell(self, request: dict[str, Any]) -> dict[str, Any]:
         """Run one cell within its limits and say what became of it and of the session."""
         self._take_output()
-        self._output = Output(self._limits.output_bytes)
+        self._output = Output(self._limits.output_bytes, with_digest=request.get("with_digest", False))
         # A cell may have changed these for all who share them: its own snapshot too.
         self._remote.setblocking(True)
         os.set_blocking(self._output_end, True)
@@ -229,6 +229,7 @@ class Keeper:
             "status": status,
             "stdout": self._output.text(),
             "num_output_bytes": self._output.num_bytes,
+            "output_digest": self._output.digest,
             "output_truncated": self._output.truncated,
             "error": without_addresses(error[:_MAX_ERROR_CHARS]).encode("utf-8", "backslashreplace").decode(),
             "error_line": None,

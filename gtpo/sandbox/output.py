@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import re
 
 # The addresses in default reprs change from run to run. Pointers have 9 to 12 digits on 64 bits.
@@ -12,6 +13,8 @@ _ADDRESS = re.compile(r"\bat 0x[0-9a-f]{9,16}\b")
 class Output:
     """Keeps at most `limit` bytes: the first three quarters of that and the last quarter, in constant memory.
 
+    `digest` stands for all of them where that is asked for.
+
     >>> output = Output(8)
     >>> output.add(b"abcdef"), output.add(b"ghijkl"), output.num_bytes
     (None, None, 12)
@@ -19,8 +22,9 @@ class Output:
     'abcdef\\n[4 of 12 bytes left out]\\nkl'
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, with_digest: bool = False) -> None:
         self._limit = limit
+        self._lines = LineDigest() if with_digest else None
         self._head_size = limit - limit // 4
         self._head = b""
         self._tail = b""
@@ -29,6 +33,8 @@ class Output:
     def add(self, data: bytes) -> None:
         """Take what was written next."""
         self.num_bytes += len(data)
+        if self._lines is not None:
+            self._lines.add(data)
         room = self._head_size - len(self._head)
         self._head += data[:room]
         if len(data) > room:
@@ -38,6 +44,11 @@ class Output:
     def truncated(self) -> bool:
         """Whether bytes were left out."""
         return self.num_bytes > self._limit
+
+    @property
+    def digest(self) -> str:
+        """That of all lines; "" where none was asked for."""
+        return "" if self._lines is None else self._lines.text()
 
     def text(self) -> str:
         """The output as text, other bytes escaped; where some were left out, a line says how many."""
@@ -50,6 +61,46 @@ class Output:
         tail = self._tail[start:].decode("utf-8", "backslashreplace")
         left_out = self.num_bytes - len(head.encode()) - len(self._tail) + start
         return without_addresses(f"{head}\n[{left_out} of {self.num_bytes} bytes left out]\n{tail}")
+
+
+class LineDigest:
+    """A hash of lines, to which spaces at their ends and empty lines at the end make no difference.
+
+    >>> spaced, plain = LineDigest(), LineDigest()
+    >>> spaced.add(b"1 "), spaced.add(b" 2  \\n\\t"), spaced.add(b"3\\r\\n \\n"), plain.add(b"1  2\\n\\t3")
+    (None, None, None, None)
+    >>> spaced.text() == plain.text()
+    True
+    """
+
+    # More than this of spaces and empty lines in a row is like nothing else.
+    _MAX_SPACE_BYTES = 2**20
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        # It may be at an end.
+        self._space = b""
+
+    def add(self, data: bytes) -> None:
+        """Take what comes next."""
+        data = self._space + data
+        kept = data.rstrip()
+        self._space = data[len(kept) :]
+        self._hash.update(b"\n".join(line.rstrip() for line in kept.split(b"\n")))
+        if len(self._space) > self._MAX_SPACE_BYTES:
+            self._hash.update(b"\n\n " + self._space[: self._MAX_SPACE_BYTES])
+            self._space = b""
+
+    def text(self) -> str:
+        """The hash of what has come, in hexadecimal."""
+        return self._hash.hexdigest()
+
+
+def digest_of(text: str) -> str:
+    """What a result has as its digest where `text` was its whole output."""
+    lines = LineDigest()
+    lines.add(text.encode("utf-8", "surrogatepass"))
+    return lines.text()
 
 
 def without_addresses(text: str) -> str:

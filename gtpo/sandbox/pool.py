@@ -224,21 +224,33 @@ class SandboxPool:
         return session
 
     async def run(
-        self, code: str, *, stdin: str = "", files: Mapping[str, bytes] | None = None, with_stderr: bool = True
+        self,
+        code: str,
+        *,
+        stdin: str = "",
+        files: Mapping[str, bytes] | None = None,
+        with_stderr: bool = True,
+        with_digest: bool = False,
     ) -> CellResult:
         """Run `code` once, in a process that has run no other code, beside nothing but `files`.
 
         The jail is used again for later calls, without the process and the files.  Unless `with_stderr`, what it writes
-        to stderr is thrown away.
+        to stderr is thrown away.  `with_digest` has the result say what all of its output was, however long.
         """
-        return await self._work.do(self._run(code, stdin, files or {}, with_stderr=with_stderr))
+        return await self._work.do(
+            self._run(code, stdin, files or {}, with_stderr=with_stderr, with_digest=with_digest)
+        )
 
-    async def _run(self, code: str, stdin: str, files: Mapping[str, bytes], *, with_stderr: bool) -> CellResult:
+    async def _run(
+        self, code: str, stdin: str, files: Mapping[str, bytes], *, with_stderr: bool, with_digest: bool
+    ) -> CellResult:
         session = self._idle.pop() if self._idle else await self._open()
         try:
             for name, data in files.items():
                 await session.put(name, data)
-            result = await session._run(code, stdin, rollback=True, discard=True, with_stderr=with_stderr)
+            result = await session._run(
+                code, stdin, rollback=True, discard=True, with_stderr=with_stderr, with_digest=with_digest
+            )
             session._forget()
         except BaseException:
             await session.close()

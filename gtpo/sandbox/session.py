@@ -148,6 +148,7 @@ class SandboxSession:
         discard: bool,
         tools: CodeTools | None = None,
         with_stderr: bool = True,
+        with_digest: bool = False,
     ) -> CellResult:
         data = stdin.encode("utf-8", "surrogatepass")
         if len(data) > (most := self._pool.limits.file_bytes):
@@ -155,7 +156,7 @@ class SandboxSession:
         async with self._turn, self._slot:
             self._num_cells += 1
             request: dict[str, Any] = {"op": "run", "number": self._num_cells, "code": code, "stdin": stdin}
-            request |= {"with_stderr": with_stderr, "tools": {}}
+            request |= {"with_stderr": with_stderr, "with_digest": with_digest, "tools": {}}
             if tools is not None:
                 request["tools"] = {name: list(names) for name, names in tools.parameters.items()}
                 request["max_calls"] = tools.max_calls
@@ -258,6 +259,7 @@ class SandboxSession:
             wall_time_s=answer["wall_time_s"],
             peak_memory_bytes=answer["peak_memory_bytes"],
             num_output_bytes=answer["num_output_bytes"],
+            output_digest=answer["output_digest"],
             output_truncated=answer["output_truncated"],
             state=state,
             num_tries=num_tries,

@@ -134,8 +134,26 @@ def test_bad_cases_are_the_callers_fault() -> None:
     pool = SandboxPool(LIMITS)
     with pytest.raises(ValueError, match="cases must hold at least one case, got none"):
         asyncio.run(passes(pool, "print(1)", []))
-    with pytest.raises(ValueError, match="must be shorter than the sandbox's output_bytes=4096, got 4096 bytes"):
-        asyncio.run(passes(pool, "print(1)", [ProgramCase(output="x" * 4096)]))
+
+
+def test_outputs_and_inputs_of_any_length() -> None:
+    numbers = "\n".join(str(number) for number in range(60_000))
+    echo = "import sys\nfor line in sys.stdin: print(int(line), '  ')\nprint('\\n' * 9)"
+    cases = [ProgramCase(stdin=numbers, output=numbers + "\n")]
+    assert len(numbers) > 2**18
+    right = [(echo, cases), ("print('x' * 4095)", [ProgramCase(output="x" * 4095)])]
+    right += [("print('x' * 4096)", [ProgramCase(output="x" * 4096)])]
+    wrong = [
+        ("import sys\nprint(sys.stdin.read().replace('\\n41234\\n', '\\n41235\\n'))", cases),
+        ("import sys\nprint(sys.stdin.read()[:-1])", cases),
+        ("import sys\nprint(' ' + sys.stdin.read())", cases),
+        ("import sys\nprint(sys.stdin.read(), 1)", cases),
+        (f"{echo}\nexit(1)", cases),
+        ("print('x' * 4095)", [ProgramCase(output="x" * 4096)]),
+        ("print('x' * 4095, 'y')", [ProgramCase(output="x" * 4095)]),
+        ("print('\\n' * 2**21 + 'x' * 5000)", [ProgramCase(output="\n" * 2**21 + "y" * 5000)]),
+    ]
+    assert judge(*right, *wrong) == [True] * len(right) + [False] * len(wrong)
 
 
 class DoubleEnvironment(SumEnvironment):
