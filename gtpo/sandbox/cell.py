@@ -10,6 +10,7 @@ A cell that calls one of the tools which its request names sends the call, and r
 from __future__ import annotations
 
 import _thread
+import atexit
 import base64
 import builtins
 import contextlib
@@ -143,13 +144,15 @@ def _serve(control: channel.Channel, streams: CellStreams, clone: Callable[[], i
         if clone is not None:
             _reap_children()
             if request["snapshot"]:
-                if _thread._count():
-                    # A thread that has asked for the GIL gets it: the clone would wait for it, which it has not.
+                has_threads = _thread._count() > 0
+                if has_threads:
+                    # One that has asked for the GIL gets it: the clone would wait for it, which it has not.
                     time.sleep(0)
                 pid = clone()
                 if pid == 0:
-                    streams.forget()
-                    control.forget()
+                    if has_threads:
+                        streams.forget()
+                        control.forget()
                     # It is to sleep once only, when it is stopped: by that the keeper knows that nobody woke it.
                     while not select.select([CONTROL_FD], [], [], 0)[0]:
                         pass
@@ -201,8 +204,9 @@ def _run(request: dict[str, Any], variables: dict[str, Any], streams: CellStream
     except BaseException as exception:
         failure, status = ending.judge(exception, name, show=_getpid() != own_pid)
     is_child = _getpid() != own_pid
-    if is_child or request["discard"]:
-        # It will run nothing more.
+    # It will run nothing more.
+    is_last = is_child or request["discard"]
+    if is_last and (_thread._count() or atexit._ncallbacks()):
         ending.finish()
     streams.flush()
     if is_child:

@@ -8,6 +8,8 @@ import select
 import sys
 from typing import Any
 
+_AT_THE_START = {name: f"__{name}__" for name in ("stdin", "stdout", "stderr")}
+
 
 class CellStreams:
     """Puts stdin, stdout and stderr in place for each cell, and the files `output_fd` or `null_fd` behind them.
@@ -116,9 +118,12 @@ class CellStreams:
 
 
 def _install(name: str, stream: io.TextIOWrapper | None) -> None:
-    setattr(sys, name, stream)
-    # It is said to be what the interpreter started with.
-    setattr(sys, f"__{name}__", stream)
+    """Have `stream` as sys.NAME, and as what it is said to have been at the start."""
+    streams = vars(sys)
+    # What is written to is copied, where a clone has it, too.
+    for place in (name, _AT_THE_START[name]):
+        if stream is None or streams.get(place) is not stream:
+            streams[place] = stream
 
 
 def _put_in_pipe(data: bytes) -> None:

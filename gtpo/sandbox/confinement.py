@@ -266,9 +266,9 @@ def make_box(plan: Plan) -> str:
 def _make_stdin(owner: int) -> None:
     """Have the session's standard input at STDIN: a file that counts as one of its box, but has no name there."""
     path = f"{BOX}/stdin"
-    _make_file(path)
-    os.chmod(path, 0o600)
-    os.chown(path, owner, owner)
+    fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    os.fchown(fd, owner, owner)
+    os.close(fd)
     _mount(path, STDIN, None, _MS_BIND)
     os.unlink(path)
 

@@ -51,11 +51,9 @@ def _show(exception: BaseException) -> None:
 def finish() -> None:
     """Wait for threads, then call what was registered with atexit, as Python does after the last line."""
     threading = sys.modules.get("threading")
-    with contextlib.suppress(BaseException):
-        if threading is not None:
-            threading._shutdown()
-    with contextlib.suppress(BaseException):
-        atexit._run_exitfuncs()
+    for end in (threading and threading._shutdown, atexit._run_exitfuncs):
+        with contextlib.suppress(BaseException):
+            end and end()
 
 
 def describe(exception: BaseException) -> str:

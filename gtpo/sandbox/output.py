@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import hashlib
 import re
 
 # The addresses in default reprs change from run to run. Pointers have 9 to 12 digits on 64 bits.
@@ -77,6 +76,9 @@ class LineDigest:
     _MAX_SPACE_BYTES = 2**20
 
     def __init__(self) -> None:
+        # Not at the top: its libraries would make every fork slower.
+        import hashlib
+
         self._hash = hashlib.sha256()
         # It may be at an end.
         self._space = b""
