@@ -124,13 +124,7 @@ def _cloner() -> Callable[[], int]:
 def _serve(control: channel.Channel, streams: CellStreams, clone: Callable[[], int] | None) -> NoReturn:
     here, main = os.getcwd(), _prepare()
     while True:
-        try:
-            request = control.receive()
-        except EOFError:
-            os._exit(1)
-        except BaseException:
-            # A handler of a signal, set by an earlier cell.
-            continue
+        request = control.receive()
         number = request["cell"]
         failure: tuple[str, int | None] | None = None
         value = None
@@ -166,9 +160,7 @@ def _serve(control: channel.Channel, streams: CellStreams, clone: Callable[[], i
             failure, value = _move_file(request, here, streams)
         elif failure is None:
             main["__cell__"] = request["number"]
-            control.begin()
-            failure = _run(request, main, streams)
-            control.end()
+            failure = _run(request, main, streams, control)
         if failure is None and value is None:
             # Like the message below without the encoder of JSON, which writes to sixty pages.
             answer = frames.enclose(b'{"cell":%d,"status":"ok","error":"","line":null,"value":null}' % number)
@@ -194,16 +186,23 @@ def _prepare() -> dict[str, Any]:
     return variables
 
 
-def _run(request: dict[str, Any], variables: dict[str, Any], streams: CellStreams) -> tuple[str, int | None] | None:
+def _run(
+    request: dict[str, Any], variables: dict[str, Any], streams: CellStreams, control: channel.Channel
+) -> tuple[str, int | None] | None:
     """Execute a cell; None, or what it raised and at which of its lines."""
-    own_pid = _getpid()
+    own_pid, is_child = _getpid(), False
     name = f"<cell {request['number']}>" if request["number"] else "<setup>"
     failure = status = None
     try:
-        exec(compile(request["code"], name, "exec", dont_inherit=True), variables)
+        control.begin()
+        try:
+            exec(compile(request["code"], name, "exec", dont_inherit=True), variables)
+        finally:
+            is_child = _getpid() != own_pid
+            if not is_child:
+                control.end()
     except BaseException as exception:
-        failure, status = ending.judge(exception, name, show=_getpid() != own_pid)
-    is_child = _getpid() != own_pid
+        failure, status = ending.judge(exception, name, show=is_child)
     # It will run nothing more.
     is_last = is_child or request["discard"]
     if is_last and (_thread._count() or atexit._ncallbacks()):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import _thread
+import contextlib
 import os
 import select
 import signal
@@ -13,6 +15,11 @@ from gtpo.sandbox import frames
 
 # As long as most requests. More would have more pages of the heap written to.
 _READ_BYTES = 4096
+# Signals that come by themselves, from timers and children, and for which code has handlers.
+_SENT = (
+    *(signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2),
+)
 
 
 class ToolError(Exception):
@@ -37,6 +44,8 @@ class Channel:
         self._calls_left = self._max_calls = 0
         # The cell whose call has had no answer yet.
         self._unanswered: int | None = None
+        # What is let through again when a cell begins.
+        self._mask: set[Any] | None = None
         # The main thread has it but while a cell runs.
         self._running = _thread.allocate_lock()
         self._running.acquire()
@@ -50,7 +59,7 @@ class Channel:
         """The next request; EOFError where there is none any more."""
         with self._reading:
             while self._request is None:
-                message = self._read()
+                message = self._read(self._receive_more)
                 # Else the answer to a call of a cell that did not wait for it.
                 if "op" in message:
                     self._request = message
@@ -62,16 +71,24 @@ class Channel:
 
     def await_hold(self) -> None:
         """Return when the keeper holds the clone that was announced. Threads of the code read nothing before."""
-        while "held" not in self._read():
+        while "held" not in self._read(self._receive_more):
             # The answer to a call of a cell before.
             pass
 
     def begin(self) -> None:
-        """The cell may call tools from now on."""
+        """A cell runs from now on: it may call tools, and its handlers of signals are called."""
         self._running.release()
+        if self._mask is not None:
+            mask, self._mask = self._mask, None
+            # What a handler raises that an earlier cell has waited for is not this one's.
+            with contextlib.suppress(BaseException):
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def end(self) -> None:
-        """From now on it may not, but what is being said is said to its end."""
+        """From now on neither is so, but what is being said is said to its end."""
+        # Without the names that signal.getsignal looks up.
+        if any(map(callable, map(_signal.getsignal, _SENT))):
+            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SENT)
         self._running.acquire()
 
     def write(self, data: bytes) -> None:
@@ -109,15 +126,15 @@ class Channel:
     def _await_answer(self, cell: int | None) -> dict[str, Any]:
         with self._reading:
             if self._request is None and self._cell == cell:
-                message = self._read(undisturbed=True)
+                message = self._read(self._wait_for_more)
                 if "op" not in message:
                     self._unanswered = None
                     return message
                 self._request = message
         raise ToolError("the cell that called the tool has ended")
 
-    def _read(self, *, undisturbed: bool = False) -> dict[str, Any]:
-        """The next frame. `undisturbed`: where the handler of a signal ends the wait, nothing that has come is lost."""
+    def _read(self, receive_more: Callable[[], None]) -> dict[str, Any]:
+        """The next frame."""
         while True:
             header = self._received[: frames.HEADER.size]
             if len(header) == frames.HEADER.size:
@@ -125,11 +142,12 @@ class Channel:
                 if len(self._received) >= end:
                     body, self._received = self._received[frames.HEADER.size : end], self._received[end:]
                     return frames.decode(body)
-            if undisturbed:
-                select.select([self._fd], [], [])
-                _undisturbed(self._receive_more)
-            else:
-                self._receive_more()
+            receive_more()
+
+    def _wait_for_more(self) -> None:
+        """While a cell runs: a handler of a signal may end the wait, and nothing that has come is lost."""
+        select.select([self._fd], [], [])
+        _undisturbed(self._receive_more)
 
     def _receive_more(self) -> None:
         data = os.read(self._fd, _READ_BYTES)
