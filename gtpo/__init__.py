@@ -1,3 +1,73 @@
-"""GTPO: turn-level reinforcement learning for tool-using language models (arXiv 2511.14846)."""
+"""Group Turn Policy Optimization: a trainer for multi-turn, tool-using language models. See docs/library.md.
 
-__version__ = "0.1.0"
+What is named here is all that a program needs to train on tasks of its own; nothing heavy is imported before its use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gtpo.config import Config, config_from_dict, load_config
+    from gtpo.environments import (
+        Answer,
+        BlockingEpisode,
+        Call,
+        CodeEnvironment,
+        Environment,
+        Episode,
+        EpisodeLost,
+        FunctionEpisode,
+        GeneratedEnvironment,
+        Grade,
+        Reply,
+        Say,
+        Use,
+    )
+    from gtpo.trainer import Trainer
+    from gtpo.types import Message, Task, ToolCall, ToolResult, ToolStatus, Trajectory, Turn
+
+_MODULE_OF = {
+    **dict.fromkeys(("Config", "config_from_dict", "load_config"), "gtpo.config"),
+    **dict.fromkeys(
+        (
+            *("Answer", "BlockingEpisode", "Call", "CodeEnvironment", "Environment", "Episode", "EpisodeLost"),
+            *("FunctionEpisode", "GeneratedEnvironment", "Grade", "Reply", "Say", "Use"),
+        ),
+        "gtpo.environments",
+    ),
+    "Trainer": "gtpo.trainer",
+    **dict.fromkeys(("Message", "Task", "ToolCall", "ToolResult", "ToolStatus", "Trajectory", "Turn"), "gtpo.types"),
+}
+
+__all__ = [
+    "Answer",
+    "BlockingEpisode",
+    "Call",
+    "CodeEnvironment",
+    "Config",
+    "Environment",
+    "Episode",
+    "EpisodeLost",
+    "FunctionEpisode",
+    "GeneratedEnvironment",
+    "Grade",
+    "Message",
+    "Reply",
+    "Say",
+    "Task",
+    "ToolCall",
+    "ToolResult",
+    "ToolStatus",
+    "Trainer",
+    "Trajectory",
+    "Turn",
+    "Use",
+    "config_from_dict",
+    "load_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'gtpo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
