@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from gtpo.trainer import Trainer
     from gtpo.types import Message, Task, ToolCall, ToolResult, ToolStatus, Trajectory, Turn
 
+__version__ = "0.1.0"
+
 _MODULE_OF = {
     **dict.fromkeys(("Config", "config_from_dict", "load_config"), "gtpo.config"),
     **dict.fromkeys(
