@@ -20,6 +20,8 @@ from gtpo.environments import (
 )
 from gtpo.loading import load_object
 from gtpo.policy import Policy
+from gtpo.reward_functions import load_reward_function
+from gtpo.rewards import REWARD_TERMS, OwnTerms
 from gtpo.sandbox import Sandbox, SandboxLimits, SandboxPool
 from gtpo.tools import RunTools, ToolSet
 from gtpo.types import Task
@@ -73,6 +75,27 @@ def make_mixture(config: Config) -> Mixture:
         except Exception as error:
             raise EnvironmentFault(f"{where} raised {type(error).__name__}: {error}") from error
     return Mixture(made, [item.weight for item in config.environments])
+
+
+def make_own_terms(config: Config) -> OwnTerms:
+    """The reward terms of `[[rewards]]`. Raises ValueError that names the entry."""
+    functions, weights = [], {}
+    for number, item in enumerate(config.rewards):
+        try:
+            if item.function:
+                functions.append(
+                    load_reward_function(item.function, name=item.name, weight=item.weight, options=item.options)
+                )
+            elif item.options:
+                raise ValueError("options need a function")
+            else:
+                weights[item.name] = item.weight
+        except ValueError as error:
+            raise ValueError(f"rewards.{number}: {error}") from error
+    names = [function.name for function in functions] + list(weights)
+    if twice := [name for name in (*names, *REWARD_TERMS) if [*names, *REWARD_TERMS].count(name) > 1]:
+        raise ValueError(f"rewards must have different names, none of {', '.join(REWARD_TERMS)}; got {twice[0]} twice")
+    return OwnTerms(functions, weights)
 
 
 def make_chat(policy: Policy, config: Config) -> Chat:

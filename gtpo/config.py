@@ -162,6 +162,17 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """One more term of the turn rewards: `function` of a trajectory or of a group, or, without one, the weight of the
+    term `name` that an environment's episodes give (1 where nothing is said)."""
+
+    function: Annotated[str, '"file.py:name" or "package.module:name"'] = ""
+    name: Annotated[str, "of the term; left out: that of the function"] = ""
+    weight: Annotated[float, "the term is multiplied by it"] = 1.0
+    options: Annotated[Mapping[str, Any], "further arguments of the function"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Config:
     """One run. Everything random derives from `seed`; `num_threads = 0` keeps PyTorch's own choice."""
 
@@ -170,6 +181,7 @@ class Config:
     output_dir: Annotated[str, "the run's folder"] = "runs/run"
     num_threads: Annotated[int, "of PyTorch; 0: its own choice"] = 0
     reward: RewardRule = field(default_factory=RewardRule)
+    rewards: Annotated[tuple[RewardConfig, ...], "terms of your own, added to those of [reward]"] = ()
     credit: CreditSum = field(default_factory=CreditSum)
     loss: PolicyLoss = field(default_factory=PolicyLoss)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -252,6 +264,13 @@ def _check(config: Config) -> None:
     for number, environment in enumerate(config.environments):
         if not 0 < environment.weight < math.inf:
             raise ValueError(f"environments.{number}.weight must be above 0, got {environment.weight}")
+    for number, reward in enumerate(config.rewards):
+        if not (reward.function or reward.name):
+            raise ValueError(
+                f"rewards.{number} must have a function, or the name of an environment's term; got neither"
+            )
+        if not math.isfinite(reward.weight):
+            raise ValueError(f"rewards.{number}.weight must be a finite number, got {reward.weight}")
     check_method(Method(config.reward, config.credit, config.loss))
     if config.loss.surrogate == "reinforce" and config.train.updates_per_rollout > 1:
         raise ValueError(
@@ -355,10 +374,11 @@ def _refuse_unknown_keys(raw: Mapping[str, Any], cls: type, *, prefix: str) -> N
             if not isinstance(value, Mapping):
                 raise ValueError(f"config key {key!r} must be a table, got {value!r}")
             _refuse_unknown_keys(value, tables[key], prefix=f"{key}.")
-        if not prefix and key == "environments":
+        if not prefix and key in ("environments", "rewards"):
+            entry = EnvironmentConfig if key == "environments" else RewardConfig
             for number, item in enumerate(value):
                 if isinstance(item, Mapping):
-                    _refuse_unknown_keys(item, EnvironmentConfig, prefix=f"environments.{number}.")
+                    _refuse_unknown_keys(item, entry, prefix=f"{key}.{number}.")
         if prefix == "credit." and key == "terms":
             for number, item in value.items() if isinstance(value, Mapping) else enumerate(value):
                 if isinstance(item, Mapping):

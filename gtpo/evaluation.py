@@ -1,7 +1,7 @@
 """Evaluation: success, avg@k, pass@k, turns and calls of sampled trajectories."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import comb
 
 from gtpo.types import StopReason, Trajectory
@@ -9,7 +9,10 @@ from gtpo.types import StopReason, Trajectory
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over trajectories; `pass_at_k` is a mean over tasks. Lost trajectories are counted, not scored."""
+    """Means over trajectories; `pass_at_k` is a mean over tasks. Lost trajectories are counted, not scored.
+
+    measures: the means of what the episodes' grades measured, over the trajectories that have it.
+    """
 
     num_tasks: int
     samples: int
@@ -19,6 +22,7 @@ class Evaluation:
     calls: float
     invalid_calls: float
     lost: int
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -53,4 +57,8 @@ def evaluate_groups(groups: Sequence[Sequence[Trajectory]]) -> Evaluation:
         calls=mean([float(t.num_calls) for t in trajectories]),
         invalid_calls=mean([float(t.num_invalid_calls) for t in trajectories]),
         lost=sum(len(group) for group in groups) - len(trajectories),
+        measures={
+            name: mean([t.measures[name] for t in trajectories if name in t.measures])
+            for name in sorted({name for t in trajectories for name in t.measures})
+        },
     )

@@ -46,7 +46,8 @@ def _module_of_file(path: Path) -> ModuleType:
     loaded = sys.modules.get(path.stem)
     if loaded is not None and getattr(loaded, "__file__", None) == str(path):
         return loaded
-    if loaded is not None or importlib.util.find_spec(path.stem) is not None:
+    found = None if loaded is not None else importlib.util.find_spec(path.stem)
+    if loaded is not None or (found is not None and found.origin != str(path)):
         raise ImportError(f"there is a module {path.stem!r} already: give {path.name} another name")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))

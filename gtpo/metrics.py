@@ -3,8 +3,9 @@
 Timing fields end in `_s` or `_per_s`; everything else repeats bit for bit under one seed.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +70,35 @@ def rollout_metrics(
     stops = Counter(t.stop for t in trajectories)
     metrics |= {f"stop/{stop.value}": float(stops[stop]) for stop in StopReason}
     return metrics
+
+
+def reward_term_metrics(
+    groups: Groups, rewards: Sequence[Sequence[TurnRewards]], credit: Sequence[Sequence[Credit]]
+) -> dict[str, float]:
+    """For each term of the rewards: mean and deviation over turns; the correlation of its sum over a trajectory with
+    success, and of its value with the turn's advantage. A correlation is 0 where one side does not vary.
+    """
+    trajectories = [trajectory for group in groups for trajectory in group]
+    flat = [reward for group in rewards for reward in group]
+    advantages = [value for group in credit for item in group for value in item.advantages]
+    success = [float(trajectory.is_success) for trajectory in trajectories]
+    metrics: dict[str, float] = {}
+    for name in sorted({name for reward in flat for name in reward.terms}):
+        terms = [reward.terms.get(name, [0.0] * len(reward.rewards)) for reward in flat]
+        values = [value for term in terms for value in term]
+        metrics |= {
+            f"reward_term/{name}/mean": _mean(values),
+            f"reward_term/{name}/std": _std(values),
+            f"reward_term/{name}/success_correlation": _correlation([math.fsum(term) for term in terms], success),
+            f"reward_term/{name}/advantage_correlation": _correlation(values, advantages),
+        }
+    return metrics
+
+
+def measure_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """The mean of each measure of the episodes' grades, over the trajectories that have it."""
+    names = sorted({name for trajectory in trajectories for name in trajectory.measures})
+    return {f"measure/{name}": _mean([t.measures[name] for t in trajectories if name in t.measures]) for name in names}
 
 
 def tool_metrics(trajectories: Sequence[Trajectory], names: Sequence[str]) -> dict[str, float]:
@@ -140,6 +170,7 @@ def turn_rows(
                     trajectory,
                     number,
                     reward=reward.rewards[number],
+                    terms={name: values[number] for name, values in reward.terms.items()},
                     return_=assigned.returns[number],
                     advantage=assigned.advantages[number],
                     outcome=trajectory.outcome,
@@ -150,7 +181,9 @@ def lost_turn_rows(step: int, lost: Sequence[Trajectory]) -> Iterator[dict[str, 
     """The same table for lost trajectories, which earn nothing: what turns earn is None."""
     for trajectory in lost:
         for number in range(len(trajectory.turns)):
-            yield _turn_row(step, trajectory, number, reward=None, return_=None, advantage=None, outcome=None)
+            yield _turn_row(
+                step, trajectory, number, reward=None, terms=None, return_=None, advantage=None, outcome=None
+            )
 
 
 def _turn_row(
@@ -159,6 +192,7 @@ def _turn_row(
     number: int,
     *,
     reward: float | None,
+    terms: Mapping[str, float] | None,
     return_: float | None,
     advantage: float | None,
     outcome: float | None,
@@ -174,6 +208,7 @@ def _turn_row(
         "results": [{"status": result.status.value, "text": result.text} for result in turn.results],
         "tokens": len(turn.completion_ids),
         "reward": reward,
+        "reward_terms": terms,
         "return": return_,
         "advantage": advantage,
         "outcome": outcome,
@@ -186,6 +221,20 @@ def _turn_row(
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def _correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Pearson's, and exactly 0 where one of the two does not vary.
+
+    >>> _correlation([0.0, 1.0, 2.0], [1.0, 0.5, 0.0]), _correlation([1.0, 1.0], [0.0, 1.0])
+    (-1.0, 0.0)
+    """
+    spread = _std(first) * _std(second)
+    if spread == 0:
+        return 0.0
+    means = _mean(first), _mean(second)
+    covariance = _mean([(a - means[0]) * (b - means[1]) for a, b in zip(first, second, strict=True)])
+    return min(max(round(covariance / spread, 12), -1.0), 1.0)
 
 
 def _std(values: Sequence[float]) -> float:

@@ -9,14 +9,19 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gtpo.methods import RewardRule
+from gtpo.reward_functions import RewardFault, RewardFunction
 from gtpo.types import StopReason, ToolStatus, Trajectory
 
 # of two trajectories' cells, in [0, 1]
 Similarity = Callable[[Sequence[str], Sequence[str]], float]
 _FAILURES = (ToolStatus.ERROR, ToolStatus.TIMEOUT, ToolStatus.CRASH, ToolStatus.OUT_OF_MEMORY)
+
+
+# the terms that [reward] has
+REWARD_TERMS = ("outcome", "similarity", "format", "execution")
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,33 @@ class TurnRewards:
         return [math.fsum(values) for values in zip(*self.terms.values(), strict=True)]
 
 
-def turn_rewards(group: Sequence[Trajectory], rule: RewardRule) -> list[TurnRewards]:
+@dataclass(frozen=True)
+class OwnTerms:
+    """Terms of the user's own. functions: each gives a term of a group. weights: of the terms that episodes give by
+    name, 1 where a name is not among them."""
+
+    functions: Sequence[RewardFunction] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, group: Sequence[Trajectory]) -> list[dict[str, list[float]]]:
+        """For each trajectory its terms, one float a turn."""
+        given = sorted({name for trajectory in group for turn in trajectory.turns for name in turn.rewards})
+        found: list[dict[str, list[float]]] = [
+            {
+                name: [self.weights.get(name, 1.0) * turn.rewards.get(name, 0.0) for turn in trajectory.turns]
+                for name in given
+            }
+            for trajectory in group
+        ]
+        for function in self.functions:
+            for terms, values in zip(found, function(group), strict=True):
+                if function.name in terms:
+                    raise RewardFault(f"reward {function.name!r}: an environment gives a term of this name already")
+                terms[function.name] = values
+        return found
+
+
+def turn_rewards(group: Sequence[Trajectory], rule: RewardRule, own: OwnTerms | None = None) -> list[TurnRewards]:
     """Rewards of every trajectory of one group (the attempts at one task; lost ones are left out by the caller).
 
     The terms, which add up to r_ij:
@@ -46,16 +77,23 @@ def turn_rewards(group: Sequence[Trajectory], rule: RewardRule) -> list[TurnRewa
         "execution": the bonus once a trajectory, on the first turn whose tools printed what the task expects; minus
             the penalty on every turn whose tool failed or printed something else.
     Of two penalties on one turn the greater alone is taken, and a faulty turn earns no bonus.
+    own: the user's terms, and the weights of those that the episodes gave (`Turn.rewards`); they are added.
 
     Raises ValueError if a trajectory has no turn, is lost, or its outcome is not a number in [0, 1].
     """
     for trajectory in group:
         _check(trajectory)
     credits = similarity_credits(group, alpha=rule.similarity_alpha, similarity=SIMILARITIES[rule.similarity])
-    return [_rewards_of(trajectory, credit, rule) for trajectory, credit in zip(group, credits, strict=True)]
+    further = (own or OwnTerms()).of(group)
+    return [
+        _rewards_of(trajectory, credit, rule, terms)
+        for trajectory, credit, terms in zip(group, credits, further, strict=True)
+    ]
 
 
-def _rewards_of(trajectory: Trajectory, credit: float, rule: RewardRule) -> TurnRewards:
+def _rewards_of(
+    trajectory: Trajectory, credit: float, rule: RewardRule, further: Mapping[str, list[float]]
+) -> TurnRewards:
     num_turns = len(trajectory.turns)
     faults = [has_format_fault(trajectory, turn, rule) for turn in range(num_turns)]
     form = [0.0 - rule.format_penalty * fault for fault in faults]
@@ -74,7 +112,9 @@ def _rewards_of(trajectory: Trajectory, credit: float, rule: RewardRule) -> Turn
         "format": form,
         "execution": execution,
     }
-    return TurnRewards(terms, faults)
+    if taken := sorted(terms.keys() & further.keys()):
+        raise RewardFault(f"reward {taken[0]!r}: [reward] has a term of this name already")
+    return TurnRewards({**terms, **further}, faults)
 
 
 def similarity_credits(group: Sequence[Trajectory], *, alpha: float, similarity: Similarity) -> list[float]:

@@ -20,6 +20,7 @@ from gtpo.assembly import (
     describe_sandbox,
     make_chat,
     make_mixture,
+    make_own_terms,
     make_run_tools,
     refuse_unusable_model,
     tokenizer_corpus,
@@ -30,9 +31,10 @@ from gtpo.credit import Credit, assign_credit, check_credit, to_sequence
 from gtpo.environments.base import refuse_leaks
 from gtpo.evaluation import Evaluation, evaluate_groups
 from gtpo.learner import Learner
-from gtpo.metrics import lost_turn_rows, rollout_metrics, tool_metrics, turn_rows
+from gtpo.metrics import lost_turn_rows, measure_metrics, reward_term_metrics, rollout_metrics, tool_metrics, turn_rows
 from gtpo.policy import load_policy
 from gtpo.report.progress import Progress
+from gtpo.report.reward_audit import RewardAudit
 from gtpo.rewards import turn_rewards
 from gtpo.rollout import Rollout
 from gtpo.run_folder import RunFolder
@@ -66,6 +68,7 @@ class Trainer:
         # adapters draw their first weights from the global generator
         torch.manual_seed(config.seed)
         self.mixture = make_mixture(config)
+        self.own_terms = make_own_terms(config)
         self.train_tasks = self.mixture.tasks("train", config.tasks.num_train, config.seed)
         self.eval_tasks = self.mixture.tasks("eval", config.tasks.num_eval, config.seed)
         self.demonstration_tasks: list[Task] = []
@@ -83,6 +86,7 @@ class Trainer:
             self.tools.stop()
             raise
         self.progress = Progress()
+        self.audit = RewardAudit()
         self.seconds = {"sft": 0.0, "generate": 0.0, "train": 0.0, "eval": 0.0, "tools": 0.0}
         self.num_tokens = {"sampled": 0, "trained": 0}
         self.best_success = -1.0
@@ -141,7 +145,9 @@ class Trainer:
             for step in range(first_step, self.config.train.steps):
                 metrics = self.step(step, optimizer)
                 reward, success, turns = (metrics[name] for name in ("reward", "success", "turns/mean"))
-                advance(f"reward {reward:.2f}  success {success:.0%}  turns {turns:.1f}")
+                advance(
+                    f"reward {reward:.2f}  success {success:.0%}  turns {turns:.1f}{self.audit.after_step(metrics)}"
+                )
                 self._evaluate_and_checkpoint(step + 1, optimizer, before)
         after = self.evaluate(step=self.config.train.steps)
         if after.success > self.best_success:
@@ -208,7 +214,7 @@ class Trainer:
             raise RuntimeError(
                 f"step {step + 1}: all {len(lost)} trajectories were lost, the first to: {lost[0].lost_because}"
             )
-        rewards = [turn_rewards(group, self.config.reward) for group in groups]
+        rewards = [turn_rewards(group, self.config.reward, self.own_terms) for group in groups]
         credit = assign_credit(groups, rewards, self.config.credit)
         sampled = time.perf_counter()
         sequences = to_sequences(groups, credit, self.config)
@@ -218,6 +224,8 @@ class Trainer:
             "phase": "train",
             "step": step + 1,
             **rollout_metrics(groups, rewards, credit),
+            **reward_term_metrics(groups, rewards, credit),
+            **measure_metrics([trajectory for group in groups for trajectory in group]),
             **tool_metrics(played, self.tools.names),
             "stop/lost": float(len(lost)),
             **update,
