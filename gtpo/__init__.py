@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         BlockingEpisode,
         Call,
         CodeEnvironment,
+        Demonstration,
         Environment,
         Episode,
         EpisodeLost,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         Say,
         Use,
     )
+    from gtpo.tools import RunTools
     from gtpo.trainer import Trainer
     from gtpo.types import Message, Task, ToolCall, ToolResult, ToolStatus, Trajectory, Turn
 
@@ -32,11 +34,12 @@ _MODULE_OF = {
     **dict.fromkeys(("Config", "config_from_dict", "load_config"), "gtpo.config"),
     **dict.fromkeys(
         (
-            *("Answer", "BlockingEpisode", "Call", "CodeEnvironment", "Environment", "Episode", "EpisodeLost"),
+            *("Answer", "BlockingEpisode", "Call", "CodeEnvironment", "Demonstration", "Environment", "Episode", "EpisodeLost"),
             *("FunctionEpisode", "GeneratedEnvironment", "Grade", "Reply", "Say", "Use"),
         ),
         "gtpo.environments",
     ),
+    "RunTools": "gtpo.tools",
     "Trainer": "gtpo.trainer",
     **dict.fromkeys(("Message", "Task", "ToolCall", "ToolResult", "ToolStatus", "Trajectory", "Turn"), "gtpo.types"),
 }
@@ -47,6 +50,7 @@ __all__ = [
     "Call",
     "CodeEnvironment",
     "Config",
+    "Demonstration",
     "Environment",
     "Episode",
     "EpisodeLost",
@@ -55,6 +59,7 @@ __all__ = [
     "Grade",
     "Message",
     "Reply",
+    "RunTools",
     "Say",
     "Task",
     "ToolCall",

@@ -1,4 +1,5 @@
-"""The command line: `gtpo train`, `gtpo sft`, `gtpo eval`, `gtpo config`, `gtpo methods`, `gtpo sandbox`."""
+"""The command line: `gtpo init`, `gtpo train`, `gtpo sft`, `gtpo eval`, `gtpo config`, `gtpo methods`,
+`gtpo sandbox`."""
 
 import argparse
 import contextlib
@@ -24,6 +25,7 @@ _FLAGS = ("--help", "--checkpoint", "--overwrite", "--resume", "--min-tier", "--
 _DESCRIPTION = """\
 Train tool-using language models with one reward a turn (GTPO, arXiv 2511.14846).
 
+  gtpo init my_project                              a small project of your own: environment, reward, configuration
   gtpo train examples/demo.toml                     warm-up, evaluation, GTPO, evaluation
   gtpo train examples/demo.toml --method grpo       the same with the GRPO baseline
   gtpo train examples/demo.toml --train.steps 20    any key of the config can be set as --table.key value
@@ -103,8 +105,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="gtpo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(
-        dest="command", title="commands", metavar="{train,sft,eval,config,methods,sandbox}"
+        dest="command", title="commands", metavar="{init,train,sft,eval,config,methods,sandbox}"
     )
+    init = commands.add_parser("init", help="write a small project: an environment, a reward, a configuration")
+    init.add_argument("folder", metavar="DIR", help="where to; it is made")
+    init.set_defaults(run=_init)
     for name, run, text in (
         ("train", _train, "warm up (if sft.steps > 0), evaluate, train with the method, evaluate again"),
         ("sft", _sft, "only the supervised warm-up on the environments' demonstrations"),
@@ -146,6 +151,18 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--adapter", default="", metavar="MODULE:NAME", help="another sandbox than ours")
     check.set_defaults(run=_check_sandbox)
     return parser
+
+
+def _init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if overrides:
+        raise _Refused(f"`gtpo init` takes DIR alone, got {overrides[0]}")
+    from gtpo.starter import write_starter
+
+    with _refusing_mistakes():
+        paths = write_starter(options.folder)
+    _say([f"wrote {path}" for path in paths])
+    _say([f"now: cd {options.folder} && gtpo train {paths[-1].name}"])
+    return 0
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampler", "schedule"),
     ("rollout",),
     ("assembly", "sft", "evaluation", "metrics", "run_folder"),
-    ("learner", "report"),
+    ("learner", "report", "starter"),
     ("trainer",),
     ("__main__",),
 )
