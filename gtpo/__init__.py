@@ -34,8 +34,8 @@ _MODULE_OF = {
     **dict.fromkeys(("Config", "config_from_dict", "load_config"), "gtpo.config"),
     **dict.fromkeys(
         (
-            *("Answer", "BlockingEpisode", "Call", "CodeEnvironment", "Demonstration", "Environment", "Episode", "EpisodeLost"),
-            *("FunctionEpisode", "GeneratedEnvironment", "Grade", "Reply", "Say", "Use"),
+            *("Answer", "BlockingEpisode", "Call", "CodeEnvironment", "Demonstration", "Environment", "Episode"),
+            *("EpisodeLost", "FunctionEpisode", "GeneratedEnvironment", "Grade", "Reply", "Say", "Use"),
         ),
         "gtpo.environments",
     ),
