@@ -5,12 +5,11 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from gtpo.config import METHODS, Config, describe_keys, load_config
 from gtpo.methods import NAMESAKES, PRESETS, describe_credit, describe_loss, describe_reward
@@ -37,15 +36,16 @@ Train tool-using language models with one reward a turn (GTPO, arXiv 2511.14846)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; 0 if it did its work, 2 for a mistake of the caller, said in one line."""
-    parser = _parser()
-    own, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
-    options, stray = parser.parse_known_args(own)
-    overrides += stray
-    if options.command is None:
-        parser.print_help()
-        return 2
+    """Runs one command; 0 if it did its work. What went wrong is said in one line: 2 for the caller's mistake, before
+    any work; 1 for a fault from outside in mid-run; 130 for Ctrl-C."""
     try:
+        parser = _parser()
+        own, overrides = _split_overrides(sys.argv[1:] if arguments is None else arguments)
+        options, stray = parser.parse_known_args(own)
+        overrides += stray
+        if options.command is None:
+            parser.print_help()
+            raise _Refused("expected a command: train, sft, eval, config, methods or sandbox")
         foreign = [word for word in stray if word.partition("=")[0] in _FLAGS]
         if foreign:
             raise _Refused(f"`gtpo {options.command}` takes no {foreign[0]}")
@@ -55,6 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _Refused as error:
         print(f"gtpo: {error}", file=sys.stderr)
         return 2
+    except RunFault as error:
+        print(f"gtpo: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("gtpo: interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `gtpo config | head`: ends as a command that SIGPIPE ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -74,6 +80,11 @@ def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 class _Refused(Exception):
     """What the caller asked for cannot be done, and no work was started. A fault in mid-run keeps its traceback."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _Refused(f"{message}; `{self.prog} --help` says more")
 
 
 @contextlib.contextmanager
@@ -101,7 +112,7 @@ def _load(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gtpo", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(
@@ -167,6 +178,7 @@ def _init(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = _load(options, overrides)
+    from gtpo.checkpoints import writing
     from gtpo.report.plot import plot_run
     from gtpo.report.table import before_after_table
     from gtpo.run_folder import read_rows, write_json
@@ -175,11 +187,13 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         _say(trainer.describe())
         before, after = trainer.train()
         summary = trainer.summary(before, after) | {"peak_memory_mb": _peak_memory_mb()}
-    folder = trainer.run.path
-    table = before_after_table(before, after)
-    (folder / "table.md").write_text(table + "\n")
-    plot_run(read_rows(folder / "metrics.jsonl"), folder / "plot.png")
-    write_json(folder / "summary.json", summary)
+        folder = trainer.run.path
+        table = before_after_table(before, after)
+        with writing(folder / "table.md"):
+            (folder / "table.md").write_text(table + "\n")
+        with writing(folder / "plot.png"):
+            plot_run(read_rows(folder / "metrics.jsonl"), folder / "plot.png")
+        write_json(folder / "summary.json", summary)
     print(f"\n{config.method}, seed {config.seed}\n{table}")
     print(f"\n{_split(summary['seconds'])}")
     print(f"results: {folder}/summary.json, table.md, plot.png, turns.jsonl, checkpoints/last")
@@ -200,18 +214,23 @@ def _sft(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _eval(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     config = _load(options, overrides)
-    if not Path(options.checkpoint).is_dir():
+    with _refusing_mistakes():
+        # of a link what it leads to now: a live run sets it anew
+        checkpoint = Path(options.checkpoint).resolve()
+    if not checkpoint.is_dir():
         raise _Refused(f"--checkpoint must be a Hugging Face model folder, got {options.checkpoint!r}")
-    model = dataclasses.replace(config.model, source=options.checkpoint, lora_rank=0)
+    model = dataclasses.replace(config.model, source=str(checkpoint), lora_rank=0)
     folder = Path(config.output_dir) / "eval"
     # without steps, what only training needs is not asked for
     sft, train = dataclasses.replace(config.sft, steps=0), dataclasses.replace(config.train, steps=0)
     config = dataclasses.replace(config, model=model, output_dir=str(folder), sft=sft, train=train)
+    from gtpo.run_folder import write_json
+
     with _opened(config, overwrite=True) as trainer:
         _say(trainer.describe())
         evaluation = trainer.evaluate(step=0)
-    result = dataclasses.asdict(evaluation)
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+        result = dataclasses.asdict(evaluation)
+        write_json(folder / "evaluation.json", result)
     print(
         f"{evaluation.num_tasks} tasks, k = {evaluation.samples}: "
         f"avg@k {evaluation.success:.1%}, pass@k {evaluation.pass_at_k:.1%}, {evaluation.turns:.2f} turns, "

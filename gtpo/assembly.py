@@ -4,12 +4,15 @@ import contextlib
 import importlib.util
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any, get_type_hints
 
 import torch
 
 from gtpo.chat import Chat
-from gtpo.config import Config
+from gtpo.config import Config, ModelConfig
+from gtpo.config_values import refuse_wrong_plain
 from gtpo.environments import (
+    ENVIRONMENTS,
     Answer,
     Environment,
     EnvironmentFault,
@@ -18,10 +21,12 @@ from gtpo.environments import (
     make_environment,
     written,
 )
+from gtpo.environments.checked import cut
 from gtpo.loading import load_object
-from gtpo.policy import Policy
+from gtpo.policy import Policy, load_policy
 from gtpo.reward_functions import load_reward_function
 from gtpo.rewards import REWARD_TERMS, OwnTerms
+from gtpo.rollout import Rollout
 from gtpo.sandbox import Sandbox, SandboxLimits, SandboxPool
 from gtpo.tools import RunTools, ToolSet
 from gtpo.types import Task
@@ -51,12 +56,28 @@ def refuse_unusable_model(config: Config) -> None:
         raise ValueError('model.attention = "flash" needs a GPU and the package flash-attn; "auto" takes what is here')
 
 
+def load_model(model: ModelConfig, *, corpus: Sequence[str], seed: int, max_tokens: int) -> Policy:
+    """`load_policy`, whose faults name the model: a library's words for a broken file seldom do."""
+    try:
+        return load_policy(model, corpus=corpus, seed=seed, max_tokens=max_tokens)
+    except ImportError:
+        raise
+    except Exception as error:
+        if model.source == "tiny":
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"model.source = {model.source!r}: {kind}{cut(' '.join(str(error).split()))}") from error
+
+
 def make_mixture(config: Config) -> Mixture:
     """The environments of the configuration as one. Raises ValueError for an unknown name, option or type of option."""
     made = []
     for number, item in enumerate(config.environments):
         where = f"environments.{number} ({item.name!r})"
         try:
+            for option, kind in _option_types(item.name).items():
+                if option in item.options:
+                    refuse_wrong_plain(f"environments.{number}.options.{option}", item.options[option], kind)
             made.append(make_environment(item.name, **item.options))
         except OSError as error:
             path = str(error.filename)
@@ -98,6 +119,14 @@ def make_own_terms(config: Config) -> OwnTerms:
     return OwnTerms(functions, weights)
 
 
+def _option_types(name: str) -> dict[str, Any]:
+    """The annotations of an environment's options; none for a name that there is not."""
+    factory: Any = ENVIRONMENTS.get(name)
+    if factory is None:
+        return {}
+    return get_type_hints(vars(factory).get("__init__", object) if isinstance(factory, type) else factory)
+
+
 def make_chat(policy: Policy, config: Config) -> Chat:
     rollout = config.rollout
     return Chat(
@@ -130,6 +159,28 @@ def make_run_tools(config: Config, environments: Mapping[str, Environment]) -> R
     except BaseException:
         tools.stop()
         raise
+
+
+async def leave_out_overlong(rollout: Rollout, lists: Mapping[str, list[Task]], *, refuse: bool) -> list[str]:
+    """Takes the tasks whose prompt leaves no room for a turn out of the named lists, and says how many there were.
+
+    Raises ValueError where there are some and `refuse` is set, and where no task of a list is left.
+    """
+    limit, notes = rollout.config.max_trajectory_tokens, []
+    for name, tasks in lists.items():
+        overlong = await rollout.overlong(tasks)
+        if not overlong:
+            continue
+        said = (
+            f"{len(overlong)} of {len(tasks)} {name} tasks have prompts too long for "
+            f"rollout.max_trajectory_tokens = {limit}; the prompt of task {next(iter(overlong))!r} has "
+            f"{next(iter(overlong.values()))} tokens, the longest {max(overlong.values())}"
+        )
+        if refuse or len(overlong) == len(tasks):
+            raise ValueError(f'{said}; raise it, or set tasks.overlong_prompts = "leave_out"')
+        notes.append(f"left out: {said}")
+        tasks[:] = [task for task in tasks if task.id not in overlong]
+    return notes
 
 
 def make_sandbox(config: Config, tools: ToolSet) -> Sandbox | None:

@@ -60,10 +60,11 @@ def _refuse_wrong_type(name: str, value: Any, kind: Any) -> None:
         for number, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             _refuse_wrong_type(f"{name}.{number}", item, get_args(kind)[0])
     else:
-        _refuse_wrong_plain(name, value, kind)
+        refuse_wrong_plain(name, value, kind)
 
 
-def _refuse_wrong_plain(name: str, value: Any, kind: Any) -> None:
+def refuse_wrong_plain(name: str, value: Any, kind: Any) -> None:
+    """Raises ValueError where `kind` is a plain type and `value` is of another one; other kinds are left alone."""
     kinds = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if kinds[0] not in _PLAIN or (value is None and types.NoneType in kinds):
         return

@@ -19,6 +19,17 @@ from gtpo.types import StopReason, Task, ToolStatus, Trajectory, Turn
 Writer = Callable[[list[int], str, int], Awaitable[Completion]]
 
 
+class OverlongPrompt(ValueError):
+    """A prompt of `num_tokens` leaves no room for a turn."""
+
+    def __init__(self, task: Task, num_tokens: int, *, limit: int) -> None:
+        super().__init__(
+            f"the prompt of task {task.id!r} has {num_tokens} tokens; "
+            f"rollout.max_trajectory_tokens must be above that, got {limit}"
+        )
+        self.num_tokens = num_tokens
+
+
 class Rollout:
     """Plays the tasks of a run. environment_of: the environment of a task. tools: what a run offers to each episode."""
 
@@ -31,9 +42,19 @@ class Rollout:
         self.tool_seconds = 0.0
 
     async def prompt_ids(self, task: Task) -> list[int]:
-        """The ids that a trajectory of `task` starts with. Raises ValueError where they leave no room for a turn."""
+        """The ids that a trajectory of `task` starts with. Raises OverlongPrompt where they leave no room."""
         async with self.host.open(task, sample=0) as episode:
             return self._prompt_ids(task, episode)
+
+    async def overlong(self, tasks: Sequence[Task]) -> dict[str, int]:
+        """The tasks whose prompt leaves no room for a turn: id and number of tokens."""
+        found = {}
+        for task in tasks:
+            try:
+                await self.prompt_ids(task)
+            except OverlongPrompt as error:
+                found[task.id] = error.num_tokens
+        return found
 
     async def sample_groups(
         self,
@@ -111,10 +132,7 @@ class Rollout:
     def _prompt_ids(self, task: Task, episode: HostedEpisode | CalledFromCode) -> list[int]:
         prompt_ids = self.chat.prompt_ids(episode.messages, episode.tools, explain_protocol=episode.explain_protocol)
         if len(prompt_ids) >= self.config.max_trajectory_tokens:
-            raise ValueError(
-                f"the prompt of task {task.id!r} has {len(prompt_ids)} tokens; "
-                f"rollout.max_trajectory_tokens must be above that, got {self.config.max_trajectory_tokens}"
-            )
+            raise OverlongPrompt(task, len(prompt_ids), limit=self.config.max_trajectory_tokens)
         return prompt_ids
 
     async def _write_turn(

@@ -32,6 +32,19 @@ def epoch_order(num_tasks: int, *, seed: int, epoch: int) -> list[int]:
     return order
 
 
+def places_of_step(step: int, size: int, count: int, *, seed: int) -> list[int]:
+    """Which of `count` tasks step `step` takes: the next `size` in a seeded order, epoch after epoch.
+
+    A function of the step alone.
+
+    >>> sorted(places_of_step(0, 2, 4, seed=0) + places_of_step(1, 2, 4, seed=0))
+    [0, 1, 2, 3]
+    """
+    places = range(step * size, (step + 1) * size)
+    orders = {epoch: epoch_order(count, seed=seed, epoch=epoch) for epoch in {place // count for place in places}}
+    return [orders[place // count][place % count] for place in places]
+
+
 def split_evenly(items: Sequence[T], parts: int) -> list[list[T]]:
     """At most `parts` runs of neighbours, none empty, sizes differing by at most one.
 

@@ -4,7 +4,6 @@ The step reads in the method's verbs: sample groups, reward turns, assign credit
 from (seed, phase, step, task, sample), so nothing but weights, optimizer and step number has to survive a restart.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -18,6 +17,8 @@ import torch
 
 from gtpo.assembly import (
     describe_sandbox,
+    leave_out_overlong,
+    load_model,
     make_chat,
     make_mixture,
     make_own_terms,
@@ -26,30 +27,35 @@ from gtpo.assembly import (
     tokenizer_corpus,
 )
 from gtpo.batch import Batch, PackedSequence
+from gtpo.checkpoints import step_of
 from gtpo.config import Config
 from gtpo.credit import Credit, assign_credit, check_credit, to_sequence
+from gtpo.environments import EnvironmentFault
 from gtpo.environments.base import refuse_leaks
 from gtpo.evaluation import Evaluation, evaluate_groups
 from gtpo.learner import Learner
+from gtpo.loop_thread import LoopThread
+from gtpo.memory import refuse_unaffordable, refuse_unaffordable_cache
 from gtpo.metrics import lost_turn_rows, measure_metrics, reward_term_metrics, rollout_metrics, tool_metrics, turn_rows
-from gtpo.policy import load_policy
+from gtpo.provenance import data_digests
 from gtpo.report.progress import Progress
 from gtpo.report.reward_audit import RewardAudit
+from gtpo.report.signal import SpreadWatch
 from gtpo.rewards import turn_rewards
 from gtpo.rollout import Rollout
 from gtpo.run_folder import RunFolder
 from gtpo.sampler import Sampler
-from gtpo.schedule import epoch_order
+from gtpo.schedule import places_of_step
 from gtpo.sft import demonstrate, run_sft, to_demonstration_sequence
 from gtpo.tools import RunTools
-from gtpo.types import StopReason, Task, Trajectory
+from gtpo.types import RunFault, StopReason, Task, Trajectory
 from gtpo_kernels.backend import select_backend
 
 # first component of the seed of a sampled trajectory, so that no two phases share a stream
 _TRAIN, _EVAL = 0, 1
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RunFault):
     """The loss, its gradient or a weight is NaN or infinite. The batch of a bad loss was saved."""
 
 
@@ -62,9 +68,28 @@ class Trainer:
     def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
         refuse_unusable_model(config)
         check_credit(config.credit)
+        refuse_unaffordable(config)
+        self.config = config
+        # looked at and locked from now on; changed only when all else is known to be right
+        self.run = RunFolder(config, resume=resume, overwrite=overwrite)
+        try:
+            self._prepare()
+        except BaseException:
+            self.run.close()
+            raise
+        self.progress = Progress()
+        self.spread = SpreadWatch()
+        self.audit = RewardAudit()
+        self.seconds = {"sft": 0.0, "generate": 0.0, "train": 0.0, "eval": 0.0, "tools": 0.0}
+        self.num_tokens = {"sampled": 0, "trained": 0}
+        self.best_success = -1.0
+        self._started = time.perf_counter()
+        self._resources = contextlib.ExitStack()
+
+    def _prepare(self) -> None:
+        config = self.config
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
-        self.config = config
         # adapters draw their first weights from the global generator
         torch.manual_seed(config.seed)
         self.mixture = make_mixture(config)
@@ -78,6 +103,8 @@ class Trainer:
         for task in self.demonstration_tasks:
             # an environment without demonstrations raises here
             self.mixture.oracle(task, random.Random(0))
+        self._digests = data_digests(config, self.train_tasks)
+        self.run.refuse_other_data(self._digests)
         run_tools = make_run_tools(config, self.mixture.by_name)
         self.tools, self.sandbox = run_tools.tools, run_tools.sandbox
         try:
@@ -85,43 +112,40 @@ class Trainer:
         except BaseException:
             self.tools.stop()
             raise
-        self.progress = Progress()
-        self.audit = RewardAudit()
-        self.seconds = {"sft": 0.0, "generate": 0.0, "train": 0.0, "eval": 0.0, "tools": 0.0}
-        self.num_tokens = {"sampled": 0, "trained": 0}
-        self.best_success = -1.0
-        self._started = time.perf_counter()
-        self._open_run = functools.partial(RunFolder, config, resume=resume, overwrite=overwrite)
-        self._resources = contextlib.ExitStack()
 
     def _load(self, tools: RunTools) -> None:
         config = self.config
-        corpus: list[str] = []
-        if config.model.source == "tiny":
-            corpus = asyncio.run(tokenizer_corpus(self.mixture, self.train_tasks, tools))
-        self.policy = load_policy(
-            config.model, corpus=corpus, seed=config.seed, max_tokens=config.rollout.max_trajectory_tokens
+        model, corpus = config.model, list[str]()
+        if self.run.checkpoint is not None and not model.lora_rank:
+            # a checkpoint's model holds all weights; where adapters train, they are in its state
+            model = dataclasses.replace(model, source=str(self.run.checkpoint))
+        if model.source == "tiny":
+            with LoopThread() as loop:
+                corpus = loop.run(tokenizer_corpus(self.mixture, self.train_tasks, tools))
+        self.policy = load_model(
+            model, corpus=corpus, seed=config.seed, max_tokens=config.rollout.max_trajectory_tokens
         )
+        refuse_unaffordable_cache(config, self.policy)
         self.learner = Learner(self.policy, config)
         self.chat = make_chat(self.policy, config)
         self.rollout = Rollout(self.mixture.of, self.chat, tools, config.rollout)
-        visited = self.train_tasks if config.train.steps else []
-        asyncio.run(self._see_that_prompts_fit([*visited, *self.eval_tasks, *self.demonstration_tasks]))
-
-    async def _see_that_prompts_fit(self, tasks: Sequence[Task]) -> None:
-        for task in tasks:
-            await self.rollout.prompt_ids(task)
+        lists = {"eval": self.eval_tasks, "demonstration": self.demonstration_tasks}
+        if config.train.steps:
+            lists["training"] = self.train_tasks
+        refuse = config.tasks.overlong_prompts == "refuse"
+        with LoopThread() as loop:
+            self.run.notes += loop.run(leave_out_overlong(self.rollout, lists, refuse=refuse))
 
     def __enter__(self) -> "Trainer":
         with contextlib.ExitStack() as resources:
-            self._loop = resources.enter_context(asyncio.Runner())
+            resources.callback(self.run.close)
+            self._loop = resources.enter_context(LoopThread())
             resources.callback(self._close_tools)
             if self.sandbox is not None:
                 self._loop.run(self.sandbox.start())
                 resources.callback(self._close_sandbox)
             # only now: where the sandbox does not start, an older run is not deleted
-            self.run = self._open_run()
-            resources.callback(self.run.close)
+            self.run.open(self._digests)
             self._resources = resources.pop_all()
         return self
 
@@ -139,11 +163,15 @@ class Trainer:
     def train(self) -> tuple[Evaluation, Evaluation]:
         """The whole job; returns the evaluations before and after the policy-gradient steps."""
         optimizer = self._make_optimizer()
-        state = self.run.load_state()
-        before, first_step = (self._begin(optimizer), 0) if state is None else self._restore(state, optimizer)
+        before, first_step = (self._begin(optimizer), 0) if self.run.checkpoint is None else self._restore(optimizer)
         with self.progress.phase("training", total=self.config.train.steps, done=first_step) as advance:
             for step in range(first_step, self.config.train.steps):
-                metrics = self.step(step, optimizer)
+                try:
+                    metrics = self.step(step, optimizer)
+                except EnvironmentFault:
+                    # it was raised while sampling: the weights are those of the last whole step
+                    self._keep(step, optimizer, before)
+                    raise
                 reward, success, turns = (metrics[name] for name in ("reward", "success", "turns/mean"))
                 advance(
                     f"reward {reward:.2f}  success {success:.0%}  turns {turns:.1f}{self.audit.after_step(metrics)}"
@@ -183,7 +211,7 @@ class Trainer:
             f"{torch.get_num_threads()} threads, loss backend {select_backend('gtpo_loss', None, policy.device)}",
             describe_sandbox(self.sandbox),
             f"run folder: {self.run.path}",
-            *([f"versions changed since the run began: {changed}"] if (changed := self.run.changed_versions) else []),
+            *self.run.notes,
         ]
 
     def summary(self, before: Evaluation, after: Evaluation) -> dict[str, Any]:
@@ -211,7 +239,7 @@ class Trainer:
             self.run.log_turn(turn)
         groups = [present for group in groups if (present := [t for t in group if t.stop is not StopReason.LOST])]
         if not groups:
-            raise RuntimeError(
+            raise RunFault(
                 f"step {step + 1}: all {len(lost)} trajectories were lost, the first to: {lost[0].lost_because}"
             )
         rewards = [turn_rewards(group, self.config.reward, self.own_terms) for group in groups]
@@ -233,6 +261,9 @@ class Trainer:
             "time/train_s": time.perf_counter() - sampled,
             "time/step_s": time.perf_counter() - started,
         }
+        if warning := self.spread.after_step(row):
+            self.progress.say(f"step {step + 1}: {warning}")
+        row["steps_without_spread"] = float(self.spread.count)
         self.seconds["generate"] += row["time/generate_s"]
         self.seconds["train"] += row["time/train_s"]
         for turn in turn_rows(step + 1, groups, rewards, credit):
@@ -315,7 +346,7 @@ class Trainer:
         whole = (StopReason.FINISHED, StopReason.MAX_TURNS)
         kept = [t for t in played if t.stop in whole and (t.is_success or not config.only_successful)]
         if not kept:
-            raise RuntimeError("no demonstration to learn from: the oracle finished none within the rollout's limits")
+            raise RunFault("no demonstration to learn from: the oracle finished none within the rollout's limits")
         with self.progress.phase("warm-up", total=config.steps) as advance:
 
             def check(step: int, loss: float, norm: float, sequences: list[PackedSequence]) -> None:
@@ -338,13 +369,8 @@ class Trainer:
         self.seconds["sft"] += time.perf_counter() - started
 
     def _tasks_of_step(self, step: int) -> list[Task]:
-        """Tasks in a seeded order, epoch after epoch: a function of the step alone."""
         size, count = self.config.rollout.tasks_per_step, len(self.train_tasks)
-        positions = range(step * size, (step + 1) * size)
-        orders = {
-            epoch: epoch_order(count, seed=self.config.seed, epoch=epoch) for epoch in {p // count for p in positions}
-        }
-        return [self.train_tasks[orders[p // count][p % count]] for p in positions]
+        return [self.train_tasks[place] for place in places_of_step(step, size, count, seed=self.config.seed)]
 
     def _refuse_non_finite(
         self, loss: float, norm: float, batches: Sequence[Batch | PackedSequence], *, step: int, phase: str = ""
@@ -377,29 +403,42 @@ class Trainer:
     def _checkpoint(
         self, step: int, optimizer: torch.optim.Optimizer, before: Evaluation, *, best: bool = False
     ) -> None:
+        # without adapters all weights are in the model beside it
+        adapters = self.policy.trainable() if self.config.model.lora_rank else {}
         state = {
             "step": step,
             "before": dataclasses.asdict(before),
             "best_success": self.best_success,
-            "trainable": {name: parameter.detach() for name, parameter in self.policy.trainable().items()},
+            "adapters": {name: weight.detach() for name, weight in adapters.items()},
             "optimizer": optimizer.state_dict(),
             "reference": dict(self.learner.reference),
             "torch_rng": torch.get_rng_state(),
             "seconds": self.seconds,
             "total_seconds": self.total_seconds,
             "num_tokens": self.num_tokens,
+            "steps_without_spread": self.spread.count,
         }
         self.run.save_checkpoint(step, state, self.policy.save_model, best=best)
 
-    def _restore(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> tuple[Evaluation, int]:
+    def _keep(self, step: int, optimizer: torch.optim.Optimizer, before: Evaluation) -> None:
+        """A checkpoint out of turn, so that the steps before a fault need not be done again."""
+        last = self.run.last_checkpoint()
+        if last is None or step_of(last) < step:
+            self._checkpoint(step, optimizer, before)
+
+    def _restore(self, optimizer: torch.optim.Optimizer) -> tuple[Evaluation, int]:
+        """What the checkpoint holds beside the model. Nothing of it is kept: it would be weights and moments twice."""
+        state = self.run.load_state()
+        assert state is not None
         trainable = self.policy.trainable()
         with torch.no_grad():
-            for name, value in state["trainable"].items():
+            for name, value in state["adapters"].items():
                 trainable[name].copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         self.learner.reference = {name: value.to(self.policy.device) for name, value in state["reference"].items()}
         torch.set_rng_state(state["torch_rng"])
         self.best_success = state["best_success"]
+        self.spread.count = state["steps_without_spread"]
         self._started -= state["total_seconds"]
         self.seconds, self.num_tokens = dict(state["seconds"]), dict(state["num_tokens"])
         return Evaluation(**state["before"]), int(state["step"])

@@ -22,6 +22,8 @@ Split = Literal["train", "eval"]
 # One line for every demo environment, so that they can be mixed: a tiny model reads it on each task.
 DEMO_SYSTEM_PROMPT = "Call tools in python. Then answer."
 
+# draws in a row that give no new task, after which a family has no more
+_MOST_IN_VAIN = 20_000
 _EVAL_BYTES = 51  # of the 256 values of a digest's first byte: 20 % of all contents are held out
 
 
@@ -129,9 +131,11 @@ class GeneratedEnvironment(Environment):
         rng = random.Random(f"{self.name}/{split}/{seed}")
         tasks: list[Task] = []
         seen: set[bytes] = set()
-        for _ in range(100 * (num + 10)):
+        num_in_vain = 0
+        while num_in_vain < _MOST_IN_VAIN:
             if len(tasks) == num:
                 return tasks
+            num_in_vain += 1
             prompt, answer, data = self.draw(rng, len(tasks))
             if split_of(prompt, data) == split:
                 if split == "eval":
@@ -140,6 +144,7 @@ class GeneratedEnvironment(Environment):
                     if digest in seen:
                         continue
                     seen.add(digest)
+                num_in_vain = 0
                 task_id = f"{self.name}-{split}-{seed}-{len(tasks)}"
                 tasks.append(Task(id=task_id, environment=self.name, prompt=prompt, answer=answer, data=data))
         raise ValueError(

@@ -26,6 +26,13 @@ class Progress:
             self._bars.stop()
             self._bars = None
 
+    def say(self, line: str) -> None:
+        """One line beside the bars."""
+        if self._bars is not None:
+            self._bars.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
     @contextlib.contextmanager
     def phase(self, label: str, *, total: int, done: int = 0) -> Iterator[Advance]:
         """Yields `advance(text="")`, to be called once an item."""

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import gtpo.run_folder
 from gtpo.__main__ import main
 from gtpo.report.compare import differences
 from gtpo.run_folder import read_rows
@@ -35,13 +37,13 @@ gtpo.policy.Policy.save_model = save_model
 # the checkpoint of step 2 is whole, and no link leads to it
 HANG_BEFORE_LINK = """
 import time
-import gtpo.run_folder
-link = gtpo.run_folder.RunFolder._link
+import gtpo.checkpoints
+link = gtpo.checkpoints.Checkpoints._link
 def _link(self, name, target):
     if target.name == "step-000002":
         time.sleep(3600)
     link(self, name, target)
-gtpo.run_folder.RunFolder._link = _link
+gtpo.checkpoints.Checkpoints._link = _link
 """
 
 
@@ -118,9 +120,14 @@ def assert_same_records(whole: Path, resumed: Path) -> None:
     assert names[0] == names[1]
     one, two = (torch.load(path / "checkpoints/last/trainer.pt", weights_only=True) for path in (whole, resumed))
     assert one["num_tokens"] == two["num_tokens"] and one["best_success"] == two["best_success"]
-    assert one["trainable"].keys() == two["trainable"].keys()
-    for name, value in one["trainable"].items():
-        assert torch.equal(value, two["trainable"][name]), name
+    assert one["adapters"].keys() == two["adapters"].keys()
+    for name, value in one["adapters"].items():
+        assert torch.equal(value, two["adapters"][name]), name
+    assert str(one["optimizer"]) == str(two["optimizer"])
+    models = [load_file(path / "checkpoints/last/model.safetensors") for path in (whole, resumed)]
+    assert models[0].keys() == models[1].keys() and len(models[0]) > 10
+    for name, value in models[0].items():
+        assert torch.equal(value, models[1][name]), name
 
 
 # in one process: what a kill adds is tested above
@@ -153,9 +160,9 @@ def test_an_interrupted_run_of_other_options_equals_an_uninterrupted_one(
         return step(self, number, optimizer)
 
     whole = train(folders[0], *overrides)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(Trainer, "step", interrupted)
-        train(folders[1], *overrides)
+        assert main(["train", str(write_config(folders[1])), *OVERRIDES, *overrides]) == 130
     assert (folders[1] / "run" / "checkpoints" / "last").resolve().name == "step-000002"
     assert_same_records(whole, train(folders[1], *overrides, "--resume"))
     assert any(row["grad_norm"] > 0 for row in read_rows(whole / "metrics.jsonl") if row["phase"] == "train")
@@ -166,10 +173,12 @@ def test_a_warm_up_alone_and_the_rest_later_equal_one_run(uninterrupted: Path, t
     assert_same_records(uninterrupted, train(tmp_path, "--resume"))
 
 
-def test_the_total_of_seconds_holds_those_before_the_interruption(uninterrupted: Path, tmp_path: Path) -> None:
+def test_the_total_of_seconds_holds_those_before_the_interruption(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = train(tmp_path)
-    state = torch.load(run / "checkpoints" / "last" / "trainer.pt", weights_only=True)
-    torch.save({**state, "total_seconds": 1000.0}, run / "checkpoints" / "last" / "trainer.pt")
+    load = gtpo.run_folder.load_state
+    monkeypatch.setattr(gtpo.run_folder, "load_state", lambda path: load(path) | {"total_seconds": 1000.0})
     train(tmp_path, "--resume")
     seconds = json.loads((run / "summary.json").read_text())["seconds"]
     assert seconds["total"] > 1000.0
