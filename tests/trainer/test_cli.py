@@ -108,7 +108,7 @@ def test_a_reader_that_has_read_enough_is_no_fault() -> None:
         (["--rollout.tools", '["python", "web"]'], "rollout.tools must be among python, calculator, search, "),
         (["--rollout.tools", '["calculator"]'], 'rollout.tools must hold "python", which call_format = "code" calls'),
         (["--environments.0.weight", "0"], "environments.0.weight must be above 0, got 0"),
-        (["--environments", '[{name = "retry", options = {num_items = "a"}}]'], "options of environment 'retry': "),
+        (["--environments.0.options", '{num_items = "a"}'], "'environments.0.options.num_items': expected a whole"),
         (["--reward.similarity", "foo"], "config key 'reward.similarity': Input should be 'ngram', got 'foo'"),
         (["--model.device", "nowhere"], "model.device must be one that PyTorch has here, got 'nowhere': "),
         (
@@ -118,7 +118,7 @@ def test_a_reader_that_has_read_enough_is_no_fault() -> None:
         (["--model.attention", "flash"], 'model.attention = "flash" needs model.dtype = "bfloat16", got "float32"'),
         (["--model.dtype", "bfloat16"], 'model.dtype = "bfloat16" can train adapters only'),
         (["--sandbox.output_bytes", "1"], "sandbox.output_bytes must be from 512 to 16384, got 1"),
-        (["--rollout.max_trajectory_tokens", "9"], "the prompt of task 'retry-train-0-0' has"),
+        (["--rollout.max_trajectory_tokens", "9"], "4 of 4 eval tasks have prompts too long for rollout.max_t"),
         (["--resume", "--overwrite"], "expected --resume or --overwrite, got both"),
         (["--model.source", "no/such/model"], 'model.source must be "tiny", "package:NAME" or a folder'),
     ],
