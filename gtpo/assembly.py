@@ -74,10 +74,10 @@ def make_mixture(config: Config) -> Mixture:
     made = []
     for number, item in enumerate(config.environments):
         where = f"environments.{number} ({item.name!r})"
+        for option, kind in _option_types(item.name).items():
+            if option in item.options:
+                refuse_wrong_plain(f"environments.{number}.options.{option}", item.options[option], kind)
         try:
-            for option, kind in _option_types(item.name).items():
-                if option in item.options:
-                    refuse_wrong_plain(f"environments.{number}.options.{option}", item.options[option], kind)
             made.append(make_environment(item.name, **item.options))
         except OSError as error:
             path = str(error.filename)

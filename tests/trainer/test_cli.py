@@ -108,10 +108,7 @@ def test_a_reader_that_has_read_enough_is_no_fault() -> None:
         (["--rollout.tools", '["python", "web"]'], "rollout.tools must be among python, calculator, search, "),
         (["--rollout.tools", '["calculator"]'], 'rollout.tools must hold "python", which call_format = "code" calls'),
         (["--environments.0.weight", "0"], "environments.0.weight must be above 0, got 0"),
-        (
-            ["--environments", '[{name = "retry", options = {num_items = "a"}}]'],
-            "environments.0.options.num_items': expected a whole",
-        ),
+        (["--environments.0.options", '{num_items = "a"}'], "'environments.0.options.num_items': expected a whole"),
         (["--reward.similarity", "foo"], "config key 'reward.similarity': Input should be 'ngram', got 'foo'"),
         (["--model.device", "nowhere"], "model.device must be one that PyTorch has here, got 'nowhere': "),
         (

@@ -330,7 +330,7 @@ def test_overlong_prompts_are_refused_or_left_out_and_counted(
 def test_rewards_that_never_differ_are_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with make_trainer(tmp_path, "--sft.steps", "0", "--credit.format_penalty", "0") as trainer:
+    with make_trainer(tmp_path, "--sft.steps", "0", "--reward.format_penalty", "0") as trainer:
         monkeypatch.setattr(RetryEnvironment, "grade", lambda self, task, answer: 0.0)
         monkeypatch.setattr(trainer, "spread", SpreadWatch())
         trainer.spread.count = 8
