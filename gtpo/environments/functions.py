@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gtpo.environments.episode import Grade, Reply
-from gtpo.tools.function import outcome_of
+from gtpo.tools.base import cut_text
+from gtpo.tools.function import MAX_CHARS, outcome_of
 from gtpo.tools.signature import CallSignature
 from gtpo.types import Message, ToolCall, ToolResult, ToolSchema, ToolStatus, Trajectory, Turn
 
@@ -13,8 +14,9 @@ class FunctionEpisode:
     """A `BlockingEpisode` whose tools are `functions`, methods of a subclass as a rule; its state is the object's.
 
     prompt: what the user asks. system: read before it. functions: with type hints and a docstring that describes each
-    argument under "Args:"; what they return is read by the model as text, what they raise as "TypeName: message". One
-    that raises EpisodeLost loses the trajectory. A turn that calls none ends the episode.
+    argument under "Args:"; what they return is read by the model as a `FunctionTool`'s is, up to `max_chars`, what they
+    raise as "TypeName: message". One that raises EpisodeLost loses the trajectory. A turn that calls none ends the
+    episode.
     Subclasses implement `grade`, and may give rewards to the current turn by `reward`, end it by `finish`.
 
     >>> class Counter(FunctionEpisode):
@@ -37,13 +39,16 @@ class FunctionEpisode:
     ['2', "count: argument 'by': input should be a valid integer, got 'x'"]
     """
 
-    def __init__(self, prompt: str, *, functions: Sequence[Callable[..., Any]], system: str = "") -> None:
+    def __init__(
+        self, prompt: str, *, functions: Sequence[Callable[..., Any]], system: str = "", max_chars: int = MAX_CHARS
+    ) -> None:
         self.messages: Sequence[Message] = [
             *([Message("system", system)] if system else []),
             Message("user", prompt),
         ]
         self._signatures = {signature.name: (signature, fn) for fn in functions for signature in [CallSignature(fn)]}
         self.tools: Sequence[ToolSchema] = [signature.schema for signature, _ in self._signatures.values()]
+        self._max_chars = max_chars
         self._rewards: dict[str, float] = {}
         self._done = False
 
@@ -68,7 +73,7 @@ class FunctionEpisode:
 
     def _call(self, call: ToolCall) -> ToolResult:
         if call.error is not None:
-            return ToolResult(ToolStatus.MALFORMED, call.error)
+            return ToolResult(call.fault, call.error)
         if call.name not in self._signatures:
             known = ", ".join(self._signatures) or "none"
             return ToolResult(ToolStatus.UNKNOWN_TOOL, f"Unknown tool '{call.name}'. Known tools: {known}.")
@@ -78,4 +83,4 @@ class FunctionEpisode:
         except ValueError as fault:
             return ToolResult(ToolStatus.ERROR, str(fault))
         status, text = outcome_of(fn, arguments)
-        return ToolResult(status, text)
+        return ToolResult(status, cut_text(text, self._max_chars))

@@ -9,6 +9,15 @@ from gtpo.types import ToolResult
 NO_OUTPUT = "(no output)"
 
 
+def cut_text(text: str, max_chars: int) -> str:
+    """`text`, or as much of it as the model is to read, and what was left out.
+
+    >>> cut_text("abcdef", 4)
+    'abcd\\n[cut after 4 of 6 characters]'
+    """
+    return text if len(text) <= max_chars else f"{text[:max_chars]}\n[cut after {max_chars} of {len(text)} characters]"
+
+
 class ToolTimeout(Exception):
     """Raised by a tool's function whose own deadline ran out: the model reads the message, with status TIMEOUT."""
 

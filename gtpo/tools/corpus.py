@@ -1,8 +1,10 @@
 """Passages of a local corpus: a JSON Lines file, a JSON list, or a folder of text files."""
 
+import codecs
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def read_passages(corpus: Path, *, fields: Sequence[str], max_chars: int) -> lis
 def _folder(folder: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(folder.rglob("*")):
         if path.suffix in _TEXT_SUFFIXES and path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
+            text = path.read_text(encoding="utf-8-sig", errors="replace")
             if text.strip():
                 yield f"{path.relative_to(folder).as_posix()}\n", text
 
@@ -37,22 +39,33 @@ def _objects(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     if not suffixes or suffixes[-1] not in (".json", ".jsonl"):
         raise ValueError(f"corpus must be a folder, or a .jsonl or .json file (.gz too), got {path}")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         if suffixes[-1] == ".jsonl":
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(_lines(file, path), start=1):
                 if line.strip():
                     yield _text_of(_parsed(line, f"{path}:{number}"), fields, f"{path}:{number}")
             return
-        rows = _parsed(file.read(), str(path))
+        rows = _parsed(b"".join(_lines(file, path)), str(path))
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list of objects, got {type(rows).__name__}")
     for number, row in enumerate(rows):
         yield _text_of(row, fields, f"{path}, object {number}")
 
 
-def _parsed(text: str, place: str) -> Any:
+def _lines(file: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """The lines of a file, without the mark that some editors put before the first."""
     try:
-        return json.loads(text)
+        for number, line in enumerate(file):
+            yield line if number else line.removeprefix(codecs.BOM_UTF8)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is no whole gzip file: {error}") from None
+
+
+def _parsed(text: bytes, place: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} must be text in UTF-8, got the byte {text[error.start]:#04x}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
 
@@ -91,7 +104,7 @@ def _split(head: str, text: str, max_chars: int) -> Iterator[str]:
     while len(text) > room:
         piece = text[: room + 1]
         # a cut in the first half would give many short passages
-        cuts = (piece.rfind(mark) + len(mark.rstrip()) for mark in ("\n\n", "\n", ". ", " "))
+        cuts = (piece.rfind(mark) + len(mark.rstrip()) for mark in ("\n\n", "\n", ". ", "。", " "))
         cut = next((cut for cut in cuts if room // 2 < cut <= room), room)
         yield head + text[:cut].rstrip()
         text = text[cut:].lstrip()

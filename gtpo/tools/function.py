@@ -1,18 +1,25 @@
 """Any typed Python function as a tool."""
 
 import asyncio
+import dataclasses
 import functools
 import inspect
+import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pydantic
+import pydantic_core
+
 from gtpo.daemon_thread import DaemonThread
 from gtpo.loading import load_object
-from gtpo.tools.base import NO_OUTPUT, ToolTimeout, ToolUnavailable
+from gtpo.tools.base import NO_OUTPUT, ToolTimeout, ToolUnavailable, cut_text
 from gtpo.tools.signature import CallSignature
 from gtpo.tools.source import ToolSource, shared
 from gtpo.types import ToolResult, ToolStatus
+
+MAX_CHARS = 4000  # of a result, unless a tool says otherwise
 
 
 class FunctionTool:
@@ -23,8 +30,9 @@ class FunctionTool:
     cannot be stopped: it is left to end by itself, as a daemon that does not hold up the end of the program, so a sync
     `fn` should bound its own work.
     Arguments that do not fit, and exceptions of `fn` ("TypeName: message"), are results of status ERROR; but for
-    `ToolTimeout` (TIMEOUT) and `ToolUnavailable` (INFRA_ERROR), whose message alone is read.
-    Raises ValueError for timeout_s <= 0 and what `CallSignature` refuses.
+    `ToolTimeout` (TIMEOUT) and `ToolUnavailable` (INFRA_ERROR), whose message alone is read. A text is read as it is, a
+    dict, a list or a record as JSON, anything else as `str` writes it. max_chars: of a result; the rest is cut off.
+    Raises ValueError for timeout_s <= 0, max_chars < 1 and what `CallSignature` refuses.
     """
 
     def __init__(
@@ -34,14 +42,18 @@ class FunctionTool:
         name: str | None = None,
         description: str | None = None,
         timeout_s: float = 10.0,
+        max_chars: int = MAX_CHARS,
     ) -> None:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be above 0, got {timeout_s}")
+        if max_chars < 1:
+            raise ValueError(f"max_chars must be at least 1, got {max_chars}")
         self._signature = CallSignature(fn, name=name, description=description)
         self.name = self._signature.name
         self.schema = self._signature.schema
         self._fn = fn
         self._timeout_s = timeout_s
+        self._max_chars = max_chars
 
     async def call(self, arguments: Mapping[str, Any]) -> ToolResult:
         try:
@@ -54,7 +66,7 @@ class FunctionTool:
                 status, text = await self._run(parsed)
         except TimeoutError:
             status, text = ToolStatus.TIMEOUT, f"TimeoutError: {self.name} took longer than {self._timeout_s:g} seconds"
-        return ToolResult(status, text, seconds=time.perf_counter() - start)
+        return ToolResult(status, cut_text(text, self._max_chars), seconds=time.perf_counter() - start)
 
     async def _run(self, arguments: dict[str, Any]) -> tuple[ToolStatus, str]:
         """The function's outcome. Its own exceptions end here, so that a TimeoutError outside is always ours."""
@@ -68,12 +80,12 @@ class FunctionTool:
             return _status_of(error), _describe_exception(error)
 
 
-def function_source(name: str, *, function: str, timeout_s: float = 10.0) -> ToolSource:
+def function_source(name: str, *, function: str, timeout_s: float = 10.0, max_chars: int = MAX_CHARS) -> ToolSource:
     """A tool of kind "function": `function` is "package.module:name" or "file.py:name" of a typed function."""
     fn = load_object(function, what="function")
     if not callable(fn):
         raise ValueError(f"function {function!r} must name a function, found {fn!r}")
-    return shared(FunctionTool(fn, name=name, timeout_s=timeout_s))
+    return shared(FunctionTool(fn, name=name, timeout_s=timeout_s, max_chars=max_chars))
 
 
 def outcome_of(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[ToolStatus, str]:
@@ -85,7 +97,17 @@ def outcome_of(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[To
 
 
 def _text_of(value: object) -> str:
-    return NO_OUTPUT if value is None or value == "" else str(value)
+    if value is None or (isinstance(value, str) and not value):
+        return NO_OUTPUT
+    is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    if not is_record and not isinstance(value, Mapping | list | tuple | set | frozenset | pydantic.BaseModel):
+        return str(value)
+    try:
+        plain = pydantic_core.to_jsonable_python(value, fallback=str, inf_nan_mode="constants")
+        return json.dumps(plain, ensure_ascii=False)
+    except (TypeError, ValueError):
+        # it holds itself, or keys that are no JSON
+        return str(value)
 
 
 def _status_of(error: BaseException) -> ToolStatus:
@@ -95,7 +117,11 @@ def _status_of(error: BaseException) -> ToolStatus:
 
 
 def _describe_exception(error: BaseException) -> str:
-    message = str(error)
+    try:
+        message = str(error)
+    except Exception:
+        # an exception whose own text fails
+        message = ""
     if isinstance(error, ToolTimeout | ToolUnavailable) and message:
         return message
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

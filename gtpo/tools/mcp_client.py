@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gtpo.tools.base import NO_OUTPUT
+from gtpo.tools.base import NO_OUTPUT, cut_text
 from gtpo.tools.json_schema import SchemaCheck, call_schema
 from gtpo.tools.source import ToolSource, optional_package
 from gtpo.types import ToolResult, ToolStatus
@@ -138,10 +138,7 @@ class McpTool:
         parts = [part.text if part.type == "text" else f"[{part.type}, which is not text]" for part in result.content]
         if not parts and result.structured_content is not None:
             parts = [json.dumps(result.structured_content, ensure_ascii=False)]
-        text = "\n".join(parts)
-        if len(text) > self._max_chars:
-            text = f"{text[: self._max_chars]}\n[cut after {self._max_chars} characters]"
-        return text or NO_OUTPUT
+        return cut_text("\n".join(parts), self._max_chars) or NO_OUTPUT
 
 
 def mcp_source(

@@ -7,23 +7,27 @@ import numpy as np
 from gtpo.tools.corpus import read_passages
 from gtpo.tools.function import FunctionTool
 from gtpo.tools.source import ToolSource, optional_package, shared
+from gtpo.tools.words import words_of
 
 
 class PassageIndex:
-    """Ranks `passages` by BM25 (Lucene's form, k1 1.5, b 0.75) without English stop words; ties keep the order.
+    """Ranks `passages` by BM25 (Lucene's form, k1 1.5, b 0.75) over `words_of`; ties keep the order.
 
     Source: arXiv 2407.03618 (bm25s).
     """
 
     def __init__(self, passages: list[str]) -> None:
-        self._bm25s = optional_package("bm25s", tool="search")
+        bm25s = optional_package("bm25s", tool="search")
+        self._stop_words = frozenset(bm25s.stopwords.STOPWORDS_EN)
         self._passages = passages
-        self._ranking = self._bm25s.BM25()
-        self._ranking.index(self._tokens(passages), show_progress=False)
+        self._ranking = bm25s.BM25()
+        self._ranking.index([words_of(passage) for passage in passages], show_progress=False)
 
     def best(self, query: str, *, num: int) -> list[str]:
-        """At most `num` passages that share a word with `query`, best first."""
-        words = [word for word in self._tokens([query])[0] if word in self._ranking.vocab_dict]
+        """At most `num` passages that share a word with `query`, best first. English words such as "the" count where
+        the query has no others that some passage has."""
+        known = [word for word in words_of(query) if word in self._ranking.vocab_dict]
+        words = [word for word in known if word not in self._stop_words] or known
         if not words:
             return []
         scores = self._ranking.get_scores(words)
@@ -33,10 +37,6 @@ class PassageIndex:
         candidates = np.flatnonzero((scores >= least) & (scores > 0))
         order = candidates[np.argsort(-scores[candidates], kind="stable")][:num]
         return [self._passages[i] for i in order]
-
-    def _tokens(self, texts: list[str]) -> list[list[str]]:
-        tokens: list[list[str]] = self._bm25s.tokenize(texts, return_ids=False, show_progress=False)
-        return tokens
 
 
 def search_source(
@@ -71,4 +71,6 @@ def search_source(
             return "No passage has a word of the query. Try other words."
         return "\n\n".join(f"[{number}] {passage}" for number, passage in enumerate(found, start=1))
 
-    return shared(FunctionTool(search, name=name, description=description, timeout_s=timeout_s))
+    # bounded already: each passage with its number and the blank line behind it
+    max_chars = num_results * (max_passage_chars + 20)
+    return shared(FunctionTool(search, name=name, description=description, timeout_s=timeout_s, max_chars=max_chars))

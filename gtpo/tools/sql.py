@@ -168,6 +168,13 @@ def sql_source(
 
     listing = "; ".join(f"{table}({', '.join(columns)})" for table, columns in worker.tables.items())
     text = f"{description} Tables: {listing}"
-    tool = FunctionTool(sql, name=name, description=text, timeout_s=timeout_s * WALL_PER_CPU_S + 2 * _GRACE_S)
+    tool = FunctionTool(
+        sql,
+        name=name,
+        description=text,
+        timeout_s=timeout_s * WALL_PER_CPU_S + 2 * _GRACE_S,
+        # bounded already: the names of columns, the rows, a line on what was left out
+        max_chars=2 * max_chars + 200,
+    )
     # more would only take turns
     return shared(tool, max_concurrent=len(os.sched_getaffinity(0)), close=close)

@@ -36,7 +36,7 @@ async def look(word: str, times: int = 1) -> str:
 
 
 def look_source(name: str) -> ToolSource:
-    return shared(FunctionTool(look, name=name))
+    return shared(FunctionTool(look, name=name, max_chars=10**5))
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,11 @@
 """FunctionTool: results, exceptions, time-outs."""
 
 import asyncio
+import dataclasses
+import datetime
 import threading
 
+import pydantic
 import pytest
 
 from gtpo.tools import FunctionTool
@@ -160,6 +163,98 @@ def test_caller_can_cancel() -> None:
             asyncio.run(run())
     finally:
         released.set()
+
+
+@dataclasses.dataclass
+class Place:
+    name: str
+    at: tuple[float, float]
+
+
+class Town(pydantic.BaseModel):
+    name: str
+
+
+class Unspeakable(Exception):
+    """Its own text fails."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+SELF: list[object] = []
+SELF.append(SELF)
+DEEP: list[object] = []
+for _ in range(5000):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"a": [1, None, True], "b": "é"}, '{"a": [1, null, true], "b": "é"}'),
+        ([{"a": 1}], '[{"a": 1}]'),
+        ((1, "x"), '[1, "x"]'),
+        ({1: float("nan"), "t": datetime.date(2026, 1, 2)}, '{"1": NaN, "t": "2026-01-02"}'),
+        (Place("Ulm", (48.4, 10.0)), '{"name": "Ulm", "at": [48.4, 10.0]}'),
+        (Town(name="Ulm"), '{"name": "Ulm"}'),
+        ({"town": Town(name="Ulm"), "odd": 1j}, '{"town": {"name": "Ulm"}, "odd": "1j"}'),
+        ({}, "{}"),
+        ([], "[]"),
+        (0, "0"),
+        (False, "False"),
+        ("", "(no output)"),
+        ("{'a': 1}", "{'a': 1}"),
+        (SELF, "[[...]]"),
+        (10**4000, str(10**4000)[:100] + "\n[cut after 100 of 4001 characters]"),
+        ("x" * 10_000_000, "x" * 100 + "\n[cut after 100 of 10000000 characters]"),
+        ({"a": "x" * 200}, '{"a": "' + "x" * 93 + "\n[cut after 100 of 209 characters]"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_model_reads_of_a_value(value: object, text: str) -> None:
+    def give() -> object:
+        """Give it."""
+        return value
+
+    async def give_later() -> object:
+        """Give it."""
+        return value
+
+    for fn in (give, give_later):
+        result = call(FunctionTool(fn, max_chars=100))
+        assert (result.status, result.text) == (ToolStatus.OK, text)
+
+
+@pytest.mark.parametrize(
+    ("value", "start"),
+    [
+        (DEEP, "RecursionError"),
+        (10**5000, "ValueError: Exceeds the limit"),
+        (Unspeakable(), "Unspeakable"),
+        (ValueError("x" * 1_000_000), "ValueError: " + "x" * 88 + "\n[cut after 100 of 1000012 characters]"),
+    ],
+    ids=["deep", "huge", "unspeakable", "long"],
+)
+def test_values_without_a_text_are_errors(value: object, start: str) -> None:
+    def give() -> object:
+        """Give it, or raise it."""
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    async def give_later() -> object:
+        """Give it, or raise it."""
+        return give()
+
+    for fn in (give, give_later):
+        result = call(FunctionTool(fn, max_chars=100))
+        assert result.status is ToolStatus.ERROR and result.text.startswith(start)
+
+
+def test_max_chars_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="max_chars must be at least 1, got 0"):
+        FunctionTool(divide, max_chars=0)
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan")])

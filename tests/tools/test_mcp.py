@@ -53,7 +53,7 @@ def test_calls(tools: ToolSet) -> None:
         (ToolStatus.OK, "5"),
         (ToolStatus.OK, "call 1 with hello"),
         (ToolStatus.ERROR, "Error executing tool fail"),
-        (ToolStatus.OK, "x" * 50 + "\n[cut after 50 characters]"),
+        (ToolStatus.OK, "x" * 50 + "\n[cut after 50 of 60 characters]"),
         (ToolStatus.OK, "(no output)"),
     ]
     assert all(result.seconds > 0 for result in results)

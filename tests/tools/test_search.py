@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gtpo.tools import ToolSet
 from gtpo.tools.corpus import _split, read_passages
 from gtpo.tools.search import PassageIndex
+from gtpo.tools.words import words_of
 from gtpo.types import ToolCall, ToolResult, ToolStatus
 
 ROWS = [
@@ -55,15 +56,37 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
         ("c.jsonl", "[1]", r"c\.jsonl:1 must hold an object, got list"),
         ("c.json", "{}", r"must hold a list of objects, got dict"),
         ("c.json", "[]", "corpus must hold some text, got none"),
+        ("c.jsonl", '{"text": "a"}\n{"text": "\udce9"}', r"c\.jsonl:2 must be text in UTF-8, got the byte 0xe9"),
+        ("c.json", '[{"text": "\udcff"}]', r"c\.json must be text in UTF-8, got the byte 0xff"),
+        ("c.jsonl", '{"text": ' + "9" * 5000 + "}", r"c\.jsonl:1 is not JSON: Exceeds the limit"),
+        ("c.jsonl.gz", "no gzip", r"c\.jsonl\.gz is no whole gzip file: Not a gzipped file"),
         ("c.csv", "a", r"corpus must be a folder, or a \.jsonl or \.json file"),
     ],
 )
 def test_a_corpus_that_cannot_be_read_names_file_and_line(
     tmp_path: Path, name: str, content: str, message: str
 ) -> None:
-    (tmp_path / name).write_text(content)
+    # half a surrogate pair stands for a byte that is no UTF-8
+    (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=message):
         read_passages(tmp_path / name, fields=["text"], max_chars=99)
+
+
+def test_a_gzip_file_that_was_cut_short_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(ROWS[0]).encode())[:-12])
+    with pytest.raises(ValueError, match=r"c\.jsonl\.gz is no whole gzip file: "):
+        read_passages(path, fields=["text"], max_chars=99)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, text in (("c.jsonl", json.dumps(ROWS[0])), ("c.json", json.dumps(ROWS[:1]))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert read_passages(tmp_path / name, fields=["text"], max_chars=99) == [ROWS[0]["text"]]
+
+
+def test_texts_without_spaces_are_cut_at_sentences() -> None:
+    assert list(_split("", "一二三四五。六七八九十。", 8)) == ["一二三四五。", "六七八九十。"]
 
 
 @given(st.text(alphabet="ab .\n", max_size=300), st.integers(20, 40))
@@ -118,11 +141,61 @@ def test_as_a_tool(tmp_path: Path) -> None:
     found, missed, faulty = search(
         {"corpus": str(path), "num_results": 2, "description": "Search cities."},
         "Where was Beethoven born?",
-        "the of",
+        "this which",
         "",
     )
     assert (found.status, found.text) == (ToolStatus.OK, "[1] Beethoven was born in Bonn.")
     assert missed.text == faulty.text == "No passage has a word of the query. Try other words."
+
+
+PASSAGES = {
+    "zh": "我们去年在北京大学学习。",
+    "zh2": "南京在长江边，京剧很有名。",
+    "ja": "東京タワーは高さ333メートルです。",
+    "ko": "서울에서 부산까지 기차로 갑니다.",
+    "th": "ภาษาไทยเป็นภาษาที่สวยงาม",
+    "hi": "हिन्दी भारत की एक भाषा है।",
+    "he": "עִבְרִית",
+    "c": "C is a language, and so is R.",
+    "7": "There are 7 days in a week; who counts them?",
+    "accents": "Cafe\u0301 de la Paix",
+    "wide": "ＡＢＣ株式会社",
+    "song": "The Who sang of it.",
+}
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        *[("北京", "zh"), ("東京タワー", "ja"), ("タワー", "ja"), ("서울", "ko"), ("부산", "ko"), ("ไทย", "th")],
+        *[("हिन्दी", "hi"), ("भाषा", "hi"), ("C", "c"), ("c", "c"), ("R", "c"), ("7", "7"), ("7 days", "7")],
+        *[
+            ("café", "accents"),
+            ("CAFÉ", "accents"),
+            ("abc", "wide"),
+            ("Abc株式", "wide"),
+            ("the", "song"),
+            ("京剧", "zh2"),
+        ],
+        *[("עִבְרִית", "he"), ("333", "ja"), ("大学", "zh"), ("学", "zh"), ("of it", "song")],
+    ],
+)
+def test_words_of_any_script_and_length_are_found(query: str, found: str) -> None:
+    assert PassageIndex(list(PASSAGES.values())).best(query, num=1) == [PASSAGES[found]]
+
+
+def test_vowel_signs_are_a_part_of_their_word() -> None:
+    # without them the one would be found by the letters of the other
+    assert words_of("हिन्दी") == ["हिन्दी"] and PassageIndex(["हिन्दी", "हद"]).best("ह", num=2) == []
+    assert words_of("x\u0301y") == ["x\u0301y"] and words_of("\u0301") == words_of("\ud800 !?→") == []
+
+
+@given(st.text(st.characters()), st.text(st.characters()))
+def test_a_passage_is_found_by_each_of_its_words(passage: str, other: str) -> None:
+    index = PassageIndex([passage, other, "x"])
+    for word in words_of(passage):
+        assert passage in index.best(word, num=3)
+    index.best(other, num=2)
 
 
 @pytest.mark.parametrize(
