@@ -2,8 +2,8 @@
 
 A request is a cell to run, or a file to write or read, with `op` "run", "put" or "get". With `snapshot` the interpreter
 first clones itself; the clone waits for the request after this one, which it gets only if this one fails. Its process
-id goes to the keeper on a pipe; the cell begins when the keeper says that it holds the clone, so that nothing of the
-cell can be in it.
+id goes to the keeper on a pipe, which wakes nobody, before the cell begins, so that the cell cannot pass off another
+process.
 A cell that calls one of the tools which its request names sends the call, and reads the answer before it goes on.
 """
 
@@ -14,31 +14,24 @@ import atexit
 import base64
 import builtins
 import contextlib
-import ctypes
 import fcntl
 import functools
 import os
 import random
-import select
-import signal
 import sys
 import time
 import types
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from gtpo.sandbox import channel, confinement, ending, frames
 from gtpo.sandbox.cell_streams import CellStreams
+from gtpo.sandbox.clones import Cloner
 from gtpo.sandbox.layout import CLONES_FD, CONTROL_FD, MAX_FILES, NULL_FD, OUTPUT_FD, STDIN
 
-CLONE_BYTES = 4
-"""What the process id of a clone takes on its pipe."""
-_SYS_CLONE = {"x86_64": 56, "aarch64": 220}
-_CLONE_PARENT, _SIGCHLD = 0x8000, 17
 _WAIT_FOR_ALL = os.WNOHANG | 0x4000_0000  # __WALL: also those whose end sends no signal
 # Of the sandbox below those of a cell, for which code could recurse less deep.
 _NUM_FRAMES = 5
-_getpid, _kill = os.getpid, os.kill
+_getpid = os.getpid
 
 
 class Start(BaseException):
@@ -74,18 +67,11 @@ def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int, clo
             os._exit(1)
         control.write(frames.encode({"layers": layers, "missing": missing}))
         streams = CellStreams(OUTPUT_FD, NULL_FD, STDIN if plan.namespaces else None)
-        clone = _cloner() if plan.processes else None
+        cloner = Cloner() if plan.processes else None
         del plan
-        _serve(control, streams, clone)
+        _serve(control, streams, cloner)
     finally:
         os._exit(1)
-
-
-def decode_clone(data: bytes) -> int:
-    """The process id that the interpreter has said, 0 where it could not be cloned; ValueError where it is not one."""
-    if len(data) != CLONE_BYTES:
-        raise ValueError(f"the process id of a clone must have {CLONE_BYTES} bytes, got {len(data)}")
-    return int.from_bytes(data)
 
 
 def _keep_descriptors(control_fd: int, output_fd: int, clones_fd: int) -> None:
@@ -109,19 +95,7 @@ def _keep_descriptors(control_fd: int, output_fd: int, clones_fd: int) -> None:
     os.closerange(MAX_FILES, os.sysconf("SC_OPEN_MAX"))
 
 
-def _cloner() -> Callable[[], int]:
-    """What clones this process as a child of its parent and returns as fork does; -1 where it fails.
-
-    Not os.fork: a cell that waits for its children must not find the clone, and the handlers that run after a fork
-    would change it (`random` is seeded anew).
-    """
-    # The GIL is kept, so that no other thread of an earlier cell is inside the interpreter.
-    syscall = ctypes.PyDLL(None).syscall
-    number, flags = ctypes.c_long(_SYS_CLONE[os.uname().machine]), ctypes.c_long(_CLONE_PARENT | _SIGCHLD)
-    return functools.partial(syscall, number, flags, 0, 0, 0, 0)
-
-
-def _serve(control: channel.Channel, streams: CellStreams, clone: Callable[[], int] | None) -> NoReturn:
+def _serve(control: channel.Channel, streams: CellStreams, cloner: Cloner | None) -> NoReturn:
     here, main = os.getcwd(), _prepare()
     while True:
         request = control.receive()
@@ -135,27 +109,19 @@ def _serve(control: channel.Channel, streams: CellStreams, clone: Callable[[], i
                 streams.renew(request["stdin"], with_stderr=request["with_stderr"])
             except OSError as failed:
                 failure = f"the standard input does not fit: {ending.describe(failed)}", None
-        if clone is not None:
+        if cloner is not None:
             _reap_children()
             if request["snapshot"]:
                 has_threads = _thread._count() > 0
                 if has_threads:
                     # One that has asked for the GIL gets it: the clone would wait for it, which it has not.
                     time.sleep(0)
-                pid = clone()
-                if pid == 0:
+                if cloner.clone():
                     if has_threads:
                         streams.forget()
                         control.forget()
-                    # It is to sleep once only, when it is stopped: by that the keeper knows that nobody woke it.
-                    while not select.select([CONTROL_FD], [], [], 0)[0]:
-                        pass
+                    cloner.wait()
                     continue
-                if pid > 0:
-                    # The keeper does so, too, but later: until then the clone would write to pages.
-                    _kill(pid, signal.SIGSTOP)
-                os.write(CLONES_FD, max(pid, 0).to_bytes(CLONE_BYTES))
-                control.await_hold()
         if request["op"] != "run":
             failure, value = _move_file(request, here, streams)
         elif failure is None:

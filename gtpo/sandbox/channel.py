@@ -69,12 +69,6 @@ class Channel:
         self._calls_left = self._max_calls = request.get("max_calls", 0)
         return request
 
-    def await_hold(self) -> None:
-        """Return when the keeper holds the clone that was announced. Threads of the code read nothing before."""
-        while "held" not in self._read(self._receive_more):
-            # The answer to a call of a cell before.
-            pass
-
     def begin(self) -> None:
         """A cell runs from now on: it may call tools, and its handlers of signals are called."""
         self._running.release()

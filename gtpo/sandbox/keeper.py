@@ -15,7 +15,7 @@ import socket
 import time
 from typing import Any
 
-from gtpo.sandbox import cell, confinement, frames
+from gtpo.sandbox import cell, clones, confinement, frames
 from gtpo.sandbox.demand import Demand
 from gtpo.sandbox.descendants import ProcessTree
 from gtpo.sandbox.output import Output, without_addresses
@@ -94,8 +94,6 @@ class Keeper:
         pid = os.fork()
         if pid == 0:
             raise cell.Start(plan, self._remote.detach(), self._output_end, clones_end)
-        # Else none would wait for `hold_snapshot` to learn of it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
         if plan.cgroup is not None:
             plan.cgroup.lock()
         os.chdir("/")
@@ -109,7 +107,7 @@ class Keeper:
         self._selector = selectors.DefaultSelector()
         for fileobj in (host, self._control, self._processes.pidfd):
             self._selector.register(fileobj, selectors.EVENT_READ)
-        self._reads_output = self._awaits_clone = False
+        self._reads_output = self._heard_of_clone = False
         self._start_clocks()
 
     def serve(self) -> None:
@@ -190,6 +188,7 @@ class Keeper:
         peak_bytes = 0
         try:
             message = self._exchange(request)
+            self._learn_of_snapshot()
             self._look_for_kills()
             status, error, line, value = (message[key] for key in ("status", "error", "line", "value"))
             cpu_time_s = self._processes.cell_cpu_s(to_the_moment=True)
@@ -199,6 +198,8 @@ class Keeper:
                 state, peak_bytes = self._processes.settle()
         except tuple(_STATUS_OF_END) as failure:
             end, state = failure, "lost"
+            with contextlib.suppress(InterpreterGone):
+                self._learn_of_snapshot()
             wait_status, cpu_time_s, peak_bytes = self._end_interpreter()
             try:
                 self._look_for_kills()
@@ -257,7 +258,7 @@ class Keeper:
 
     def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send a cell and wait for its answer; InterpreterGone or TimeoutError when there is none."""
-        self._await_clone(request["snapshot"] and self._plan.processes)
+        self._heard_of_clone = not request["snapshot"]
         self._processes.resume()
         self._send(request)
         while True:
@@ -273,8 +274,6 @@ class Keeper:
             ready = {key.fileobj for key, _ in self._selector.select(max(pause, 0.0))}
             if self._host in ready:
                 self._hear(request)
-            if self._clones_fd in ready:
-                self._hold_snapshot()
             if self._output_fd in ready:
                 self._take_output(once=True)
             if self._control in ready and (message := self._receive(request)) is not None:
@@ -291,6 +290,7 @@ class Keeper:
                 if self._run_delay_start is None:
                     self._run_delay_start = self._whole_run_delay_s()
                 if self._plan.processes:
+                    self._learn_of_snapshot()
                     self._watch()
                 self._tell_demand(start)
                 now = time.monotonic()
@@ -314,15 +314,6 @@ class Keeper:
                 self._selector.register(self._output_fd, selectors.EVENT_READ)
             else:
                 self._selector.unregister(self._output_fd)
-
-    def _await_clone(self, wanted: bool) -> None:
-        """Have what is said of the interpreter's clone wake the keeper from now on, or not."""
-        if wanted != self._awaits_clone:
-            self._awaits_clone = wanted
-            if wanted:
-                self._selector.register(self._clones_fd, selectors.EVENT_READ)
-            else:
-                self._selector.unregister(self._clones_fd)
 
     def _wall_left_s(self, now: float) -> float:
         """Until the wall clock has to be looked at more closely."""
@@ -434,8 +425,8 @@ class Keeper:
         self._received += data
         try:
             while (message := self._next_frame()) is not None:
-                if message.get("cell") != request["cell"] or self._awaits_clone:
-                    raise ValueError("not an answer to this cell, or before it has begun")
+                if message.get("cell") != request["cell"]:
+                    raise ValueError("not an answer to this cell")
                 if "call" in message:
                     self._pass_call(request, message["call"])
                     continue
@@ -451,22 +442,21 @@ class Keeper:
             raise InterpreterGone(_FORGED) from None
         return None
 
-    def _hold_snapshot(self) -> None:
-        """Hold the interpreter's clone, of which the process id has been said, and let the cell begin.
-
-        What is said is untrusted, too.
-        """
-        said = os.read(self._clones_fd, cell.CLONE_BYTES + 1)
-        self._await_clone(False)
-        if not said:
-            # It has ended.
+    def _learn_of_snapshot(self) -> None:
+        """Take the number of the interpreter's clone, once it has been said. It is untrusted, too."""
+        if self._heard_of_clone:
             return
         try:
-            if pid := cell.decode_clone(said):
-                self._processes.hold_snapshot(pid, max_cpu_s=self._limits.cpu_time_s)
+            said = os.read(self._clones_fd, clones.CLONE_BYTES + 1)
+        except BlockingIOError:
+            return
+        self._heard_of_clone = True
+        try:
+            # Nothing: it has ended.
+            if said and (pid := clones.decode_clone(said)):
+                self._processes.hold_snapshot(pid)
         except ValueError:
             raise InterpreterGone(_FORGED) from None
-        self._send({"held": self._processes.snapshot is not None})
 
     def _next_frame(self) -> dict[str, Any] | None:
         header = self._received[: frames.HEADER.size]

@@ -23,8 +23,10 @@ from gtpo.sandbox.session_cgroup import SessionCgroup
 
 # What the end of the snapshot before may cost is not the cell's. /proc counts in steps of this, too.
 _NOT_COUNTED_S = 0.01
-# For how long a clone may take to stop, on a machine however busy: only processes that keep waking it prevent that.
-_MAX_HOLD_S = 10.0
+# How often a clone has slept at most that has been stopped once: to wait for a request, and stopped.
+_MAX_SLEEPS = 2
+# What it has used by then: a tenth of this.
+_MAX_CLONE_CPU_S = 0.003
 
 
 class SessionProcesses:
@@ -40,8 +42,6 @@ class SessionProcesses:
         self._tree = None if proc_fd is None else ProcessTree(proc_fd)
         self._cgroup = cgroup
         self.snapshot: int | None = None
-        # How often the snapshot has slept, and CPU seconds that it had used, when it was stopped.
-        self._snapshot_sleeps, self._snapshot_start = 0, 0.0
         # Snapshots that are not needed any more, by their descriptors.
         self._dying: dict[int, int] = {}
         self._adopt(pid)
@@ -75,10 +75,10 @@ class SessionProcesses:
         return max(self._cpu_time_s() - self._cpu_start, 0.0)
 
     def _snapshot_cpu_s(self) -> float:
-        """CPU seconds of the snapshot since it was stopped, where no cgroup counts them."""
+        """CPU seconds of the snapshot, where no cgroup counts them; but for those that it takes to stop."""
         if self.snapshot is None or self._group_start is not None:
             return 0.0
-        used_s = _cpu_time_s(self.snapshot) - self._snapshot_start
+        used_s = _cpu_time_s(self.snapshot)
         return used_s if used_s > _NOT_COUNTED_S else 0.0
 
     def _group_cpu_s(self) -> float | None:
@@ -100,7 +100,7 @@ class SessionProcesses:
         assert self._tree is not None
         self.reap_orphans()
         processes = self._tree.descendants()
-        if any(p.namespace_pid == self.snapshot and self._has_run(p) for p in processes):
+        if any(p.namespace_pid == self.snapshot and _has_run(p) for p in processes):
             self.snapshot = None
         processes = [p for p in processes if p.namespace_pid != self.snapshot]
         beside = self._beside(self._own_cpu_s())
@@ -128,37 +128,16 @@ class SessionProcesses:
         processes = [p for p in self._tree.descendants() if p.namespace_pid != self.snapshot]
         return sum(map(self._tree.memory_share_bytes, processes))
 
-    def hold_snapshot(self, pid: int, *, max_cpu_s: float) -> None:
-        """Stop the interpreter's clone `pid` and wait for that. There is no snapshot where it has ended.
-
-        ValueError when it is none: only a child of the keeper can be one. Or when threads of the interpreter, which use
-        `max_cpu_s` for it, keep it from stopping.
-        """
+    def hold_snapshot(self, pid: int) -> None:
+        """Stop the interpreter's clone `pid`. ValueError when it is none: only a child of the keeper can be one."""
         if pid == self._pid:
             raise ValueError("not a clone of the interpreter")
         try:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             os.kill(pid, signal.SIGSTOP)
-            wait_status, usage = self._await_stop(pid, max_cpu_s)
         except (OSError, OverflowError):
             raise ValueError("not a clone of the interpreter") from None
-        if os.WIFSTOPPED(wait_status):
-            # This sleep may be counted a moment later.
-            self._snapshot_sleeps = max(usage.ru_nvcsw, 1)
-            self._snapshot_start = _cpu_time_s(pid)
-            self.snapshot = pid
-
-    def _await_stop(self, pid: int, max_cpu_s: float) -> tuple[int, resource.struct_rusage]:
-        """The wait status of a child that was told to stop, which may have ended, and what it has used."""
-        deadline = time.monotonic() + _MAX_HOLD_S
-        while True:
-            found, wait_status, usage = os.wait4(pid, os.WUNTRACED | os.WNOHANG)
-            if found:
-                return wait_status, usage
-            if time.monotonic() > deadline or self.cell_cpu_s() > max_cpu_s:
-                raise ValueError("does not stop")
-            # Wakes at once where the signal is blocked, as it is in a keeper.
-            signal.sigtimedwait([signal.SIGCHLD], 0.01)
+        self.snapshot = pid
 
     def adopt_snapshot(self) -> bool:
         """Make the snapshot, if it is still there, the interpreter in place of the one that ended."""
@@ -169,21 +148,21 @@ class SessionProcesses:
         return True
 
     def _is_held(self, snapshot: int) -> bool:
-        """Whether the snapshot waits as it was when it was stopped.
+        """Whether the snapshot waits, stopped, as it was cloned.
 
         A cell may have killed it, which takes effect a moment later, sent it signals that would end another cell, or
-        have woken it. An earlier cell may have passed off something else as the clone, a process with threads.
+        have woken it. An earlier cell may have passed off something else as the clone, such as a process whose first
+        thread has ended and which never stops.
         """
-        if self._tree is None:
-            return False
-        found = [p for p in self._tree.descendants() if p.namespace_pid == snapshot]
-        if not found or not found[0].alive or found[0].num_threads != 1 or self._has_run(found[0]):
-            return False
-        return not self._tree.has_waiting_signals(found[0])
-
-    def _has_run(self, snapshot: Descendant) -> bool:
-        """Whether the snapshot was woken: the kernel counts how often a process sleeps, and stopping again is that."""
-        return not snapshot.stopped or snapshot.num_sleeps > self._snapshot_sleeps
+        while self._tree is not None:
+            found = [p for p in self._tree.descendants() if p.namespace_pid == snapshot]
+            if not found or not found[0].alive or found[0].num_threads != 1:
+                return False
+            if found[0].stopped:
+                return not _has_run(found[0]) and not self._tree.has_waiting_signals(found[0])
+            # It has not come to that yet on a busy machine.
+            time.sleep(0.0005)
+        return False
 
     @property
     def pid(self) -> int:
@@ -290,6 +269,15 @@ def _kill(pid: int) -> None:
     assert pid != 0
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def _has_run(snapshot: Descendant) -> bool:
+    """Whether the snapshot did more than to stop: the kernel counts how often a process sleeps and how long it runs.
+
+    One that was woken and has slept no more often than that can have run no code but the interpreter's own: its signals
+    are blocked.
+    """
+    return snapshot.num_sleeps > _MAX_SLEEPS or _cpu_time_s(snapshot.namespace_pid) > _MAX_CLONE_CPU_S
 
 
 def _cpu_time_s(pid: int) -> float:

@@ -8,7 +8,6 @@ import selectors
 import socket
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -52,7 +51,7 @@ class Listener(Keeper):
     def __init__(self) -> None:
         self._limits = SandboxLimits(output_bytes=2**14)
         self._selector = selectors.DefaultSelector()
-        self._awaits_clone = False
+        self._heard_of_clone = False
         self._control, self.interpreter = socket.socketpair()
         self._control.setblocking(False)
         self._received = b""
@@ -64,10 +63,9 @@ class Listener(Keeper):
         return self
 
     def told(self, said: bytes) -> None:
-        """Hold the clone of which `said` is said, or nobody."""
+        """Hear that `said` is said of a clone."""
         os.write(self.clones_end, said)
-        self._await_clone(True)
-        self._hold_snapshot()
+        self._learn_of_snapshot()
 
     def __exit__(self, *_: object) -> None:
         self._selector.close()
@@ -209,39 +207,27 @@ def test_only_a_child_can_be_a_snapshot(pid):
         assert keeper._processes.snapshot is None
 
 
-def test_a_snapshot_is_stopped_before_its_cell_begins():
+def test_a_snapshot_is_a_child_of_which_was_said_once_that_it_is_one():
     with subprocess.Popen(["sleep", "60"]) as child, Listener() as keeper:
+        keeper._learn_of_snapshot()
+        assert keeper._processes.snapshot is None
         keeper.told(child.pid.to_bytes(4))
         assert keeper._processes.snapshot == child.pid
-        stat = Path(f"/proc/{child.pid}/stat").read_text()
-        assert stat.rpartition(")")[2].split()[0] == "T"
-        assert frames.read_frame(keeper.interpreter.recv) == {"held": True}
         child.kill()
 
 
-@pytest.mark.parametrize("said", [bytes(4), None], ids=["none could be made", "it has died"])
-def test_without_a_clone_the_cell_begins_without_a_snapshot(said):
-    with subprocess.Popen(["true"]) as child, Listener() as keeper:
-        if said is None:
-            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        keeper.told(child.pid.to_bytes(4) if said is None else said)
+def test_when_no_clone_could_be_made_none_is_heard_of_later():
+    with subprocess.Popen(["sleep", "60"]) as child, Listener() as keeper:
+        keeper.told(bytes(4))
+        keeper.told(child.pid.to_bytes(4))
         assert keeper._processes.snapshot is None
-        assert frames.read_frame(keeper.interpreter.recv) == {"held": False}
-
-
-def test_no_answer_is_taken_before_the_snapshot_is_held():
-    with Listener() as keeper:
-        keeper._await_clone(True)
-        keeper.interpreter.send(framed({"cell": 1, "status": "ok", "error": ""}))
-        with pytest.raises(InterpreterGone, match="control channel"):
-            keeper._receive({"op": "run", "cell": 1})
+        child.kill()
 
 
 def test_of_a_clone_nothing_is_said_by_an_interpreter_that_has_ended():
     with Listener() as keeper:
         os.close(keeper.clones_end)
-        keeper._await_clone(True)
-        keeper._hold_snapshot()
+        keeper._learn_of_snapshot()
         assert keeper._processes.snapshot is None
         keeper.clones_end = os.open(os.devnull, os.O_WRONLY)
 

@@ -14,6 +14,7 @@ CHANGE, CHANGED = next(
     for attempt in snapshots.ATTEMPTS
     if attempt.name == "woken_snapshot_changes_a_variable"
 )
+WAKE_OFTEN = "for _ in range(20): wake(); time.sleep(0.01)\n"
 # Ends the snapshot, where there is one, and then the interpreter.
 CRASH = "import os\ntry: os.kill(-1, 9)\nexcept OSError: pass\nos._exit(1)"
 
@@ -56,13 +57,22 @@ def test_an_attempt_is_contained_where_only_the_keeper_counts(jail, monkeypatch,
 def test_what_a_woken_snapshot_used_is_its_cells(jail, monkeypatch):
     """Also when it has stopped again, and nobody has looked."""
     monkeypatch.setattr(cgroup, "PoolCgroup", NoCgroup)
-    plant = CHANGE.replace("x = 'changed'", "while time.process_time() < 0.1: pass\n        open('done', 'w').close()")
-    wait = "while not os.path.exists('done'): time.sleep(0.001)\nos.remove('done')"
+    plant = f"""
+import os, time
+{snapshots.TAMPER}
+def burn(*_):
+    while not os.path.exists('failing'): time.sleep(0.001)
+    while time.process_time() < 0.1: pass
+    open('done', 'w').close()
+    return [1], [], []
+tamper(_select=burn)
+"""
+    wait = "while not os.path.exists('done'): wake(); time.sleep(0.01)\nos.remove('done')\nos.remove('failing')"
 
     async def run() -> list[CellResult]:
-        async with SandboxPool(SandboxLimits(cpu_time_s=5.0)) as pool, await pool.open() as session:
+        async with SandboxPool(SandboxLimits(cpu_time_s=1.0)) as pool, await pool.open() as session:
             await session.run(plant)
-            wake = CHANGED.replace("time.sleep(0.1)\n", "").replace("os._exit(1)", wait)
+            wake = f"{snapshots._WAKE}{wait}"
             return [await session.run(wake), await session.run(f"{wake}\nos._exit(1)")]
 
     ended, crashed = asyncio.run(run())
@@ -81,7 +91,8 @@ def test_a_snapshot_that_was_woken_is_none(jail, repeatable):
         async with SandboxPool(LIMITS) as pool, await pool.open() as session:
             await session.run(first)
             await session.run(CHANGE)
-            return await session.run(CHANGED), await session.run("print(globals().get('x'), globals().get('y'))")
+            crashed = await session.run(f"{snapshots._WAKE}{WAKE_OFTEN}{CHANGED}")
+            return crashed, await session.run("print(globals().get('x'), globals().get('y'))")
 
     crashed, after = asyncio.run(run())
     assert crashed.status is CellStatus.CRASH

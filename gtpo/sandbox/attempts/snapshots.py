@@ -10,30 +10,56 @@ from gtpo.sandbox.attempts.attempt import ANY, CRASH, ERROR, OK, OUT_OF_MEMORY, 
 
 _WAKE = """
 import os, signal, time
-woken = False
-for pid in range(2, 400):
-    if pid != os.getpid():
-        try: os.kill(pid, signal.SIGCONT); woken = True
-        except OSError: pass
+open('failing', 'w').close()
+def wake():
+    woken = False
+    for pid in range(2, 400):
+        if pid != os.getpid():
+            try: os.kill(pid, signal.SIGCONT); woken = True
+            except OSError: pass
+    return woken
+woken = wake()
 """
-_WAIT = "\nif woken:\n    time.sleep(9)\n    print('ESCAPED')"
+TAMPER = """
+import gc
+def tamper(**names):
+    for o in gc.get_objects():
+        if type(o).__name__ == 'Cloner': type(o).wait.__globals__.update(names)
+"""
+"""Defines what replaces functions of the module that makes the clones."""
+# What a clone does instead of waiting for a request, when there is the file.
+_TAMPERED = f"""
+import os, time
+x = 'kept'
+{TAMPER}
+def hold(*_):
+    if os.path.exists('failing'):
+        held = bytearray(b'x') * (150 << 20)
+        time.sleep(9)
+    return [1], [], []
+tamper(_select=hold)
+"""
+# It is woken again when the keeper has stopped it.
+_WAIT = "\nif woken:\n    for _ in range(900): wake(); time.sleep(0.01)\n    print('ESCAPED')"
 _SHOW = "if x != 'kept': print('ESCAPED', x)"
 
 
 def _planted(deed: str) -> str:
-    """A cell that has every process but its own do `deed` when it is woken."""
+    """A cell that has every process but its own do `deed` when it is woken while another cell runs."""
     body = "\n        ".join(deed.splitlines())
     return f"""
 import os, signal, time
 x, hold, first = 'kept', None, os.getpid()
 def handler(*_):
     global x, hold
-    if os.getpid() != first:
+    if os.getpid() != first and os.path.exists('failing'):
         {body}
 signal.signal(signal.SIGCONT, handler)
 """
 
 
+# Of a file that is left, planted code could learn in the next cell.
+_END = "if os.path.exists('failing'): os.remove('failing')\nos._exit(1)"
 _STOP_AGAIN = "os.kill(os.getpid(), signal.SIGSTOP)"
 _BURN = "end = time.process_time() + 9\nwhile time.process_time() < end: pass"
 _CHANGED = {
@@ -54,19 +80,9 @@ _CHANGED = {
         "while pid == 0: time.sleep(9)\n"
         f"if pid > 0:\n    os.kill(pid, 19)\n    os.write({layout.CLONES_FD}, pid.to_bytes(4))\n",
     ),
-    # Of the interpreter itself: the clone is not stopped by it any more, and what it does first is another's.
-    "clone_that_is_not_stopped": (
-        "import os, sys, time\nx, cell = 'kept', sys.modules.get('gtpo.sandbox.cell')\n"
-        "def changed(*_):\n    global x\n    end = time.monotonic() + 0.05\n"
-        "    while time.monotonic() < end:\n        if os.path.exists('failed'): x = 'changed'\n"
-        "    return [1], [], []\n"
-        "if cell:\n    import types\n    cell._kill = lambda *a: None\n"
-        "    cell.select = types.SimpleNamespace(select=changed)",
-        "open('failed', 'w').close()\ntime.sleep(0.1)\nos.remove('failed')\n",
-    ),
 }
 ATTEMPTS = [
-    Attempt("snapshots", name, f"{code}os._exit(1)", (CRASH, ERROR), plant=plant, then=_SHOW)
+    Attempt("snapshots", name, f"{code}{_END}", (CRASH, ERROR), plant=plant, then=_SHOW)
     for name, (plant, code) in _CHANGED.items()
 ]
 ATTEMPTS += [
@@ -94,7 +110,7 @@ ATTEMPTS += [
         f"hold = bytearray(b'x') * (150 << 20)\n{_WAKE}{_WAIT}",
         (OUT_OF_MEMORY, TIMEOUT, OK),
         (),
-        plant=_planted("hold = bytearray(b'x') * (150 << 20)\ntime.sleep(9)"),
+        plant=_TAMPERED,
         then=_SHOW,
     ),
     Attempt(
