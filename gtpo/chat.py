@@ -227,7 +227,6 @@ class Chat:
         )
 
 
-
 def _fenced_calls(text: str) -> tuple[ToolCall, ...]:
     calls = [ToolCall(name="python", arguments={"code": code.strip("\r\n")}) for code in _FENCED_CODE.findall(text)]
     if "```" in _FENCED_TEXT.sub("", _FENCED_CODE.sub("", text)):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gtpo.methods import RewardRule
+from gtpo.methods import REWARD_TERMS, RewardRule
 from gtpo.types import StopReason, ToolStatus, Trajectory
 
 # of two trajectories' cells, in [0, 1]
@@ -67,13 +67,8 @@ def _rewards_of(trajectory: Trajectory, credit: float, rule: RewardRule) -> Turn
     is_paid = not (rule.outcome_needs_format and any(faults))
     outcome = trajectory.outcome if is_paid else 0.0
     similarity = credit if is_paid and outcome == 0 else 0.0
-    terms = {
-        "outcome": _on_last_turn(outcome, num_turns),
-        "similarity": _on_last_turn(similarity, num_turns),
-        "format": form,
-        "execution": execution,
-    }
-    return TurnRewards(terms, faults)
+    values = (_on_last_turn(outcome, num_turns), _on_last_turn(similarity, num_turns), form, execution)
+    return TurnRewards(dict(zip(REWARD_TERMS, values, strict=True)), faults)
 
 
 def similarity_credits(group: Sequence[Trajectory], *, alpha: float, similarity: Similarity) -> list[float]:
