@@ -38,7 +38,7 @@ from gtpo_kernels import clipped_loss, loss_mean, sequence_ids
 def updates(process: Process, method: Method, rollouts: Rollouts, groups_a_batch: int) -> Tensor:
     """[number of batches, D]: the update that each batch asks for: minus the gradient of the method's loss.
 
-    A reference policy of a KL term is the policy itself, as when training begins.
+    A reference policy of a KL term is the policy itself, as when training begins, or the one that sampled.
     """
     observation = torch.tensor(process.observations)[rollouts.states]
     logit = torch.tensor(process.logits, dtype=torch.float64)[observation].requires_grad_()
@@ -46,17 +46,19 @@ def updates(process: Process, method: Method, rollouts: Rollouts, groups_a_batch
     entropy = -sum(log_chance(logit, token).exp() * log_chance(logit, token) for token in (0, 1))
     rule = method.loss
     in_loss, weights = token_weights(rollouts, rule, groups_a_batch)
+    sampled = sampled_logprobs(process, rollouts)
+    reference = logprobs.detach() if rule.kl_reference == "start" else sampled
     ratio_ids = {"turn": rollouts.turn_ids, "sequence": sequence_ids(rollouts.cu_tokens, len(logit))}
     loss = clipped_loss(
         logprobs,
         advantages(method.credit, rollouts, groups_a_batch),
         loss_mask=in_loss,
-        old_logprobs=sampled_logprobs(process, rollouts),
+        old_logprobs=sampled,
         entropy=entropy if rule.entropy_coef else None,
         clip_low=rule.clip_low,
         clip_high=rule.clip_high,
         rule=loss_rule(rule),
-        ref_logprobs=None if rule.kl == "none" else logprobs.detach(),
+        ref_logprobs=None if rule.kl == "none" else reference,
         token_weights=weights,
         ratio_ids=ratio_ids.get(rule.ratio_level),
         num_loss_tokens=1.0,
@@ -95,7 +97,10 @@ def sampled_logprobs(process: Process, rollouts: Rollouts) -> Tensor:
 
 
 def advantages(credit: CreditSum, rollouts: Rollouts, groups_a_batch: int) -> Tensor:
-    """[N], by the credit; the turns that call are all but a trajectory's last."""
+    """[N], by the credit; the turns that call are all but a trajectory's last.
+
+    The outcome is the last reward; what calls earn stands in the place of a reward for format.
+    """
     calls = torch.ones(len(rollouts.rewards), dtype=torch.bool)
     calls[rollouts.cu_turns[1:] - 1] = False
     groups = torch.arange(len(rollouts.outcomes)) // rollouts.group_size
@@ -112,6 +117,10 @@ def advantages(credit: CreditSum, rollouts: Rollouts, groups_a_batch: int) -> Te
             outcomes=rollouts.outcomes[first:end],
             anchor_ids=rollouts.anchors[turns],
             turns_with_calls=calls[turns],
+            named_rewards={
+                "outcome": rollouts.rewards[turns].masked_fill(calls[turns], 0.0),
+                "format": rollouts.rewards[turns].masked_fill(~calls[turns], 0.0),
+            },
         ).advantages
 
     # statistics of groups do not see other batches, so one call serves all

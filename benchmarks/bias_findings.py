@@ -34,15 +34,20 @@ CREDITS: dict[str, Method] = {
         name: by_itself(METHODS[name].credit)
         for name in (
             "gtpo",
+            "gtpo_batch",
             "grpo",
             "dr_grpo",
             "rloo",
             "turn_rloo",
+            "maxrl",
+            "gdpo",
             "reinforce_pp",
             "mt_grpo",
             "matchtir",
             "gigpo",
+            "hgpo",
             "igpo",
+            "kevin",
         )
     },
     "gtpo, gamma 1": changed("gtpo", 0, gamma=1.0),

@@ -23,9 +23,10 @@ from gtpo.environments import (
 )
 from gtpo.environments.checked import cut
 from gtpo.loading import load_object
+from gtpo.methods import REWARD_TERMS
 from gtpo.policy import Policy, load_policy
 from gtpo.reward_functions import load_reward_function
-from gtpo.rewards import REWARD_TERMS, OwnTerms
+from gtpo.rewards import OwnTerms
 from gtpo.rollout import Rollout
 from gtpo.sandbox import Sandbox, SandboxLimits, SandboxPool
 from gtpo.tools import RunTools, ToolSet

@@ -4,7 +4,7 @@ The arithmetic is `gtpo_kernels.combined_advantages`; this module lays a `Credit
 as its arguments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +39,13 @@ def credit_advantages(
     outcomes: Tensor | None = None,
     anchor_ids: Tensor | None = None,
     turns_with_calls: Tensor | None = None,
+    named_rewards: Mapping[str, Tensor] | None = None,
     backend: str | None = None,
 ) -> TurnAdvantages:
     """The advantages of a credit: `gtpo_kernels.combined_advantages` of its terms.
 
     outcomes [B] and anchor_ids [K] as there.  turns_with_calls: [K] bool, for terms of turns="with_calls".
+    named_rewards: [K] each, the terms that turn_rewards is the sum of, for terms about one `reward`.
     Raises ValueError where the credit needs one of them and it is None, and as `combined_advantages` does.
 
     >>> from gtpo.methods import METHODS
@@ -51,16 +53,21 @@ def credit_advantages(
     >>> credit_advantages(METHODS["dr_grpo"].credit, *batch).turn_advantages.tolist()
     [0.5, 0.5, -0.5]
     """
-    terms = [
-        CreditTerm(rule, term.weight, *_turns(term, turns_with_calls))
-        for term, rule in zip(credit.terms, credit_rules(credit), strict=False)
-    ]
+    terms = []
+    for term, rule in zip(credit.terms, credit_rules(credit), strict=False):
+        turns, others = _turns(term, turns_with_calls)
+        states = None
+        if term.context and anchor_ids is not None:
+            states, turns = with_context(anchor_ids, cu_turns, term.context)
+        rewards = _named(term.reward, named_rewards) if term.reward else None
+        terms.append(CreditTerm(rule, term.weight, turns, others, rewards, states))
     return combined_advantages(
         turn_rewards,
         cu_turns,
         group_ids,
         turn_ids,
         terms,
+        average=credit.average,
         then=_WHITEN if credit.whiten else None,
         outcomes=outcomes,
         anchor_ids=anchor_ids,
@@ -75,6 +82,7 @@ def group_advantages(
     outcomes: Sequence[float] | None = None,
     anchors: Sequence[Sequence[int]] | None = None,
     calls: Sequence[Sequence[bool]] | None = None,
+    named: Mapping[str, Sequence[Sequence[float]]] | None = None,
     digits: int = 4,
 ) -> list[list[float]]:
     """`credit_advantages` of one group given as lists, for examples: a list a trajectory, an entry and a token a turn.
@@ -99,6 +107,7 @@ def group_advantages(
         outcomes=None if outcomes is None else torch.tensor(outcomes, dtype=torch.float64),
         anchor_ids=flat(anchors, torch.long),
         turns_with_calls=flat(calls, torch.bool),
+        named_rewards={name: flat(values, torch.float64) for name, values in (named or {}).items()},  # type: ignore[misc]
     )
     return [[round(x, digits) + 0.0 for x in part.tolist()] for part in found.turn_advantages.split(lengths)]
 
@@ -127,6 +136,8 @@ def assign_credit(
     num_turns = [len(trajectory.turns) for trajectory in trajectories]
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     turn_ids = [k for k, turn in enumerate(turns) for _ in turn.completion_ids]
+    names = {term.reward for term in credit.terms if term.reward}
+    of_turns = [reward for group in rewards for reward in group]
     result = credit_advantages(
         credit,
         torch.tensor(flat_rewards, dtype=torch.float32),
@@ -136,6 +147,10 @@ def assign_credit(
         outcomes=torch.tensor([trajectory.outcome for trajectory in trajectories], dtype=torch.float32),
         anchor_ids=torch.tensor(anchor_ids(trajectories), dtype=torch.long),
         turns_with_calls=torch.tensor([bool(turn.calls) for turn in turns], dtype=torch.bool),
+        named_rewards={
+            name: torch.tensor([x for reward in of_turns for x in reward.terms[name]], dtype=torch.float32)
+            for name in names
+        },
     )
     per_trajectory = iter(
         Credit(returns.tolist(), advantages.tolist())
@@ -156,6 +171,27 @@ def anchor_ids(trajectories: Sequence[Trajectory]) -> list[int]:
             ids.append(numbers.setdefault(state, len(numbers)))
             state = tuple(result.text for result in turn.results)
     return ids
+
+
+def with_context(anchor_ids: Tensor, cu_turns: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """([K] int, [K] bool): ids equal where the states of a turn and of `context` turns before it are, and whether the
+    trajectory has so many turns before.
+
+    >>> ids, has = with_context(torch.tensor([0, 1, 2, 0, 1, 5]), torch.tensor([0, 3, 6]), 1)
+    >>> has.tolist(), bool(ids[1] == ids[4]), bool(ids[2] == ids[5])
+    ([False, True, True, False, True, True], True, False)
+    """
+    turn = torch.arange(len(anchor_ids), device=anchor_ids.device)
+    has = turn - cu_turns[:-1].long().repeat_interleave(cu_turns.diff().long()) >= context
+    history = torch.stack([anchor_ids[(turn - back).clamp(min=0)] for back in range(context + 1)], dim=1)
+    return torch.unique(history, dim=0, return_inverse=True)[1], has
+
+
+def _named(name: str, named_rewards: Mapping[str, Tensor] | None) -> Tensor:
+    if named_rewards is None or name not in named_rewards:
+        known = ", ".join(named_rewards or {}) or "none"
+        raise ValueError(f"named_rewards must hold {name!r}, which a term of the credit is about, got {known}")
+    return named_rewards[name]
 
 
 def _turns(term: Term, turns_with_calls: Tensor | None) -> tuple[Tensor | None, Others]:

@@ -38,7 +38,8 @@ class Learner:
 
     @property
     def has_reference(self) -> bool:
-        return self.rule.kl != "none"
+        """Whether a KL term holds on to the policy that training began with, so that its weights are kept."""
+        return self.rule.kl != "none" and self.config.loss.kl_reference == "start"
 
     def keep_reference(self) -> None:
         """From now on a KL term holds on to the policy as it is at this moment."""
@@ -106,12 +107,12 @@ class Learner:
             advantages,
             bias=self.policy.logit_bias,
             loss_mask=batch.loss_mask,
-            old_logprobs=batch.old_logprobs,
+            old_logprobs=batch.rollout_logprobs if self.config.loss.ratio_to == "sampler" else batch.old_logprobs,
             temperature=self.config.rollout.temperature,
             clip_low=self.config.loss.clip_low,
             clip_high=self.config.loss.clip_high,
             rule=self.rule,
-            ref_logprobs=batch.ref_logprobs,
+            ref_logprobs=batch.ref_logprobs if self.has_reference or self.rule.kl == "none" else batch.rollout_logprobs,
             token_weights=self.mean_of(batch).token_weights,
             ratio_ids=_shared_ids(batch, self.config.loss.ratio_level),
             num_loss_tokens=float(num_loss_tokens),

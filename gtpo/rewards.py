@@ -11,17 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gtpo.methods import RewardRule
+from gtpo.methods import REWARD_TERMS, RewardRule
 from gtpo.reward_functions import RewardFault, RewardFunction
 from gtpo.types import StopReason, ToolStatus, Trajectory
 
 # of two trajectories' cells, in [0, 1]
 Similarity = Callable[[Sequence[str], Sequence[str]], float]
 _FAILURES = (ToolStatus.ERROR, ToolStatus.TIMEOUT, ToolStatus.CRASH, ToolStatus.OUT_OF_MEMORY)
-
-
-# the terms that [reward] has
-REWARD_TERMS = ("outcome", "similarity", "format", "execution")
 
 
 @dataclass(frozen=True)
@@ -106,15 +102,10 @@ def _rewards_of(
     is_paid = not (rule.outcome_needs_format and any(faults))
     outcome = trajectory.outcome if is_paid else 0.0
     similarity = credit if is_paid and outcome == 0 else 0.0
-    terms = {
-        "outcome": _on_last_turn(outcome, num_turns),
-        "similarity": _on_last_turn(similarity, num_turns),
-        "format": form,
-        "execution": execution,
-    }
-    if taken := sorted(terms.keys() & further.keys()):
+    values = (_on_last_turn(outcome, num_turns), _on_last_turn(similarity, num_turns), form, execution)
+    if taken := sorted(further.keys() & set(REWARD_TERMS)):
         raise RewardFault(f"reward {taken[0]!r}: [reward] has a term of this name already")
-    return TurnRewards({**terms, **further}, faults)
+    return TurnRewards({**dict(zip(REWARD_TERMS, values, strict=True)), **further}, faults)
 
 
 def similarity_credits(group: Sequence[Trajectory], *, alpha: float, similarity: Similarity) -> list[float]:

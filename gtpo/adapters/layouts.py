@@ -12,6 +12,7 @@ With the fields come what some credits need of the batch, and no other takes:
     anchor_ids: for each trajectory one label a turn, equal for turns taken in one state, for scope="group_anchor"
         (GiGPO).
     turns_with_calls: for each trajectory one bool a turn, for terms of turns="with_calls" (MT-GRPO).
+    named_rewards: for each name, for each trajectory one float a turn, for terms about one `reward` (GDPO).
 """
 
 from collections import Counter
@@ -281,7 +282,7 @@ def _of_settings(
     group_ids: Tensor,
     turn_ids: Tensor,
 ) -> TurnAdvantages:
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     device, counts = turn_rewards.device, cu_turns.diff().tolist() if of_batch else []
     if "outcomes" in of_batch:
         outcomes = torch.as_tensor(of_batch["outcomes"], device=device)
@@ -295,6 +296,11 @@ def _of_settings(
     if "turns_with_calls" in of_batch:
         calls = _flat_by_turn("turns_with_calls", of_batch["turns_with_calls"], counts)
         tensors["turns_with_calls"] = torch.tensor(calls, dtype=torch.bool, device=device)
+    if "named_rewards" in of_batch:
+        tensors["named_rewards"] = {
+            name: torch.tensor(_flat_by_turn(f"named_rewards[{name!r}]", rows, counts), device=device).double()
+            for name, rows in of_batch["named_rewards"].items()
+        }
     return credit_advantages(
         settings.credit, turn_rewards, cu_turns, group_ids, turn_ids, backend=settings.backend, **tensors
     )

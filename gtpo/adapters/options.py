@@ -15,7 +15,7 @@ from gtpo.methods import (
     overridden_credit,
 )
 
-PER_BATCH = ("outcomes", "anchor_ids", "turns_with_calls")
+PER_BATCH = ("outcomes", "anchor_ids", "turns_with_calls", "named_rewards")
 TERM_FIELDS = tuple(Term.__dataclass_fields__)
 CREDIT_FIELDS = frozenset(CreditSum.__dataclass_fields__)
 DISCOUNTED = ("turn_return", "trajectory_return")
@@ -40,6 +40,7 @@ class CreditSettings(NamedTuple):
             "outcomes": any(term.quantity == "outcome" for term in terms),
             "anchor_ids": any(term.scope == "group_anchor" for term in terms),
             "turns_with_calls": any(term.turns == "with_calls" for term in terms),
+            "named_rewards": any(term.reward for term in terms),
         }
         return {name for name, needed in found.items() if needed}
 
@@ -52,9 +53,9 @@ class CreditSettings(NamedTuple):
 def credit_settings(options: Mapping[str, Any], *, given: Collection[str] = PER_BATCH) -> CreditSettings:
     """A credit: GTPO's, or that of the preset that `method` names, with other fields.
 
-    options: `method`, `backend`, and fields of `gtpo.methods.CreditSum`: `whiten`, and `terms`, a list of `Term`s or
-        mappings, which replaces the preset's, or a mapping from numbers to fields, which changes single ones.  The
-        fields of a `Term` beside these (gamma, scope, ...) are short for {0: ...} where there is one term.
+    options: `method`, `backend`, and fields of `gtpo.methods.CreditSum`: `whiten`, `average` and `terms`, a list of
+        `Term`s or mappings, which replaces the preset's, or a mapping from numbers to fields, which changes single
+        ones.  The fields of a `Term` beside these (gamma, scope, ...) are short for {0: ...} where there is one term.
     given: which of `PER_BATCH` comes with each batch.
     Raises ValueError for fields of the rewards or of the loss, which are the trainer's; for unknown names, fields that
     contradict one another or have no effect beside the others, and credits that need what is not given.
@@ -88,9 +89,9 @@ def credit_settings(options: Mapping[str, Any], *, given: Collection[str] = PER_
         fields["terms"] = _plain_terms(fields["terms"])
     settled = overridden_credit(preset, fields)
     terms = tuple(Term(**{str(field): value for field, value in term.items()}) for term in settled["terms"])
-    settings = CreditSettings(CreditSum(terms, settled["whiten"]), backend)
+    settings = CreditSettings(CreditSum(**{**settled, "terms": terms}), backend)
     check_credit(settings.credit)
-    check_credit_fields(settings.credit)
+    check_credit_fields(settings.credit, rewards=None)
     missing = sorted(settings.needs - set(given))
     if missing:
         of = "this credit" if name is None else f"the credit of method={name!r}"

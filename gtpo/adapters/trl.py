@@ -96,7 +96,7 @@ class GTPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, credit: Mapping[str, Any] | None = None, fused_loss: bool = True, **kwargs: Any):
         self.credit = dict(credit or {})
-        self._needs = credit_settings(self.credit).needs
+        self._needs = credit_settings(self.credit, given=("outcomes", "anchor_ids", "turns_with_calls")).needs
         super().__init__(*args, **kwargs)
         self.fused_loss = fused_loss
         if fused_loss:

@@ -16,6 +16,12 @@ from gtpo_kernels.clipped_loss.reference import ClippedLoss, Penalty
 FUSED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo")
 LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 _REMEDY = "pass fused_loss=False for TRL's own loss"
+# Losses that are loss types of TRL's, with one way of taking a mean, and the names of the numbers in their gates.
+OWN_MEAN = {"cispo": "token-mean", "sapo": "seq-mean-token-mean", "vespo": "token-mean"}
+GATES = {
+    "sapo": ("sapo_temperature_pos", "sapo_temperature_neg"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+}
 AGGREGATIONS = {
     "token-mean": "dapo",
     "seq-mean-token-mean": "grpo",
@@ -53,11 +59,13 @@ def loss_arguments(method: str | PolicyLoss) -> dict[str, Any]:
     m = METHODS[method].loss if isinstance(method, str) else method
     is_cispo = m.surrogate == "cispo"
     refused = {
-        "surrogate": m.surrogate == "reinforce",
-        "ratio_level": m.ratio_level == "turn",
+        "surrogate": m.surrogate in ("reinforce", "dppo", "ipo"),
+        "ratio_level": m.ratio_level == "turn" or (m.ratio_level == "token" and m.surrogate == "vespo"),
+        "ratio_to": m.ratio_to != "old",
         "kl": m.kl in ("k1", "k2") or (m.kl == "rho_k3" and m.ratio_level == "sequence"),
+        "kl_reference": m.kl_reference != "start",
         "clip_low": is_cispo and m.clip_low != 1.0,
-        "aggregation": is_cispo and m.aggregation != "token-mean",
+        "aggregation": m.aggregation != OWN_MEAN.get(m.surrogate, m.aggregation),
         "aggregation_constant": m.aggregation_constant is not None,
         "entropy_coef": m.entropy_coef != 0.0 and m.aggregation != "token-mean",
         "rollout_correction": m.rollout_correction != "none",
@@ -68,8 +76,10 @@ def loss_arguments(method: str | PolicyLoss) -> dict[str, Any]:
         raise ValueError(f"GRPOConfig has no field for {', '.join(found)}")
     clips = {"epsilon_high": 1.0 + m.clip_high} if is_cispo else {"epsilon": m.clip_low, "epsilon_high": m.clip_high}
     return {
-        "loss_type": "cispo" if is_cispo else AGGREGATIONS[m.aggregation],
-        "importance_sampling_level": m.ratio_level,
+        "loss_type": m.surrogate if m.surrogate in OWN_MEAN else AGGREGATIONS[m.aggregation],
+        # of "vespo" the ratio is that of the sequence whatever this says
+        "importance_sampling_level": "token" if m.surrogate == "vespo" else m.ratio_level,
+        **dict(zip(GATES.get(m.surrogate, ()), m.gate, strict=True)),
         **clips,
         "delta": m.dual_clip,
         "beta": m.kl_coef if m.kl != "none" else 0.0,

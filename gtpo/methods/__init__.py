@@ -7,13 +7,16 @@ A `Method` is three records of settings, `PRESETS` holds the published ones. Not
 from gtpo.methods.checks import check_credit_fields, check_method, ranges_of
 from gtpo.methods.describe import describe_credit, describe_loss, describe_reward
 from gtpo.methods.overrides import TABLES, elsewhere, moved, overridden, overridden_credit
-from gtpo.methods.presets import METHODS, NAMESAKES, PRESETS, Preset
-from gtpo.methods.records import CreditSum, Method, PolicyLoss, RewardRule, Term
+from gtpo.methods.preset import Preset
+from gtpo.methods.presets import METHODS, NAMESAKES, PRESETS
+from gtpo.methods.records import REWARD_TERMS, ROLLOUT_CORRECTIONS, CreditSum, Method, PolicyLoss, RewardRule, Term
 
 __all__ = [
     "METHODS",
     "NAMESAKES",
     "PRESETS",
+    "REWARD_TERMS",
+    "ROLLOUT_CORRECTIONS",
     "TABLES",
     "CreditSum",
     "Method",

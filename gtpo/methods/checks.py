@@ -5,19 +5,24 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from gtpo.methods.records import CreditSum, Method, PolicyLoss, RewardRule, Term
+from gtpo.methods.records import REWARD_TERMS, CreditSum, Method, PolicyLoss, RewardRule, Term
 
 Record = RewardRule | Term | PolicyLoss
 Idle = tuple[str, tuple[Any, ...], str]
 GREATEST = sys.float_info.max
 LEAST_ABOVE_0 = math.ulp(0.0)
+# What the numbers of a gate are, and which are published.
+GATES: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
+    "sapo": (("tau where the advantage is positive", "tau elsewhere"), (1.0, 1.05)),
+    "vespo": (("k where the advantage is not negative", "lambda there", "k elsewhere", "lambda there"), (2, 3, 3, 2)),
+}
 # What is said of a number, least, greatest, the fields; None stands for a field left out.
 _RANGES: dict[type, tuple[tuple[str, float, float, str], ...]] = {
     RewardRule: (("at least 0", 0, GREATEST, "format_penalty similarity_alpha execution_bonus execution_penalty"),),
     Term: (
         ("a finite number", -GREATEST, GREATEST, "weight"),
         ("in [0, 1]", 0, 1, "gamma ddof"),
-        ("at least 0", 0, GREATEST, "eps"),
+        ("at least 0", 0, GREATEST, "eps context"),
     ),
     PolicyLoss: (
         ("in [0, 1]", 0, 1, "clip_low"),
@@ -37,13 +42,18 @@ _IDLE: dict[type, tuple[Idle, ...]] = {
     Term: (
         ("turns", ("all",), "others"),
         ("quantity", ("outcome", "turn_reward"), "gamma"),
+        ("quantity", ("outcome",), "reward"),
+        ("scope", ("group", "batch", "group_turn", "none"), "context"),
         ("scope", ("none",), "population centre scale ddof eps singleton"),
         ("scale", ("none",), "ddof eps"),
+        ("scale", ("mean",), "ddof"),
     ),
     PolicyLoss: (
-        ("kl", ("none",), "kl_coef"),
-        ("surrogate", ("reinforce",), "ratio_level clip_low clip_high"),
-        ("surrogate", ("reinforce", "cispo"), "dual_clip"),
+        ("kl", ("none",), "kl_coef kl_reference"),
+        ("surrogate", ("reinforce",), "ratio_level ratio_to clip_low clip_high"),
+        ("surrogate", ("sapo", "vespo"), "clip_low clip_high"),
+        ("surrogate", ("reinforce", "cispo", "sapo", "vespo", "dppo", "ipo"), "dual_clip"),
+        ("surrogate", ("ppo", "cispo", "reinforce", "dppo", "ipo"), "gate"),
         ("aggregation", ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"), "aggregation_constant"),
         ("rollout_correction", ("none",), "rollout_correction_level rollout_correction_low rollout_correction_high"),
         ("rollout_correction", ("truncated",), "rollout_correction_low"),
@@ -65,7 +75,21 @@ def check_method(method: Method) -> None:
     for record, where in ((method.reward, "reward"), (method.loss, "loss")):
         _check_ranges(record, where)
         _check_idle(record, where)
-    loss = method.loss
+    _check_loss(method.loss)
+
+
+def _check_loss(loss: PolicyLoss) -> None:
+    numbers, published = GATES.get(loss.surrogate, ((), ()))
+    if len(loss.gate) != len(numbers) or not all(0 < x < GREATEST for x in loss.gate):
+        raise ValueError(
+            f"loss.gate must be {len(numbers)} numbers above 0 with loss.surrogate = {loss.surrogate!r}: "
+            f"{', '.join(numbers)}, such as {list(published)}, got {list(loss.gate)}"
+        )
+    if loss.ratio_to == "sampler" and loss.rollout_correction != "none":
+        raise ValueError(
+            'loss.rollout_correction must be "none" with loss.ratio_to = "sampler", whose ratio corrects for the '
+            f"sampler, got {loss.rollout_correction!r}"
+        )
     if loss.kl != "none" and loss.kl_coef == 0:
         raise ValueError(f"loss.kl_coef must be above 0 with loss.kl = {loss.kl!r}, got {loss.kl_coef}")
     if loss.rollout_correction == "masked" and loss.rollout_correction_low > loss.rollout_correction_high:
@@ -75,13 +99,22 @@ def check_method(method: Method) -> None:
         )
 
 
-def check_credit_fields(credit: CreditSum) -> None:
-    """The part of `check_method` that is about the credit."""
+def check_credit_fields(credit: CreditSum, *, rewards: Collection[str] | None = REWARD_TERMS) -> None:
+    """The part of `check_method` that is about the credit. rewards: names that a term may have; None for any."""
     if not credit.terms:
         raise ValueError("credit.terms must hold at least one term, got none")
     for number, term in enumerate(credit.terms):
         _check_ranges(term, f"credit.terms.{number}")
         _check_idle(term, f"credit.terms.{number}")
+        if term.reward and rewards is not None and term.reward not in rewards:
+            raise ValueError(f"credit.terms.{number}.reward must be one of {_listed(rewards)}, got {term.reward!r}")
+        if term.context and term.turns != "all":
+            raise ValueError(
+                f'credit.terms.{number}.turns must be "all" with credit.terms.{number}.context = {term.context}, '
+                f"got {term.turns!r}"
+            )
+    if credit.average and len(credit.terms) == 1:
+        raise ValueError("credit.average must be false where credit.terms has one term only, got True")
     first = credit.terms[0]
     if credit.whiten and len(credit.terms) == 1 and first.weight > 0 and first.weight != 1:
         raise ValueError(

@@ -30,6 +30,7 @@ def describe_credit(credit: CreditSum) -> str:
     '0.5 norm[group, one a trajectory](trajectory return) + 0.5 norm[group and turn](turn return, gamma 0.9)'
     """
     formula = " + ".join(_describe_term(term) for term in credit.terms)
+    formula = f"average({formula})" if credit.average else formula
     return f"whiten[tokens of the batch]({formula})" if credit.whiten else formula
 
 
@@ -42,10 +43,14 @@ def describe_loss(loss: PolicyLoss) -> str:
     """
     parts: list[str] = [loss.surrogate]
     if loss.surrogate != "reinforce":
-        parts = [f"{loss.ratio_level} ratio", *parts, f"clip {loss.clip_low:g} / {loss.clip_high:g}"]
+        parts = [f"{loss.ratio_level} ratio" + " to the sampler" * (loss.ratio_to == "sampler"), *parts]
+    if loss.surrogate not in ("reinforce", "sapo", "vespo"):
+        parts += [f"clip {loss.clip_low:g} / {loss.clip_high:g}"]
+    parts += [f"gate {' / '.join(f'{x:g}' for x in loss.gate)}"] if loss.gate else []
     parts += [f"dual clip {loss.dual_clip:g}"] if loss.dual_clip is not None else []
     parts += [loss.aggregation]
-    parts += [f"{loss.kl} KL {loss.kl_coef:g}"] if loss.kl != "none" else []
+    if loss.kl != "none":
+        parts += [f"{loss.kl} KL {loss.kl_coef:g}" + " to the sampler" * (loss.kl_reference == "sampler")]
     parts += [f"entropy {loss.entropy_coef:g}"] if loss.entropy_coef else []
     parts += [f"{loss.rollout_correction} rollout weights"] if loss.rollout_correction != "none" else []
     parts += ["truncated masked"] if loss.mask_truncated else []
@@ -54,13 +59,15 @@ def describe_loss(loss: PolicyLoss) -> str:
 
 
 def _describe_term(term: Term) -> str:
-    values = term.quantity.replace("_", " ")
+    values = term.quantity.replace("_", " ") + (f" of {term.reward}" if term.reward else "")
     discounted = term.quantity in ("turn_return", "trajectory_return") and term.gamma != 1
     values += f", gamma {term.gamma:g}" if discounted and term.order == "discount_first" else ""
     if term.scope != "none":
         entries = {"turns": "", "trajectories": ", one a trajectory", "tokens": ", one a token"}[term.population]
         if term.centre == "none":
             operation = "scale"
+        elif term.scale == "mean":
+            operation = "share of the mean"
         elif term.scale == "none":
             operation = "centre" if term.centre == "mean" else "leave-one-out"
         else:
@@ -68,7 +75,8 @@ def _describe_term(term: Term) -> str:
         entries += ", ddof 0" if term.scale == "std" and term.ddof == 0 else ""
         entries += ", a lone one kept" if term.singleton == "keep" else ""
         inner = "turn reward" if term.order == "normalise_first" else values
-        values = f"{operation}[{term.scope.replace('_', ' and ')}{entries}]({inner})"
+        scope = term.scope.replace("_", " and ") + (f" and {term.context} before" if term.context else "")
+        values = f"{operation}[{scope}{entries}]({inner})"
     elif term.order == "normalise_first":
         values = "turn reward"
     if term.order == "normalise_first":

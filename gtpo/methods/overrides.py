@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gtpo.methods.checks import drop_idle
-from gtpo.methods.records import CreditSum, Method, PolicyLoss, RewardRule, Term
+from gtpo.methods.records import ROLLOUT_CORRECTIONS, CreditSum, Method, PolicyLoss, RewardRule, Term
 
 TABLES: dict[str, type] = {"reward": RewardRule, "credit": CreditSum, "loss": PolicyLoss}
 
@@ -24,8 +24,18 @@ def overridden(preset: Method, tables: Mapping[str, Mapping[str, Any]]) -> dict[
         if record is CreditSum:
             settled[name] = overridden_credit(of_preset, given)
         else:
+            given = _with_named_settings(given)
             settled[name] = drop_idle({**vars(of_preset), **given}, given, record)
     return settled
+
+
+def _with_named_settings(loss: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A rollout correction that is known by a name is what that stands for, under the other fields given."""
+    name = loss.get("rollout_correction")
+    if not isinstance(name, str) or name not in ROLLOUT_CORRECTIONS:
+        return loss
+    meant = ROLLOUT_CORRECTIONS[name]
+    return {**meant, **loss, "rollout_correction": meant["rollout_correction"]}
 
 
 def overridden_credit(preset: CreditSum, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping
 from typing import Any
 
-from gtpo.rewards import REWARD_TERMS
+from gtpo.methods import REWARD_TERMS
 
 _NUM_STEPS = 8
 _MIN_CORRELATION = -0.1

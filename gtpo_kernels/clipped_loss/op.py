@@ -23,6 +23,11 @@ from gtpo_kernels.clipped_loss.ruled import ruled_slopes
 
 FAMILY = "clipped_loss"
 PPO = LossRule()
+# What the numbers of a rule's gate are, where it has one.
+GATES = {
+    "sapo": ("tau where A > 0", "tau elsewhere"),
+    "vespo": ("k where A >= 0", "lambda there", "k elsewhere", "lambda there"),
+}
 MetricsChoice = Literal["active", "all"]
 
 
@@ -152,6 +157,9 @@ def check_loss_terms(
             raise ValueError(f"dual_clip is a bound of the surrogate 'ppo', got it with {rule.surrogate!r}")
         if not 1.0 < rule.dual_clip < float("inf"):
             raise ValueError(f"dual_clip must be more than 1 and finite, or None, got {rule.dual_clip}")
+    if len(rule.gate) != len(GATES.get(rule.surrogate, ())) or not all(0.0 < x < float("inf") for x in rule.gate):
+        expected = ", ".join(GATES.get(rule.surrogate, ())) or "nothing"
+        raise ValueError(f"gate must be ({expected}) for the surrogate {rule.surrogate!r}, positive, got {rule.gate}")
     for name in ("kl_coef", "entropy_coef"):
         if not 0.0 <= getattr(rule, name) < float("inf"):
             raise ValueError(f"{name} must be 0 or more and finite, got {getattr(rule, name)}")
@@ -197,7 +205,7 @@ def unpack_metrics(packed: Tensor, terms: LossTerms, *, has_entropy: bool) -> Lo
 # The fields of `LossTerms` as arguments of an op.
 TERMS_SCHEMA = (
     "float clip_low, float clip_high, str surrogate, float? dual_clip, str kl, float kl_coef, float entropy_coef, "
-    "Tensor? ref_logprobs, Tensor? token_weights, Tensor? ratio_ids"
+    "float[] gate, Tensor? ref_logprobs, Tensor? token_weights, Tensor? ratio_ids"
 )
 
 
@@ -238,7 +246,7 @@ def _clipped_loss(
 
 @_clipped_loss.register_fake
 def _(logprobs: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_gradient, terms = rest[-3], LossTerms(*rest[5:15])
+    need_gradient, terms = rest[-3], LossTerms(*rest[5:-4])
     loss, metrics = empty_loss(logprobs, terms)
     shape = logprobs.shape if need_gradient else (0,)
     return loss, metrics, loss.new_empty(shape), loss.new_empty(shape if terms.entropy_coef else (0,))

@@ -1,5 +1,6 @@
 """The definition of `clipped_loss`: plain PyTorch, differentiable, exact in float64 for float64 inputs."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -9,10 +10,12 @@ from torch import Tensor
 from gtpo_kernels.checks import accumulator_dtype
 
 MAX_LOG_RATIO = 20.0
+# of the product of ratios that "vespo" takes: log(1e-8), as in its authors' code
+MIN_LOG_PRODUCT = math.log(1e-8)
 # Metrics of the clipped surrogate alone; any other rule has those of `LossMetrics` that follow as well.
 NUM_CLIPPED_METRICS = 11
 
-Surrogate = Literal["ppo", "cispo", "reinforce"]
+Surrogate = Literal["ppo", "cispo", "reinforce", "sapo", "vespo", "dppo", "ipo"]
 Penalty = Literal["none", "k1", "k2", "k3", "rho_k3"]
 
 
@@ -24,7 +27,15 @@ class LossRule(NamedTuple):
 
         -gain + kl_coef * kl - entropy_coef * H.
 
-    surrogate: gain is "ppo": min(rho A, clip(rho) A); "cispo": sg(clip(rho)) A logprob; "reinforce": A logprob.
+    surrogate: gain is "ppo": min(rho A, clip(rho) A); "cispo": sg(clip(rho)) A logprob; "reinforce": A logprob;
+        "sapo": 4 / tau sigmoid(tau (rho - 1)) A, a soft clip: its slope at rho = 1 is A, whatever tau is;
+        "vespo": sg(w^k exp(lambda (1 - w))) A logprob, where w is rho, or of tokens that share a ratio their product,
+            held within [1e-8, exp(20)];
+        "dppo": rho A, but 0 where the probability of the token has moved too far the way that A asks for:
+            exp(logprob) - exp(old_logprob) above clip_high with A > 0, or below -clip_low with A < 0;
+        "ipo": the same, but 0 whatever the sign of A.
+    gate: of "sapo" (tau where A > 0, tau elsewhere); of "vespo" (k, lambda where A >= 0, k, lambda elsewhere);
+        positive.  Empty for the others.
     dual_clip: c > 1, for "ppo": where A < 0 the gain is at least c A.  None for no such bound.
     kl: estimate of KL(policy || reference): "k1": -x; "k2": x^2 / 2; "k3": exp(x) - 1 - x; "none" for no such term.
         On-policy the gradient of "k1" as a loss has the expectation 0: it pulls nowhere, and only adds noise.
@@ -33,7 +44,8 @@ class LossRule(NamedTuple):
     kl_coef, entropy_coef: 0 or more.
     Source: arXiv 1707.06347 (ppo), arXiv 2506.13585 (cispo), arXiv 2402.14740 (reinforce), arXiv 1912.09729 (dual
     clip), http://joschu.net/blog/kl-approx.html (k1 to k3), arXiv 2402.03300 (k3 as a loss),
-    arXiv 2512.02556 (rho_k3).
+    arXiv 2512.02556 (rho_k3), arXiv 2511.20347 (sapo), arXiv 2602.10693 (vespo), arXiv 2602.04879 (dppo),
+    github.com/PrimeIntellect-ai/prime-rl, src/prime_rl/trainer/rl/loss.py (ipo).
     """
 
     surrogate: Surrogate = "ppo"
@@ -41,6 +53,7 @@ class LossRule(NamedTuple):
     kl: Penalty = "none"
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    gate: tuple[float, ...] = ()
 
 
 class LossTerms(NamedTuple):
@@ -56,6 +69,7 @@ class LossTerms(NamedTuple):
     kl: str = "none"
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    gate: Sequence[float] = ()
     ref_logprobs: Tensor | None = None
     token_weights: Tensor | None = None
     ratio_ids: Tensor | None = None
@@ -64,6 +78,11 @@ class LossTerms(NamedTuple):
     def is_penalised(self) -> bool:
         """Whether a token of advantage 0 has a loss."""
         return self.kl != "none" or self.entropy_coef != 0.0
+
+    @property
+    def cuts_probabilities(self) -> bool:
+        """Whether the clips bound the change of a token's probability, not its ratio."""
+        return self.surrogate in ("dppo", "ipo")
 
     @property
     def is_clipped_surrogate(self) -> bool:
@@ -91,8 +110,9 @@ class LossMetrics(NamedTuple):
     Fractions, means and the maximum run over the counted tokens: those of the loss mask with an advantage other than
     0 (all those of the loss mask with metrics="all"), less the `nonfinite_tokens`.  0 where nothing was counted.
 
-    clip_low_fraction: ratio < 1 - clip_low with a negative advantage (gradient cut to 0).
-    clip_high_fraction: ratio > 1 + clip_high with a positive advantage (gradient cut to 0).
+    clip_low_fraction: ratio < 1 - clip_low with a negative advantage (gradient cut to 0); of "dppo" and "ipo" the
+        tokens cut for a probability that fell too far; 0 of a surrogate without clips.
+    clip_high_fraction: ratio > 1 + clip_high with a positive advantage (gradient cut to 0); or that rose too far.
     approx_kl_k1, approx_kl_k3: means of -log ratio and of ratio - 1 - log ratio, estimates of KL(old || new) in nats.
     entropy: mean entropy in nats; None where the op was not given it.
     ratio_mean, ratio_max: of exp(logprob - old_logprob), after the clamp.
@@ -167,7 +187,11 @@ def clipped_loss_reference(
         # the value is shared, the gradient a token's own: what follows the mean is 0, with the slope of the token
         shared = segment_means(difference.detach(), terms.ratio_ids, live) + (difference - difference.detach())
         ratio = shared.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    token_loss = -_gain(logprobs.masked_fill(nonfinite, 0.0), ratio, advantages, terms)
+    if terms.surrogate == "vespo":
+        ratio = product_ratio(log_ratio.detach(), live, terms)
+    cut_low, cut_high = beyond_clips(logprobs.detach(), old, ratio.detach(), advantages, terms)
+    gain = _gain(logprobs.masked_fill(nonfinite, 0.0), ratio, advantages, terms)
+    token_loss = -(gain.masked_fill(cut_low | cut_high, 0.0) if terms.cuts_probabilities else gain)
     ref_kl = None
     if terms.kl != "none":
         assert ref is not None
@@ -188,11 +212,10 @@ def clipped_loss_reference(
     def mean(values: Tensor) -> Tensor:
         return given(values.detach(), live).sum() / num_live
 
-    clips = terms.surrogate != "reinforce"
     ratio_where_live = ratio.detach().masked_fill(~live, 0.0)
     metrics = LossMetrics(
-        clip_low_fraction=mean((ratio < 1.0 - terms.clip_low) & (advantages < 0) & clips),
-        clip_high_fraction=mean((ratio > 1.0 + terms.clip_high) & (advantages > 0) & clips),
+        clip_low_fraction=mean(cut_low),
+        clip_high_fraction=mean(cut_high),
         approx_kl_k1=mean(-log_ratio),
         approx_kl_k3=mean(torch.expm1(log_ratio) - log_ratio),
         entropy=None if entropy is None else mean(entropy),
@@ -216,10 +239,50 @@ def _gain(logprobs: Tensor, ratio: Tensor, advantages: Tensor, terms: LossTerms)
         return advantages * logprobs
     if terms.surrogate == "cispo":
         return bounded.detach() * advantages * logprobs
+    if terms.surrogate == "sapo":
+        tau = gate_of(advantages > 0, terms.gate, advantages)
+        return 4.0 / tau * torch.sigmoid(tau * (ratio - 1.0)) * advantages
+    if terms.surrogate == "vespo":
+        return gamma_weights(ratio, advantages, terms) * advantages * logprobs
+    if terms.cuts_probabilities:
+        return ratio * advantages
     gain = torch.minimum(ratio * advantages, bounded * advantages)
     if terms.dual_clip is None:
         return gain
     return torch.where(advantages < 0, torch.maximum(gain, terms.dual_clip * advantages), gain)
+
+
+def beyond_clips(
+    logprobs: Tensor, old_logprobs: Tensor, ratio: Tensor, advantages: Tensor, terms: LossTerms
+) -> tuple[Tensor, Tensor]:
+    """([N], [N]) bool: tokens beyond the lower clip and beyond the upper one, as `LossMetrics` counts them."""
+    if terms.cuts_probabilities:
+        change = logprobs.exp() - old_logprobs.exp()
+        low, high = change < -terms.clip_low, change > terms.clip_high
+    else:
+        low, high = ratio < 1.0 - terms.clip_low, ratio > 1.0 + terms.clip_high
+    if terms.surrogate == "ipo":
+        return low, high
+    has_clips = terms.surrogate in ("ppo", "cispo", "dppo")
+    return low & (advantages < 0) & has_clips, high & (advantages > 0) & has_clips
+
+
+def product_ratio(log_ratio: Tensor, live: Tensor, terms: LossTerms) -> Tensor:
+    """[N]: the product of the ratios of all live tokens of an id, or a token's own, within [1e-8, exp(20)]."""
+    if terms.ratio_ids is not None:
+        log_ratio = segment_sums(log_ratio, terms.ratio_ids, live)
+    return log_ratio.clamp(MIN_LOG_PRODUCT, MAX_LOG_RATIO).exp()
+
+
+def gamma_weights(ratio: Tensor, advantages: Tensor, terms: LossTerms) -> Tensor:
+    """[N]: w^k exp(lambda (1 - w)), which is 1 at w = 1."""
+    k, decay = (gate_of(advantages >= 0, terms.gate[i::2], advantages) for i in range(2))
+    return (decay + k * ratio.log() - decay * ratio).exp()
+
+
+def gate_of(first: Tensor, gate: Sequence[float], like: Tensor) -> Tensor:
+    """[N] as `like`: the first of two numbers where `first` holds, the second elsewhere."""
+    return torch.full_like(like, gate[1]).masked_fill(first, gate[0])
 
 
 def active_tokens(advantages: Tensor, loss_mask: Tensor, terms: LossTerms) -> Tensor:
@@ -239,13 +302,23 @@ def counted_tokens(advantages: Tensor, loss_mask: Tensor, terms: LossTerms, all_
 
 def segment_means(values: Tensor, ids: Tensor, members: Tensor) -> Tensor:
     """[N]: for each of `members` [N] bool the mean of `values` over the members of its id, 0 for the others."""
+    return _by_segment(values, ids, members, means=True)
+
+
+def segment_sums(values: Tensor, ids: Tensor, members: Tensor) -> Tensor:
+    """As `segment_means`, the sums."""
+    return _by_segment(values, ids, members, means=False)
+
+
+def _by_segment(values: Tensor, ids: Tensor, members: Tensor, *, means: bool) -> Tensor:
     rows = members.nonzero().squeeze(1)
     if not len(rows):
         return values.masked_fill(~members, 0.0)
     _, segment, sizes = ids[rows].unique(return_inverse=True, return_counts=True)
     # a segment reduction adds in a fixed order; scattered adds would not on a GPU
     sums = torch.segment_reduce(values[rows[segment.argsort(stable=True)]], "sum", lengths=sizes)
-    return torch.zeros_like(values).index_put((rows,), (sums / sizes)[segment])
+    of_segments = sums / sizes if means else sums
+    return torch.zeros_like(values).index_put((rows,), of_segments[segment])
 
 
 def loss_denominator(num_loss_tokens: Tensor | None, loss_mask: Tensor, dtype: torch.dtype) -> Tensor:

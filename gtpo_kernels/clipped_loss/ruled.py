@@ -12,7 +12,11 @@ from gtpo_kernels.clipped_loss.reference import (
     MAX_LOG_RATIO,
     LossTerms,
     active_tokens,
+    beyond_clips,
+    gamma_weights,
+    gate_of,
     loss_denominator,
+    product_ratio,
     segment_means,
 )
 
@@ -61,6 +65,7 @@ def token_slopes(
         return slopes if weights is None else slopes * weights
 
     log_ratio = (logprobs - old).masked_fill(dead, 0.0)
+    own_log_ratio = log_ratio
     if terms.ratio_ids is not None:
         log_ratio = segment_means(log_ratio, terms.ratio_ids, ~dead)
     if terms.surrogate == "ppo":
@@ -68,6 +73,15 @@ def token_slopes(
     elif terms.surrogate == "cispo":
         ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         slopes = weigh(-ratio.clamp(1.0 - terms.clip_low, 1.0 + terms.clip_high) * advantages)
+    elif terms.surrogate == "sapo":
+        slopes = weigh(_sapo_slopes(log_ratio, advantages, terms))
+    elif terms.surrogate == "vespo":
+        product = product_ratio(own_log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), ~dead, terms)
+        slopes = weigh(-gamma_weights(product, advantages, terms) * advantages)
+    elif terms.cuts_probabilities:
+        ratio = log_ratio.exp()
+        low, high = beyond_clips(logprobs, old, ratio, advantages, terms)
+        slopes = weigh((-ratio * advantages).masked_fill(low | high | (log_ratio.abs() > MAX_LOG_RATIO), 0.0))
     else:
         slopes = weigh(-advantages)
     if terms.kl != "none":
@@ -91,6 +105,15 @@ def _kl_slopes(log_ref: Tensor, log_ratio: Tensor, kl: str) -> Tensor:
     held = log_ref.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     of_ratio = (torch.expm1(held) - held).masked_fill(log_ratio.abs() > MAX_LOG_RATIO, 0.0)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * (slopes + of_ratio)
+
+
+def _sapo_slopes(log_ratio: Tensor, advantages: Tensor, terms: LossTerms) -> Tensor:
+    """-4 s (1 - s) ratio * advantage with s = sigmoid(tau (ratio - 1)), 0 where clamped."""
+    ratio = log_ratio.exp()
+    x = gate_of(advantages > 0, terms.gate, advantages) * (ratio - 1.0)
+    # sigmoid(-x) is 1 - s without its rounding
+    slopes = -4.0 * torch.sigmoid(x) * torch.sigmoid(-x) * ratio * advantages
+    return slopes.masked_fill(log_ratio.abs() > MAX_LOG_RATIO, 0.0)
 
 
 def _ppo_slopes(log_ratio: Tensor, advantages: Tensor, terms: LossTerms) -> Tensor:

@@ -19,6 +19,7 @@ from gtpo_kernels.turn_advantages.reference import (
     Singleton,
     TurnAdvantages,
     look_up_by_turn,
+    over_mean,
     turn_advantages_reference,
     turn_returns_reference,
 )
@@ -106,12 +107,16 @@ class CreditTerm(NamedTuple):
     weight: what the rule's advantages are multiplied by: a number, or [K] float, one a turn.
     turns: [K] bool, the turns it is about, None for all; others get nothing from it.
     others: these "leave" its statistics, or stay there with a reward of "zero".
+    rewards: [K] float in the place of `turn_rewards`, for a term about one kind of reward.
+    anchor_ids: [K] int in the place of those of the call.
     """
 
     rule: CreditRule
     weight: float | Tensor = 1.0
     turns: Tensor | None = None
     others: Others = "leave"
+    rewards: Tensor | None = None
+    anchor_ids: Tensor | None = None
 
 
 def combined_advantages(
@@ -121,6 +126,7 @@ def combined_advantages(
     turn_ids: Tensor,
     terms: Sequence[CreditTerm],
     *,
+    average: bool = False,
     then: CreditRule | None = None,
     outcomes: Tensor | None = None,
     anchor_ids: Tensor | None = None,
@@ -130,6 +136,7 @@ def combined_advantages(
 
     turn_rewards [K], cu_turns [B+1], group_ids [B], turn_ids [N]: as for `turn_advantages`.
     terms: at least one; the fields of a `CreditRule` say what x is and how Norm works.
+    average: divides the sum, turn by turn, by the sum of the weights of those terms whose advantage there is not 0.
     then: applied to the sum, as to rewards: CreditRule("turn_reward", scope="batch", population="tokens") whitens it.
     outcomes: [B] in the dtype of turn_rewards, for quantity="outcome".
     anchor_ids: [K] int, equal for turns that were taken in the same state, for scope="group_anchor".
@@ -152,8 +159,10 @@ def combined_advantages(
     for term in terms:
         check_choice("others", term.others, get_args(Others))
     batch = TurnBatch(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids)
-    plain = terms[0].turns is None and not isinstance(terms[0].weight, Tensor) and terms[0].weight == 1.0
-    if plain and len(terms) == 1 and then is None:
+    first_term = terms[0]
+    is_plain = all(value is None for value in (first_term.turns, first_term.rewards, first_term.anchor_ids, then))
+    has_weight = isinstance(first_term.weight, Tensor) or first_term.weight != 1.0
+    if is_plain and not has_weight and len(terms) == 1 and not average:
         return _advantages_of_rule(batch, terms[0].rule, backend)
     if isinstance(outcomes, Tensor):
         _check_outcomes(outcomes, turn_rewards, cu_turns)
@@ -162,10 +171,13 @@ def combined_advantages(
     shape, device = tuple(turn_rewards.shape), turn_rewards.device
     dtype = accumulator_dtype(turn_rewards.dtype)
     total, first = torch.zeros_like(turn_rewards, dtype=torch.float64), None
-    for rule, weight, turns, others in terms:
+    weight_of_sum = torch.zeros_like(total)
+    for rule, weight, turns, others, own_rewards, own_anchors in terms:
         if isinstance(weight, Tensor):
             check_tensor("weight", weight, layout="[K]", shape=shape, kind="float", device=device)
-        ids, rewards = turn_ids, turn_rewards.double()
+        if own_rewards is not None:
+            check_tensor("rewards", own_rewards, layout="[K]", shape=shape, kind="float", device=device)
+        ids, rewards = turn_ids, (turn_rewards if own_rewards is None else own_rewards).double()
         if turns is not None:
             check_tensor("turns", turns, layout="[K]", shape=shape, kind="bool", device=device)
             if others == "zero":
@@ -173,9 +185,14 @@ def combined_advantages(
             else:
                 # one more entry, which the index -1 finds
                 ids = turn_ids.masked_fill(~torch.cat([turns, turns.new_zeros(1)])[turn_ids.long()], -1)
-        credit = _advantages_of_rule(batch._replace(turn_rewards=rewards, turn_ids=ids), rule, backend)
+        anchors = batch.anchor_ids if own_anchors is None else own_anchors
+        of_term = batch._replace(turn_rewards=rewards, turn_ids=ids, anchor_ids=anchors)
+        credit = _advantages_of_rule(of_term, rule, backend)
         total = total + weight * credit.turn_advantages
+        weight_of_sum = weight_of_sum + weight * (credit.turn_advantages != 0)
         first = credit.returns if first is None else first
+    if average:
+        total = torch.where(weight_of_sum != 0, total / weight_of_sum, 0.0)
     if then is not None:
         total = _advantages_of_rule(batch._replace(turn_rewards=total), then, backend).turn_advantages
     assert first is not None
@@ -216,8 +233,19 @@ def _advantages_of_rule(batch: TurnBatch, rule: CreditRule, backend: str | None)
     batch = batch._replace(outcomes=outcomes, anchor_ids=anchor_ids)
     if name == "reference":
         return _run(batch, rule, name)
+    if rule.scale == "mean" and rule.scope != "none":
+        return _over_mean(batch, rule, name)
     outputs = _turn_advantages(*batch, *rule, name)
     return TurnAdvantages(*outputs)
+
+
+def _over_mean(batch: TurnBatch, rule: CreditRule, backend: str) -> TurnAdvantages:
+    """A rule of scale "mean" by the backend's rule without a scale, which tells what the mean is."""
+    outcomes = None if batch.outcomes is None else batch.outcomes.double()
+    exact = batch._replace(turn_rewards=batch.turn_rewards.double(), outcomes=outcomes)
+    _, centred, x = _turn_advantages(*exact, *rule._replace(scale="none"), backend)
+    advantages = over_mean(centred, x - centred, rule.eps)
+    return look_up_by_turn(advantages, x, batch.turn_ids, accumulator_dtype(batch.turn_rewards.dtype))
 
 
 def _run(batch: TurnBatch, rule: CreditRule, backend: str) -> TurnAdvantages:
@@ -270,6 +298,7 @@ class TurnCredit(NamedTuple):
     ddof: int = 1
     eps: float = 1e-6
     terms: tuple[CreditTerm, ...] = ()
+    average: bool = False
     then: CreditRule | None = None
     outcomes: Tensor | None = None
     anchor_ids: Tensor | None = None
@@ -296,6 +325,7 @@ class TurnCredit(NamedTuple):
                 self.group_ids,
                 self.turn_ids,
                 self.terms,
+                average=self.average,
                 then=self.then,
                 outcomes=self.outcomes,
                 anchor_ids=self.anchor_ids,
@@ -348,6 +378,11 @@ def check_rule(rule: CreditRule) -> None:
         raise ValueError(f"scope must be {allowed} with population='trajectories', got {rule.scope!r}")
     if rule.order == "normalise_first" and rule.quantity != "turn_return":
         raise ValueError(f"quantity must be 'turn_return' with order='normalise_first', got {rule.quantity!r}")
+    if rule.scale == "mean" and (rule.centre != "mean" or rule.singleton != "zero" or rule.order != "discount_first"):
+        raise ValueError(
+            "scale='mean' must stand with centre='mean', singleton='zero' and order='discount_first', "
+            f"got {rule.centre!r}, {rule.singleton!r} and {rule.order!r}"
+        )
     if rule.scope != "none" and rule.centre == rule.scale == "none":
         raise ValueError(f"scope must be 'none' where neither centre nor scale is taken, got {rule.scope!r}")
 

@@ -14,7 +14,7 @@ Order = Literal["discount_first", "normalise_first"]
 Scope = Literal["group", "batch", "group_turn", "group_anchor", "none"]
 Population = Literal["turns", "trajectories", "tokens"]
 Centre = Literal["mean", "leave_one_out", "none"]
-Scale = Literal["std", "none"]
+Scale = Literal["std", "mean", "none"]
 Singleton = Literal["zero", "keep"]
 
 
@@ -42,7 +42,8 @@ class CreditRule(NamedTuple):
     population: one entry a turn, one a trajectory (the value at its first turn with tokens), or one a token.
     centre: taken off: the "mean" of the population, that of the population without the trajectory's, turn's or turn's
         tokens' own entry ("leave_one_out"), or nothing ("none").
-    scale: divides by "std" + eps, of the population with `ddof` (0 or 1); or by nothing ("none").
+    scale: divides by "std" + eps, of the population with `ddof` (0 or 1); by the "mean" + eps, with advantages of 0
+        where the mean is not above 0; or by nothing ("none").
     singleton: a scope whose population has one entry has advantage 0 ("zero"), or mean 0 and std 1 ("keep").  Entries
         count, not trajectories: a lone trajectory of several turns is none where the population is "turns".
     Where the population has no spread (max == min), "std" gives exactly 0.
@@ -152,11 +153,18 @@ def normalise_scope(
         centre = ((weights * population).sum() - own_mass * own_value) / (weights.sum() - own_mass)
     if rule.scale == "none":
         return values - centre
+    if rule.scale == "mean":
+        return over_mean(values - centre, mean.expand(len(ks)), rule.eps)
     # Without a spread there is nothing to compare, and dividing rounding errors by eps would invent a difference.
     if not has_spread:
         return torch.zeros_like(values)
     std = ((weights * (population - mean).square()).sum() / (weights.sum() - rule.ddof)).sqrt()
     return (values - centre) / (std + rule.eps)
+
+
+def over_mean(centred: Tensor, mean: Tensor, eps: float) -> Tensor:
+    """centred / (mean + eps), 0 where the mean is not above 0."""
+    return torch.where(mean > 0, centred / (mean + eps), torch.zeros_like(centred))
 
 
 def look_up_by_turn(advantages: Tensor, returns: Tensor, turn_ids: Tensor, dtype: torch.dtype) -> TurnAdvantages:

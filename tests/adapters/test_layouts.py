@@ -1,6 +1,7 @@
 """Every layout gives the advantages of the formula, and says what is wrong with a batch that does not fit."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +153,31 @@ def test_terms_may_be_mappings_and_the_backend_is_passed_on() -> None:
     assert changed == by_key == list_turn_advantages(ATTEMPTS.rewards, ATTEMPTS.groups, terms=terms) != given
     with pytest.raises(ValueError, match="backend"):
         list_turn_advantages(ATTEMPTS.rewards, ATTEMPTS.groups, method="matchtir", backend="fortran")
+
+
+def test_rewards_of_one_kind_come_by_name() -> None:
+    """GDPO: outcome and format, each normalised by itself, in every layout."""
+    rewards, tokens = [[0.0, 0.9], [-0.2], [0.5, -0.1]], torch.tensor([[0, -1, 1], [0, 0, -1], [0, 1, 1]])
+    named = {"outcome": [[0.0, 1.0], [0.0], [0.5, 0.0]], "format": [[0.0, -0.1], [-0.2], [0.0, -0.1]]}
+    options: dict[str, Any] = {"method": "gdpo", "named_rewards": named}
+    lists = list_turn_advantages(rewards, "aaa", num_tokens=[[1, 1], [2], [1, 2]], **options)
+    assert lists[0][0] > 0 > lists[1][0]
+    found = padded_turn_advantages(rewards, tokens, "aaa", **options).advantages
+    for row, turns, values in zip(found, tokens.tolist(), lists, strict=True):
+        assert row.tolist() == pytest.approx([0.0 if turn < 0 else values[turn] for turn in turns], rel=1e-5)
+    alone = {"terms": [{"reward": "mine", "scope": "group"}], "named_rewards": {"mine": named["format"]}}
+    assert list_turn_advantages(rewards, "aaa", **alone) == list_turn_advantages(named["format"], "aaa")
+    for wrong, message in (
+        ({"method": "gdpo"}, "'gdpo' needs named_rewards, which is not given here"),
+        ({"named_rewards": named}, "named_rewards must be left out: no term"),
+        ({**options, "named_rewards": {"format": named["format"]}}, "named_rewards must hold 'outcome', .* got format"),
+        (
+            {**options, "named_rewards": {**named, "format": [[0.0], [0.0], [0.0]]}},
+            r"named_rewards\['format'\] must have",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list_turn_advantages(rewards, "aaa", **wrong)
 
 
 def test_turns_without_tokens_may_be_allowed() -> None:

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from gtpo.adapters import prime_rl
+from gtpo.loss import loss_rule
+from gtpo.methods import METHODS
+from gtpo_kernels import clipped_loss
 from tests.adapters.attempts import ATTEMPTS, EXPECTED, assert_close, outcomes_apart
+from tests.adapters.verl_losses import assert_same, ragged
 
 
 def test_prime_rl_assigns_sampled_tokens() -> None:
@@ -47,3 +51,37 @@ def test_prime_rl_loss_is_the_documented_clip(monkeypatch: pytest.MonkeyPatch) -
     assert result.metrics.keys() == {"clip_low", "clip_high", "mismatch_kl"}
     with pytest.raises(ValueError, match="may hold clip_low and clip_high, got clip_eps"):
         prime_rl.gtpo_loss(inputs, clip_eps=0.2)
+
+
+@pytest.mark.parametrize("name", ["ipo", "dppo"])
+def test_the_presets_have_the_losses_of_prime_rl(name: str) -> None:
+    """Restated from its loss.py: `ipo_loss_fn`, the default since August, and the one before, `default_loss_fn`, whose
+    kl_tau is 0 here: it is no part of DPPO."""
+    rule, num_cut = METHODS[name].loss, 0
+    for seed in range(100):
+        rows = ragged(seed)
+        inference, mask = rows.old_logprobs, rows.mask
+        leaf = rows.logprobs.clone().requires_grad_()
+        change = leaf.exp() - inference.exp()
+        if name == "ipo":
+            masked, kl_tau = change.abs() > 0.1, 1e-3
+        else:
+            masked, kl_tau = torch.where(rows.advantages > 0, change > 0.2, change < -0.2), 0.0
+        log_ratio = leaf - inference
+        by_token = -(~masked * rows.advantages * log_ratio.exp()) + kl_tau * log_ratio.square()
+        expected = (by_token * mask).sum() / mask.sum()
+        ours = rows.logprobs.clone().requires_grad_()
+        found = clipped_loss(
+            ours.flatten(),
+            rows.advantages.flatten(),
+            loss_mask=mask.flatten(),
+            old_logprobs=inference.flatten(),
+            ref_logprobs=inference.flatten() if rule.kl_reference == "sampler" else None,
+            clip_low=rule.clip_low,
+            clip_high=rule.clip_high,
+            rule=loss_rule(rule),
+        ).loss
+        num_cut += int((masked & mask).sum())
+        of_ours, of_theirs = (torch.autograd.grad(value, each)[0] for value, each in ((found, ours), (expected, leaf)))
+        assert_same((found.detach(), of_ours), (expected.detach(), of_theirs))
+    assert num_cut > 100

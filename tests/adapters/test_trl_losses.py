@@ -56,6 +56,8 @@ def trl_loss(rows: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
         "importance_sampling_ratio": rows["weights"],
         "num_items_in_batch": rows["mask"].sum(),
     }
+    if not trainer.use_vllm:
+        del inputs["importance_sampling_ratio"]
     loss = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
     (gradient,) = torch.autograd.grad(loss, logps)
     return loss.detach(), gradient
@@ -104,6 +106,31 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "cispo": (
         {"loss_type": "cispo", "epsilon_high": 1.2},
         {"rule": LossRule("cispo"), "clip_low": 1.0, "clip_high": 0.2},
+        "token-mean",
+    ),
+    "sapo": (
+        {"loss_type": "sapo", "args": {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}},
+        {"rule": LossRule("sapo", gate=(1.0, 1.05))},
+        "seq-mean-token-mean",
+    ),
+    "sapo of sequences": (
+        {
+            "loss_type": "sapo",
+            "importance_sampling_level": "sequence",
+            "args": {"sapo_temperature_pos": 0.5, "sapo_temperature_neg": 2.0},
+            "beta": 0.3,
+        },
+        {"rule": LossRule("sapo", kl="k3", kl_coef=0.3, gate=(0.5, 2.0)), "ratio_ids": "sequence"},
+        "seq-mean-token-mean",
+    ),
+    "vespo": (
+        {
+            "loss_type": "vespo",
+            "args": {"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0},
+            "get_gamma_weights": trl.GRPOTrainer.get_gamma_weights,
+            "_metrics": defaultdict(lambda: defaultdict(list)),
+        },
+        {"rule": LossRule("vespo", gate=(2.0, 3.0, 3.0, 2.0)), "ratio_ids": "sequence"},
         "token-mean",
     ),
     "entropy": ({"loss_type": "dapo", "entropy_coef": 0.1}, {"rule": LossRule(entropy_coef=0.1)}, "token-mean"),

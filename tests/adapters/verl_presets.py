@@ -28,8 +28,15 @@ class VerlLoss(NamedTuple):
 
 FAR = 1e6
 GTPO = VerlLoss("vanilla", "token-mean", (0.2, 0.28, FAR))
+VERL_CLIP = VerlLoss("vanilla", "token-mean", (0.2, 0.2, FAR))
+# but those whose loss verl has none of
 PRESETS = {
     "gtpo": GTPO,
+    "gtpo_batch": GTPO,
+    "kevin": GTPO,
+    "maxrl": VERL_CLIP,
+    "gdpo": VERL_CLIP,
+    "hgpo": VerlLoss("vanilla", "token-mean", (0.2, 0.2, 3.0), ("low_var_kl", 0.01), 0.001),
     "gtpo_dense": GTPO,
     "grpo": GTPO,
     "deepseek_grpo": VerlLoss("vanilla", "seq-mean-token-mean", (0.2, 0.2, FAR), ("low_var_kl", 0.04)),
@@ -40,7 +47,7 @@ PRESETS = {
     "reinforce_pp": VerlLoss("vanilla", "token-mean", (0.2, 0.2, FAR), ("mse", 0.001)),
     "gspo": VerlLoss("gspo", "seq-mean-token-mean", (3e-4, 4e-4, FAR)),
     "cispo": VerlLoss("cispo", "token-mean", (1.0, 4.0, FAR)),
-    "mt_grpo": VerlLoss("vanilla", "token-mean", (0.2, 0.2, FAR)),
+    "mt_grpo": VERL_CLIP,
     "matchtir": VerlLoss("vanilla", "seq-mean-token-mean", (0.2, 0.2, 3.0), ("low_var_kl", 0.001), 0.001),
     "gigpo": VerlLoss("vanilla", "token-mean", (0.2, 0.2, 3.0), ("low_var_kl", 0.01), 0.001),
     "igpo": VerlLoss("vanilla", "token-mean", (0.2, 0.2, 3.0), ("low_var_kl", 0.001), 0.001),

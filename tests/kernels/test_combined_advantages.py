@@ -24,7 +24,7 @@ GENERAL_RULES = [
             ("group", "batch", "group_turn", "group_anchor", "none"),
             ("turns", "trajectories", "tokens"),
             ("mean", "leave_one_out", "none"),
-            ("std", "none"),
+            ("std", "mean", "none"),
         )
     )
     for gamma, order, ddof, singleton in [
@@ -36,6 +36,7 @@ GENERAL_RULES = [
         )
     ]
     if (scope == "none" or (centre, scale) != ("none", "none"))
+    and (scale != "mean" or (centre, order, singleton) == ("mean", "discount_first", "zero"))
     and (population != "trajectories" or scope not in ("group_turn", "group_anchor"))
 ]
 
@@ -226,6 +227,8 @@ def check_general_laws(case: Case, rule: CreditRule, shift: float, backend: str)
     # what scales all rewards scales the advantages where nothing is divided, and else leaves them alone, eps aside
     scaled = {**case, "turn_rewards": 4 * case["turn_rewards"], "outcomes": 4 * case["outcomes"]}
     factor = 4.0 if rule.scale == "none" else 1.0
+    if rule.scale == "mean":
+        return
     fields: dict[str, Any] = {"eps": 0.0, "singleton": "zero"}
     torch.testing.assert_close(turn_level(scaled, **fields), factor * turn_level(case, **fields), atol=1e-9, rtol=1e-9)
     # a constant added to what is normalised is taken out by a centre
@@ -233,6 +236,54 @@ def check_general_laws(case: Case, rule: CreditRule, shift: float, backend: str)
         shifted = {**case, "turn_rewards": case["turn_rewards"] + shift, "outcomes": case["outcomes"] + shift}
         undiscounted: dict[str, Any] = {"gamma": 0.0, "singleton": "zero"}
         torch.testing.assert_close(turn_level(shifted, **undiscounted), turn_level(case, **undiscounted))
+
+
+def test_over_the_mean_by_hand(backend: str) -> None:
+    """Outcomes 1, 0, 0, 0 and 0, 0: 1 / (1/4) - 1 = 3, -1, and 0 where nothing was right; then one of 0.5, 1, 0."""
+    rule = CreditRule("trajectory_return", 1.0, population="trajectories", scale="mean", eps=0.0)
+    rewards = torch.tensor([1.0, 0, 0, 0, 0, 0, 0.5, 1.0, 0.0])
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    batch = (rewards, torch.arange(10), groups, torch.arange(9))
+    found = combined_advantages(*batch, [CreditTerm(rule)], backend=backend)
+    assert found.turn_advantages.tolist() == pytest.approx([3.0, -1, -1, -1, 0, 0, 0, 1, -1])
+    # below 0 there is no share of a mean
+    negative = combined_advantages(-rewards, *batch[1:], [CreditTerm(rule)], backend=backend)
+    assert not negative.turn_advantages.any()
+
+
+def test_terms_may_have_rewards_and_states_of_their_own(backend: str) -> None:
+    case = general_case(5, torch.float64)
+    first, second = case["turn_rewards"], case["turn_rewards"].flip(0).contiguous()
+    states = case["anchor_ids"].flip(0).contiguous()
+    by_state, by_group = CreditRule(scope="group_anchor", eps=0.1), CreditRule(eps=0.1)
+    terms = [CreditTerm(by_group), CreditTerm(by_state, 0.5, rewards=second, anchor_ids=states)]
+    found = combined_advantages(**case, terms=terms, backend=backend)
+    of_second = {**case, "turn_rewards": second, "anchor_ids": states}
+    alone = [
+        combined_advantages(**each, terms=[CreditTerm(rule)], backend=backend).turn_advantages
+        for each, rule in ((case, by_group), (of_second, by_state))
+    ]
+    torch.testing.assert_close(found.turn_advantages, alone[0] + 0.5 * alone[1])
+    assert torch.equal(
+        combined_advantages(**case, terms=[CreditTerm(by_group, rewards=first)], backend=backend).advantages,
+        combined_advantages(**case, terms=[CreditTerm(by_group)], backend=backend).advantages,
+    )
+
+
+def test_an_average_counts_the_terms_that_say_something(backend: str) -> None:
+    """Two trajectories of two turns: the states of the first turns are one, those of the second differ."""
+    batch = (torch.tensor([0.0, 1.0, 0.0, 0.0]), torch.tensor([0, 2, 4]), torch.tensor([0, 0]), torch.arange(4))
+    terms = [
+        CreditTerm(CreditRule(gamma=1.0, scope=scope, scale="none"), weight)  # type: ignore[arg-type]
+        for scope, weight in (("group_anchor", 3.0), ("group_turn", 1.0))
+    ]
+    anchors = torch.tensor([0, 1, 0, 2])
+    found = combined_advantages(*batch, terms, average=True, anchor_ids=anchors, backend=backend)
+    assert found.turn_advantages.tolist() == [0.5, 0.5, -0.5, -0.5]
+    summed = combined_advantages(*batch, terms, anchor_ids=anchors, backend=backend)
+    assert summed.turn_advantages.tolist() == [2.0, 0.5, -2.0, -0.5]
+    nothing = combined_advantages(torch.zeros(4), *batch[1:], terms, average=True, anchor_ids=anchors, backend=backend)
+    assert not nothing.turn_advantages.any()
 
 
 def test_turn_credit_of_terms(backend: str) -> None:
@@ -257,7 +308,13 @@ def test_turn_credit_of_terms(backend: str) -> None:
         ({"quantity": "reward"}, {}, "quantity must be one of 'turn_return', .*, got 'reward'"),
         ({"order": "normalise_first", "quantity": "outcome"}, {}, "quantity must be 'turn_return' with order="),
         ({"centre": "median"}, {}, "centre must be one of 'mean', 'leave_one_out', 'none', got 'median'"),
-        ({"scale": "mad"}, {}, "scale must be one of 'std', 'none', got 'mad'"),
+        ({"scale": "mad"}, {}, "scale must be one of 'std', 'mean', 'none', got 'mad'"),
+        (
+            {"scale": "mean", "centre": "none"},
+            {},
+            "scale='mean' must stand with centre='mean', .*, got 'none', 'zero' and",
+        ),
+        ({"scale": "mean", "singleton": "keep"}, {}, "scale='mean' must stand with .*, got 'mean', 'keep' and"),
         ({"singleton": "drop"}, {}, "singleton must be one of 'zero', 'keep', got 'drop'"),
         ({"centre": "none", "scale": "none"}, {}, "scope must be 'none' where neither centre nor scale is taken"),
         ({"scope": "group_anchor", "population": "trajectories"}, {}, "scope must be 'group', 'batch' or 'none' with"),
@@ -282,6 +339,16 @@ def test_turn_credit_of_terms(backend: str) -> None:
         ({"quantity": "outcome"}, {"outcomes": torch.zeros(1, requires_grad=True)}, "outcomes must not require grad"),
         ({}, {"terms": []}, "terms must hold at least one CreditTerm, got none"),
         ({}, {"terms": [CreditTerm(CreditRule(), torch.zeros(3))]}, r"weight must be \[K\] = \[2\], got shape \(3,\)"),
+        (
+            {},
+            {"terms": [CreditTerm(CreditRule(), rewards=torch.zeros(3))]},
+            r"rewards must be \[K\] = \[2\], got shape",
+        ),
+        (
+            {},
+            {"terms": [CreditTerm(CreditRule(scope="group_anchor"), anchor_ids=torch.zeros(3).long())]},
+            r"anchor_ids must be \[K\] = \[2\], got shape",
+        ),
         ({}, {"terms": [CreditTerm(CreditRule(), 1.0, torch.ones(2))]}, "turns must be bool, got float32"),
         ({}, {"terms": [CreditTerm(CreditRule(), others="drop")]}, "others must be one of 'leave', 'zero', got 'drop'"),  # type: ignore[arg-type]
         ({"gamma": 1.5}, {}, r"gamma must lie in \[0, 1\], got 1.5"),

@@ -29,6 +29,16 @@ RULES: dict[str, tuple[Case, tuple[str, ...]]] = {
     "shared": ({"clip_low": 0.05, "clip_high": 0.05}, ("ratio_ids", "token_weights")),
     "shared cispo": ({"rule": LossRule("cispo"), "clip_high": 0.02}, ("ratio_ids",)),
     "shared rho k3": ({"rule": LossRule("cispo", kl="rho_k3", kl_coef=0.5)}, ("ref_logprobs", "ratio_ids")),
+    "sapo": ({"rule": LossRule("sapo", gate=(0.7, 1.4))}, ("token_weights",)),
+    "shared sapo": ({"rule": LossRule("sapo", kl="k2", kl_coef=0.2, gate=(1.0, 1.05))}, ("ratio_ids", "ref_logprobs")),
+    "vespo": ({"rule": LossRule("vespo", gate=(2.0, 3.0, 3.0, 2.0))}, ("token_weights",)),
+    "shared vespo": ({"rule": LossRule("vespo", gate=(2.0, 3.0, 1.5, 0.5))}, ("ratio_ids", "token_weights")),
+    "dppo": ({"rule": LossRule("dppo"), "clip_low": 0.04, "clip_high": 0.06}, ("token_weights",)),
+    "ipo": (
+        {"rule": LossRule("ipo", kl="k2", kl_coef=0.5), "clip_low": 0.04, "clip_high": 0.06},
+        ("ref_logprobs", "token_weights"),
+    ),
+    "shared ipo": ({"rule": LossRule("ipo"), "clip_low": 0.05, "clip_high": 0.05}, ("ratio_ids",)),
     "everything": ({"rule": EVERYTHING, "clip_low": 0.1}, ("ref_logprobs", "token_weights", "ratio_ids")),
 }
 every_rule = pytest.mark.parametrize("name", list(RULES))
@@ -87,6 +97,19 @@ def by_hand(case: Case, clip_low: float, clip_high: float, rule: LossRule) -> fl
             gain = advantage * logprob
         elif rule.surrogate == "cispo":
             gain = bounded * advantage * logprob
+        elif rule.surrogate == "sapo":
+            tau = rule.gate[0] if advantage > 0 else rule.gate[1]
+            gain = 4 / tau / (1 + math.exp(-tau * (ratio - 1))) * advantage
+        elif rule.surrogate == "vespo":
+            k, decay = rule.gate[:2] if advantage >= 0 else rule.gate[2:]
+            product = math.exp(sum(groups[key]))
+            gain = product**k * math.exp(decay * (1 - product)) * advantage * logprob
+        elif rule.surrogate in ("dppo", "ipo"):
+            change = math.exp(logprob) - math.exp(rows["old_logprobs"][i])
+            low, high = change < -clip_low, change > clip_high
+            if rule.surrogate == "dppo":
+                low, high = low and advantage < 0, high and advantage > 0
+            gain = 0.0 if low or high else ratio * advantage
         else:
             gain = min(ratio * advantage, bounded * advantage)
             if rule.dual_clip is not None and advantage < 0:
@@ -118,7 +141,7 @@ def test_slopes_are_those_of_the_loss(name: str, kernel: str) -> None:
     names = ["logprobs", "entropy"] if options.get("rule", LossRule()).entropy_coef else ["logprobs"]
     assert_matches_reference(clipped_loss, [case], names, backend=kernel, **options)
     # numerically too, but where the formula holds a ratio or its mean constant
-    if options.get("rule", LossRule()).surrogate != "cispo" and "ratio_ids" not in rows:
+    if options.get("rule", LossRule()).surrogate not in ("cispo", "vespo") and "ratio_ids" not in rows:
         leaves = [case.pop(name).requires_grad_() for name in names]
         loss = recomputed(
             lambda *values: (
@@ -138,6 +161,74 @@ def test_a_bounded_ratio_weights_a_cispo_gradient(backend: str) -> None:
     result.loss.backward()
     assert logprobs.grad is not None
     assert (-3 * logprobs.grad).tolist() == pytest.approx([0.8, 1.5, 2.0], rel=1e-12)
+
+
+def test_soft_gates_by_hand(backend: str) -> None:
+    """A ratio of 2 or 1/2 and an advantage of 1 or -1; the gates of the authors."""
+    log2 = math.log(2.0)
+    logprobs = torch.full((4,), -2.0, dtype=torch.float64)
+    old = logprobs - log2 * torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
+
+    def slopes(rule: LossRule) -> list[float]:
+        leaf = logprobs.clone().requires_grad_()
+        loss = clipped_loss(leaf, advantages, old_logprobs=old, rule=rule, num_loss_tokens=1, backend=backend).loss
+        loss.backward()
+        assert leaf.grad is not None
+        return leaf.grad.tolist()
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    expected = [
+        -advantage * ratio * 4 * sigmoid(tau * (ratio - 1)) * sigmoid(-tau * (ratio - 1))
+        for advantage, ratio, tau in ((1, 2, 1.0), (1, 0.5, 1.0), (-1, 2, 1.05), (-1, 0.5, 1.05))
+    ]
+    assert slopes(LossRule("sapo", gate=(1.0, 1.05))) == pytest.approx(expected, rel=1e-12)
+    # w^k exp(lambda (1 - w)): 4 e^-3, e^1.5 / 4, 8 e^-2, e / 8
+    expected = [-4 * math.exp(-3), -math.exp(1.5) / 4, 8 * math.exp(-2), math.e / 8]
+    assert slopes(LossRule("vespo", gate=(2.0, 3.0, 3.0, 2.0))) == pytest.approx(expected, rel=1e-12)
+
+
+def test_vespo_takes_the_product_where_others_take_the_mean(backend: str) -> None:
+    logprobs = torch.tensor([-1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    result = clipped_loss(
+        logprobs,
+        torch.ones(2),
+        old_logprobs=torch.tensor([-1.1, -1.2], dtype=torch.float64),
+        rule=LossRule("vespo", gate=(1.0, 1.0, 1.0, 1.0)),
+        ratio_ids=torch.tensor([5, 5]),
+        num_loss_tokens=1,
+        backend=backend,
+    )
+    result.loss.backward()
+    assert logprobs.grad is not None
+    product = math.exp(0.3)
+    assert logprobs.grad.tolist() == pytest.approx([-product * math.exp(1 - product)] * 2, rel=1e-12)
+    assert result.metrics.ratio_mean.item() == pytest.approx(product)
+
+
+def test_a_moved_probability_is_cut_by_direction_or_by_distance(backend: str) -> None:
+    """Probabilities 0.5 to 0.8, 0.45, 0.1, 0.8; a rare token whose ratio is 9 has hardly moved."""
+    new, old = [0.8, 0.45, 0.1, 0.8, 0.009], [0.5, 0.5, 0.5, 0.5, 0.001]
+    logprobs = torch.tensor(new, dtype=torch.float64).log()
+    options: Case = {
+        "old_logprobs": torch.tensor(old, dtype=torch.float64).log(),
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "num_loss_tokens": 1,
+        "backend": backend,
+    }
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0])
+    for surrogate, kept, fractions in (("dppo", [0, 1, 0, 1, 1], (0.2, 0.2)), ("ipo", [0, 1, 0, 0, 1], (0.2, 0.4))):
+        leaf = logprobs.clone().requires_grad_()
+        loss, metrics = clipped_loss(leaf, advantages, rule=LossRule(surrogate), **options)  # type: ignore[arg-type]
+        loss.backward()
+        gains = [keep * p / q * a for keep, p, q, a in zip(kept, new, old, advantages.tolist(), strict=True)]
+        assert leaf.grad is not None
+        assert leaf.grad.tolist() == pytest.approx([-gain for gain in gains], rel=1e-12)
+        assert loss.item() == pytest.approx(-sum(gains), rel=1e-12)
+        assert (metrics.clip_low_fraction.item(), metrics.clip_high_fraction.item()) == pytest.approx(fractions)
 
 
 def test_metrics_by_hand(backend: str) -> None:
@@ -295,7 +386,18 @@ def test_rollout_weights_by_hand() -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"rule": LossRule("sapo")}, "surrogate must be one of 'ppo', 'cispo', 'reinforce', got 'sapo'"),  # type: ignore[arg-type]
+        ({"rule": LossRule("trpo")}, "surrogate must be one of 'ppo', 'cispo', .*, 'ipo', got 'trpo'"),  # type: ignore[arg-type]
+        (
+            {"rule": LossRule("sapo")},
+            r"gate must be \(tau where A > 0, tau elsewhere\) for .*'sapo', positive, got \(\)",
+        ),
+        ({"rule": LossRule("sapo", gate=(1.0, 0.0))}, r"gate must be .* positive, got \(1.0, 0.0\)"),
+        (
+            {"rule": LossRule("vespo", gate=(1.0, 2.0))},
+            r"gate must be \(k where A >= 0, lambda there, k elsewhere, lambda",
+        ),
+        ({"rule": LossRule(gate=(1.0,))}, r"gate must be \(nothing\) for the surrogate 'ppo', positive, got \(1.0,\)"),
+        ({"rule": LossRule("ipo", dual_clip=3.0)}, "dual_clip is a bound of the surrogate 'ppo'"),
         ({"rule": LossRule(kl="k4", kl_coef=1.0)}, "kl must be one of .*, got 'k4'"),  # type: ignore[arg-type]
         ({"rule": LossRule(kl="k1")}, "ref_logprobs must be given with a kl term, and only then, got None"),
         ({"ref_logprobs": torch.zeros(3)}, "ref_logprobs must be given with a kl term, and only then, got a tensor"),

@@ -33,7 +33,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ({"environments": [{"name": "retry", "size": 1}]}, r"unknown config key 'environments\.0\.size'"),
         ({"train": 3}, "'train' must be a table, got 3"),
         ({"train": {"steps": "many"}}, r"'train\.steps'.*got 'many'"),
-        ({"method": "ppo"}, "method must be one of gtpo, gtpo_dense, grpo, .*; got 'ppo'"),
+        ({"method": "ppo"}, "method must be one of gtpo, gtpo_dense, gtpo_batch, .*; got 'ppo'"),
         ({"rollout": {"group_size": 1}}, r"rollout\.group_size must be at least 2, got 1"),
         ({"rollout": {"temperature": 0.0}}, r"rollout\.temperature must be above 0"),
         ({"credit": {"terms": [{"gamma": 1.5}]}}, r"credit\.terms\.0\.gamma must be in \[0, 1\], got 1\.5"),
@@ -196,3 +196,23 @@ def test_a_method_is_overridden_in_its_three_tables(tmp_path: Path) -> None:
     assert [term.scope for term in config.credit.terms] == [term.scope for term in preset.credit.terms]
     assert (config.loss.clip_low, config.loss.clip_high, config.loss.kl) == (0.1, 0.3, preset.loss.kl)
     assert config_from_dict(config_to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "low", "high"),
+    [("tis", "truncated", 0.5, 2.0), ("mis", "masked", 0.0, 2.0), ("icepop", "masked", 0.5, 5.0)],
+)
+def test_a_rollout_correction_has_a_name(tmp_path: Path, name: str, kind: str, low: float, high: float) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f'[loss]\nrollout_correction = "{name}"\n')
+    loss = load_config(path).loss
+    found = (loss.rollout_correction, loss.rollout_correction_level)
+    assert found == (kind, "token")
+    assert (loss.rollout_correction_low, loss.rollout_correction_high) == (low, high)
+    changed = load_config(path, ["--loss.rollout_correction_high", "3.0"]).loss
+    assert changed.rollout_correction_high == 3.0 and changed.rollout_correction_low == low
+    # over the settings of another one, which a file may have
+    path.write_text('[loss]\nrollout_correction = "masked"\nrollout_correction_high = 9.0\n')
+    assert load_config(path, ["--loss.rollout_correction", name]).loss.rollout_correction_high == 9.0
+    with pytest.raises(ValueError, match=r"'loss\.rollout_correction': Input should be .*, got 'tiss'"):
+        load_config(path, ["--loss.rollout_correction", "tiss"])

@@ -27,6 +27,8 @@ LOSSES = {
         rollout_correction_high=1.2,
         aggregation="seq-mean-token-sum",
     ),
+    "sapo of turns": PolicyLoss(surrogate="sapo", ratio_level="turn", gate=(0.5, 2.0)),
+    "sampler": PolicyLoss(ratio_to="sampler", clip_low=0.1, clip_high=0.1, kl="k3", kl_coef=0.1),
 }
 
 
@@ -77,8 +79,11 @@ def plain_loss(policy: Policy, loss: PolicyLoss, sequences: list[PackedSequence]
         total = logprobs.new_zeros(())
         for i in in_loss:
             same = sharing(loss.ratio_level, i)
+            below = batch.rollout_logprobs if loss.ratio_to == "sampler" else old
+            product = float((logprobs[same] - below[same]).detach().sum().exp())
+            change = float((logprobs[i].exp() - below[i].exp()).detach())
             # a token's own gradient on a shared value
-            ratio = (logprobs[same] - old[same]).mean().detach().exp() * (logprobs[i] - logprobs[i].detach()).exp()
+            ratio = (logprobs[same] - below[same]).mean().detach().exp() * (logprobs[i] - logprobs[i].detach()).exp()
             same = sharing(loss.rollout_correction_level, i)
             weight = math.exp(float((old[same] - batch.rollout_logprobs[same]).mean()))
             if loss.rollout_correction == "none":
@@ -92,9 +97,20 @@ def plain_loss(policy: Policy, loss: PolicyLoss, sequences: list[PackedSequence]
             gain = torch.minimum(ratio * advantage, bounded * advantage)
             if loss.dual_clip is not None and advantage < 0:
                 gain = gain.clamp(min=loss.dual_clip * advantage)
-            if loss.surrogate != "ppo":
+            is_up = advantage > 0
+            if loss.surrogate == "sapo":
+                tau = loss.gate[0] if is_up else loss.gate[1]
+                gain = 4 / tau * (tau * (ratio - 1)).sigmoid() * advantage
+            elif loss.surrogate == "vespo":
+                k, decay = loss.gate[:2] if advantage >= 0 else loss.gate[2:]
+                gain = product**k * math.exp(decay * (1 - product)) * advantage * logprobs[i]
+            elif loss.surrogate in ("dppo", "ipo"):
+                falls, rises = change < -loss.clip_low, change > loss.clip_high
+                cut = (falls or rises) if loss.surrogate == "ipo" else (rises if is_up else falls)
+                gain = ratio * advantage * (not cut)
+            elif loss.surrogate != "ppo":
                 gain = advantage * logprobs[i] * (bounded.detach() if loss.surrogate == "cispo" else 1.0)
-            x = ref[i] - logprobs[i]
+            x = (ref if loss.kl_reference == "start" else batch.rollout_logprobs)[i] - logprobs[i]
             kl = {"none": 0.0 * x, "k1": -x, "k2": x * x / 2, "k3": x.exp() - 1 - x}[loss.kl]
             total = total - gain + loss.kl_coef * kl - loss.entropy_coef * entropy[i]
         if in_loss:

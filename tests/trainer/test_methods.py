@@ -44,6 +44,7 @@ class Trial:
     num_tokens: list[list[int]]
     anchors: list[list[int]]
     calls: list[list[bool]]
+    formats: list[list[float]]
 
     def peers(self, i: int) -> list[int]:
         return [j for j, group in enumerate(self.groups) if group == self.groups[i]]
@@ -62,22 +63,26 @@ def random_trial(seed: int) -> Trial:
         num_tokens=[[generator.randint(1, 4) for _ in range(n)] for n in lengths],
         anchors=[[generator.randint(0, 2) for _ in range(n)] for n in lengths],
         calls=[[j < n - 1 for j in range(n)] for n in lengths],
+        formats=[[generator.choice([0.0, -0.1, -0.3]) for _ in range(n)] for n in lengths],
     )
 
 
 def by_credit(credit: CreditSum, trial: Trial) -> list[list[float]]:
     lengths = [len(turns) for turns in trial.rewards]
     num_tokens = [n for turns in trial.num_tokens for n in turns]
-    flat = {name: [x for turns in getattr(trial, name) for x in turns] for name in ("rewards", "anchors", "calls")}
+    names = ("rewards", "anchors", "calls", "formats")
+    flat = {name: [x for turns in getattr(trial, name) for x in turns] for name in names}
+    rewards, formats = (torch.tensor(flat[name], dtype=torch.float64) for name in ("rewards", "formats"))
     found = credit_advantages(
         credit,
-        torch.tensor(flat["rewards"], dtype=torch.float64),
+        rewards,
         torch.tensor([0, *lengths]).cumsum(0),
         torch.tensor(trial.groups),
         torch.arange(len(num_tokens)).repeat_interleave(torch.tensor(num_tokens)),
         outcomes=torch.tensor(trial.outcomes, dtype=torch.float64),
         anchor_ids=torch.tensor(flat["anchors"]),
         turns_with_calls=torch.tensor(flat["calls"]),
+        named_rewards={"outcome": rewards - formats, "format": formats},
     )
     return [part.tolist() for part in found.turn_advantages.split(lengths)]
 
@@ -159,6 +164,49 @@ def igpo(trial: Trial, i: int, j: int) -> float:
     return math.fsum(normalised(x, pool, ddof=0) for x in trial.rewards[i][j:])
 
 
+def gtpo_batch(trial: Trial, i: int, j: int) -> float:
+    pool = [x for rewards in trial.rewards for x in returns(rewards, 0.9)]
+    return normalised(returns(trial.rewards[i], 0.9)[j], pool)
+
+
+def kevin(trial: Trial, i: int, j: int) -> float:
+    pool = [x for p in trial.peers(i) for x in returns(trial.rewards[p], 0.4)]
+    return normalised(returns(trial.rewards[i], 0.4)[j], pool)
+
+
+def maxrl(trial: Trial, i: int, j: int) -> float:
+    expected = mean([sum(trial.rewards[p]) for p in trial.peers(i)])
+    return (sum(trial.rewards[i]) - expected) / (expected + 1e-6) if expected > 0 else 0.0
+
+
+def gdpo(trial: Trial, i: int, j: int) -> float:
+    def summed(p: int) -> float:
+        formats, totals = ([sum(turns) for turns in rows] for rows in (trial.formats, trial.rewards))
+        kinds = [formats, [total - form for total, form in zip(totals, formats, strict=True)]]
+        return sum(normalised(kind[p], [kind[q] for q in trial.peers(p)]) for kind in kinds)
+
+    tokens = [summed(p) for p, n in enumerate(trial.num_tokens) for _ in range(sum(n))]
+    return (summed(i) - mean(tokens)) / (std(tokens) + 1e-8)
+
+
+def hgpo(trial: Trial, i: int, j: int) -> float:
+    """As its authors have it: groups of turns by their last 1, 2, 3 states weigh 2, 3, 4; what is 0 is left out."""
+    found = []
+    for length in (1, 2, 3):
+        if j + 1 < length:
+            continue
+        history = trial.anchors[i][j + 1 - length : j + 1]
+        same = [
+            returns(trial.rewards[p], 0.95)[t]
+            for p in trial.peers(i)
+            for t in range(length - 1, len(trial.rewards[p]))
+            if trial.anchors[p][t + 1 - length : t + 1] == history
+        ]
+        found.append((length + 1.0, normalised(returns(trial.rewards[i], 0.95)[j], same, ddof=0)))
+    weights = sum(weight for weight, value in found if value != 0)
+    return sum(weight * value for weight, value in found) / weights if weights else 0.0
+
+
 FORMULAS: dict[str, Formula] = {
     "gtpo": gtpo,
     "gtpo_dense": gtpo,
@@ -168,6 +216,15 @@ FORMULAS: dict[str, Formula] = {
     "dapo": grpo,
     "rloo": rloo,
     "turn_rloo": turn_rloo,
+    "gtpo_batch": gtpo_batch,
+    "kevin": kevin,
+    "maxrl": maxrl,
+    "gdpo": gdpo,
+    "hgpo": hgpo,
+    "sapo": grpo,
+    "vespo": grpo,
+    "dppo": grpo,
+    "ipo": dr_grpo,
     "reinforce_pp": reinforce_pp,
     "gspo": grpo,
     "cispo": grpo,
@@ -226,6 +283,9 @@ class Loss(NamedTuple):
     mask_truncated: bool = False
     mask_void_turns: bool = False
     rollout_correction: str = "none"
+    gate: tuple[float, ...] = ()
+    ratio_to: str = "old"
+    kl_reference: str = "start"
 
 
 # of the paper that the preset names where nothing else is said
@@ -257,6 +317,21 @@ LOSSES = {
     "gigpo": Loss("token-mean", dual_clip=3.0, kl="k3", kl_coef=0.01, entropy_coef=1e-3),
     # GuoqingWang1/IGPO, ppo_trainer.yaml and core_algos.py
     "igpo": Loss("token-mean", dual_clip=3.0, kl="k3", kl_coef=1e-3, entropy_coef=1e-3),
+    # that of gtpo, of which they have the credit with another scope, or another discount
+    "gtpo_batch": Loss("token-mean", 0.2, 0.28),
+    "kevin": Loss("token-mean", 0.2, 0.28),
+    # PPO's, with verl's mean
+    "maxrl": Loss("token-mean"),
+    "gdpo": Loss("token-mean"),
+    # that of gigpo, on whose code the authors' recipe stands
+    "hgpo": Loss("token-mean", dual_clip=3.0, kl="k3", kl_coef=0.01, entropy_coef=1e-3),
+    # TRL 1.16: loss types sapo and vespo, and the defaults of GRPOConfig; without a clip the clips are the defaults
+    "sapo": Loss("seq-mean-token-mean", 0.2, 0.28, "sapo", gate=(1.0, 1.05)),
+    "vespo": Loss("token-mean", 0.2, 0.28, "vespo", "sequence", gate=(2.0, 3.0, 3.0, 2.0)),
+    # NovaSky-AI/SkyRL, DPPOConfig (binary_tv): delta_low, delta_high
+    "dppo": Loss("token-mean", 0.2, 0.2, "dppo", ratio_to="sampler"),
+    # PrimeIntellect-ai/prime-rl, IPOLossConfig: eps 0.1, kl_tau 1e-3 times the square, which is twice a k2
+    "ipo": Loss("token-mean", 0.1, 0.1, "ipo", kl="k2", kl_coef=2e-3, ratio_to="sampler", kl_reference="sampler"),
     # ltzheng/SimpleTIR, simpletir_trainer.yaml; the aggregation is GRPO's
     "simpletir": Loss("seq-mean-token-mean", 0.2, 0.28, dual_clip=3.0, mask_void_turns=True),
 }
@@ -368,6 +443,7 @@ def test_the_trainer_gives_every_method_what_it_needs(outcomes: tuple[float, flo
             num_tokens=[[len(turn.completion_ids) for turn in t.turns] for t in (first, second)],
             anchors=[[0, 1, 2], [0, 1]],
             calls=[[True, True, False], [True, False]],
+            formats=[list(reward.terms["format"]) for reward in rewards[0]],
         )
         for i, assigned in enumerate(credit):
             expected = [FORMULAS[name](trial, i, j) for j in range(len(assigned.advantages))]
@@ -385,6 +461,32 @@ def with_fields(table: str, fields: dict[str, Any]) -> Method:
     ("table", "fields", "message"),
     [
         ("loss", {"kl_coef": 0.1}, "loss.kl_coef has no effect with loss.kl = 'none': it must be 0.0, got 0.1"),
+        ("loss", {"kl_reference": "sampler"}, "loss.kl_reference has no effect with loss.kl = 'none'"),
+        (
+            "loss",
+            {"surrogate": "sapo"},
+            r"loss.gate must be 2 numbers above 0 .*, such as \[1.0, 1.05\], got",
+        ),
+        ("loss", {"surrogate": "vespo", "gate": (2.0, 3.0)}, "loss.gate must be 4 numbers above 0 with"),
+        ("loss", {"surrogate": "sapo", "gate": (1.0, float("nan"))}, "loss.gate must be 2 numbers above 0 with"),
+        ("loss", {"gate": (1.0, 1.05)}, r"loss.gate has no effect with loss.surrogate = 'ppo': it must be \(\), got"),
+        ("loss", {"surrogate": "vespo", "gate": (2.0, 3.0, 3.0, 2.0), "clip_low": 0.1}, "loss.clip_low has no effect"),
+        ("loss", {"surrogate": "ipo", "dual_clip": 3.0}, "dual_clip has no effect with loss.surrogate = 'ipo'"),
+        (
+            "loss",
+            {"ratio_to": "sampler", "rollout_correction": "truncated"},
+            'loss.rollout_correction must be "none" with loss.ratio_to = "sampler"',
+        ),
+        ("term", {"scale": "mean", "ddof": 0}, "credit.terms.0.ddof has no effect with .*scale = 'mean'"),
+        ("term", {"context": 1}, "credit.terms.0.context has no effect with credit.terms.0.scope = 'group'"),
+        (
+            "term",
+            {"scope": "group_anchor", "context": 1, "turns": "with_calls"},
+            'credit.terms.0.turns must be "all" with credit.terms.0.context = 1',
+        ),
+        ("term", {"quantity": "outcome", "reward": "format"}, "credit.terms.0.reward has no effect with"),
+        ("term", {"reward": "fromat"}, "credit.terms.0.reward must be one of outcome, .*, execution, got 'fromat'"),
+        ("credit", {"average": True}, "credit.average must be false where credit.terms has one term only"),
         ("loss", {"kl": "k3"}, "loss.kl_coef must be above 0 with loss.kl = 'k3', got 0.0"),
         (
             "loss",
@@ -532,8 +634,8 @@ def test_a_preset_has_an_example_that_is_run(name: str) -> None:
     assert example.count(">>> group_advantages(credit, [") >= 1
     method = METHODS[name]
     terms = tuple(dataclasses.replace(term, weight=-term.weight) for term in method.credit.terms)
-    negative = dataclasses.replace(method, credit=dataclasses.replace(method.credit, terms=terms))
-    for shown, is_failed in ((method, False), (negative, True)):
+    changed = dataclasses.replace(method, credit=CreditSum(terms, whiten=method.credit.whiten))
+    for shown, is_failed in ((method, False), (changed, True)):
         runner = doctest.DocTestRunner(verbose=False)
         globs = {"METHODS": {name: shown}}
         found = doctest.DocTestParser().get_doctest(example, globs, name, None, None)

@@ -23,6 +23,7 @@ from tests.trainer.test_trainer import make_trainer
 
 CORRECTED = {"rollout_correction": "truncated", "rollout_correction_high": 1.05}
 MASKED = {"rollout_correction": "masked", "rollout_correction_low": 0.9, "rollout_correction_high": 1.1}
+TWO_TERMS = [{"scope": "batch"}, {"scope": "group_turn"}]
 # table: key: (what stands beside it in the table, another value than GTPO's)
 OVERRIDES: dict[str, dict[str, tuple[dict[str, Any], Any]]] = {
     "reward": {
@@ -33,10 +34,12 @@ OVERRIDES: dict[str, dict[str, tuple[dict[str, Any], Any]]] = {
         "execution_bonus": ({}, 0.05),
         "execution_penalty": ({}, 0.2),
     },
-    "credit": {"terms": ({}, [{"scope": "batch"}]), "whiten": ({}, True)},
+    "credit": {"terms": ({}, [{"scope": "batch"}]), "whiten": ({}, True), "average": ({"terms": TWO_TERMS}, True)},
     "credit.terms.0": {
         "turns": ({}, "with_calls"),
         "others": ({"turns": "with_calls"}, "zero"),
+        "reward": ({}, "format"),
+        "context": ({"scope": "group_anchor"}, 1),
         "quantity": ({}, "trajectory_return"),
         "gamma": ({}, 0.5),
         "order": ({}, "normalise_first"),
@@ -51,13 +54,16 @@ OVERRIDES: dict[str, dict[str, tuple[dict[str, Any], Any]]] = {
     },
     "loss": {
         "ratio_level": ({}, "turn"),
+        "ratio_to": ({}, "sampler"),
         "surrogate": ({}, "cispo"),
+        "gate": ({"surrogate": "sapo", "gate": [1.0, 1.05]}, [3.0, 0.5]),
         "clip_low": ({}, 0.01),
         "clip_high": ({}, 0.01),
         "dual_clip": ({}, 1.05),
         "aggregation": ({}, "seq-mean-token-mean"),
         "aggregation_constant": ({"aggregation": "constant"}, 7.0),
         "kl": ({"kl": "k2", "kl_coef": 0.1}, "k3"),
+        "kl_reference": ({"kl": "k2", "kl_coef": 0.1}, "sampler"),
         "kl_coef": ({"kl": "k2", "kl_coef": 0.1}, 0.5),
         "entropy_coef": ({}, 0.1),
         "rollout_correction": ({}, "truncated"),
@@ -137,8 +143,10 @@ def test_an_override_is_taken_and_has_an_effect(table: str, name: str, effect: E
     nested = {"credit": {"terms": {"0": given}}} if table == "credit.terms.0" else {table: given}
     found = method_of(config_from_dict({"method": "gtpo", **nested}))
     record: Any = found.credit.terms[0] if table == "credit.terms.0" else getattr(found, table)
-    as_field = {"terms": (Term(scope="batch"),), "format_faults": ("invalid_call",)}.get(name, value)
-    assert record == dataclasses.replace(type(record)(), **{**beside, name: as_field})
+    as_fields = {key: tuple(setting) if isinstance(setting, list) else setting for key, setting in given.items()}
+    if "terms" in given:
+        as_fields["terms"] = tuple(Term(**term) for term in given["terms"])
+    assert record == dataclasses.replace(type(record)(), **as_fields)
     # nothing else is another than GTPO's
     others = {"reward", "credit", "loss"} - {table.partition(".")[0]}
     assert all(getattr(found, other) == getattr(METHODS["gtpo"], other) for other in others)
@@ -150,8 +158,8 @@ def test_an_override_is_taken_and_has_an_effect(table: str, name: str, effect: E
         for word in (f"--{table}.{key}", setting if isinstance(setting, str) else json.dumps(setting))
         if key != "terms"
     ]
-    if name == "terms":
-        path.write_text('method = "gtpo"\n[[credit.terms]]\nscope = "batch"\n')
+    for term in given.get("terms", ()):
+        path.write_text(f'{path.read_text()}[[credit.terms]]\nscope = "{term["scope"]}"\n')
     assert method_of(load_config(path, words)) == found
     of_beside = {"credit": {"terms": {"0": beside}}} if table == "credit.terms.0" else {table: beside}
     before = effect(method_of(config_from_dict({"method": "gtpo", **of_beside})))

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gtpo.credit import credit_advantages
+from gtpo.credit import credit_advantages, credit_rules
 from gtpo.methods import METHODS, CreditSum
+from gtpo_kernels import CreditTerm, combined_advantages
 
 TRL_EPS = 1e-4
 
@@ -90,9 +91,9 @@ def ours(credit: CreditSum, outcomes: Tensor, size: int, generator: random.Rando
     [
         *[
             (name, "grpo_trainer.py", is_grpo, {"scale_rewards": "group"})
-            for name in ("grpo", "deepseek_grpo", "dapo", "gspo", "cispo", "simpletir")
+            for name in ("grpo", "deepseek_grpo", "dapo", "gspo", "cispo", "sapo", "vespo", "dppo", "simpletir")
         ],
-        ("dr_grpo", "grpo_trainer.py", is_grpo, {"scale_rewards": "none"}),
+        *[(name, "grpo_trainer.py", is_grpo, {"scale_rewards": "none"}) for name in ("dr_grpo", "ipo")],
         ("rloo", "rloo_trainer.py", is_rloo, {"normalize_advantages": False}),
     ],
 )
@@ -107,6 +108,33 @@ def test_trl(name: str, file: str, first: Callable[[str], bool], settings: dict[
         exact = torch.tensor(outcomes, dtype=torch.float64)
         theirs = trl_advantages(file, first, exact.clone(), size, **settings)
         torch.testing.assert_close(ours(credit, exact, size, generator), theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_gdpo_is_trls_normalize_then_sum() -> None:
+    """TRL whitens over completions, and adds 1e-4 to both deviations; a token a trajectory makes them tokens."""
+    of_preset = METHODS["gdpo"].credit
+    terms = tuple(dataclasses.replace(term, eps=TRL_EPS) for term in of_preset.terms)
+    rules = credit_rules(dataclasses.replace(of_preset, terms=terms))
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        size, groups = 2 + seed % 5, 1 + seed % 4
+        kinds = torch.rand(size * groups, 2, generator=generator, dtype=torch.float64).round(decimals=seed % 2)
+        trainer = SimpleNamespace(multi_objective_aggregation="normalize_then_sum", reward_weights=torch.ones(2))
+        trainer.reward_funcs = [None, None]
+        names: dict[str, Any] = {"torch": torch, "self": trainer, "device": "cpu", "num_generations": size}
+        names |= {"rewards_per_func": kinds, "unscorable_mask": torch.zeros(len(kinds), dtype=torch.bool)}
+        exec(trl_code("utils.py", is_nanstd, is_nanstd), names)
+        exec(trl_code("grpo_trainer.py", is_grpo, is_end, "_generate_and_score_completions"), names)
+        turns = torch.arange(len(kinds))
+        found = combined_advantages(
+            kinds.sum(dim=1),
+            torch.arange(len(kinds) + 1),
+            turns // size,
+            turns,
+            [CreditTerm(rule, rewards=kind) for rule, kind in zip(rules, kinds.unbind(1), strict=False)],
+            then=rules[-1]._replace(eps=TRL_EPS),
+        )
+        torch.testing.assert_close(found.turn_advantages, names["advantages"], atol=1e-6, rtol=1e-6)
 
 
 def test_trl_has_other_advantages_for_other_settings() -> None:

@@ -48,7 +48,7 @@ def test_verl_penalties(penalty: str) -> None:
         assert_same(our_penalty(rows, PENALTIES[penalty]), (loss.detach(), torch.autograd.grad(loss, leaf)[0]))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_the_loss_of_a_preset_is_that_of_verl(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As verl's actor adds it up: the policy's loss, less the entropy bonus, plus the KL term, in one mean each."""
     monkeypatch.setattr(core_algos, "ActorConfig", Config)

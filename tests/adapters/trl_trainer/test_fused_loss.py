@@ -154,12 +154,21 @@ def test_loss_arguments_refuse_by_name() -> None:
         ("simpletir", "mask_void_turns=True"),
         (PolicyLoss(ratio_level="turn", kl="k2", kl_coef=0.1), "ratio_level='turn', kl='k2'"),
         (PolicyLoss(ratio_level="sequence", kl="rho_k3", kl_coef=0.1), "kl='rho_k3'"),
+        ("dppo", "surrogate='dppo', ratio_to='sampler'"),
+        ("ipo", "surrogate='ipo', ratio_to='sampler', kl='k2', kl_reference='sampler'"),
+        (PolicyLoss(surrogate="sapo", gate=(1.0, 1.05)), "aggregation='token-mean'"),
+        (PolicyLoss(surrogate="vespo", gate=(2.0, 3.0, 3.0, 2.0)), "ratio_level='token'"),
         (PolicyLoss(rollout_correction="masked"), "rollout_correction='masked'"),
     ):
         with pytest.raises(ValueError, match=f"GRPOConfig has no field for {named}"):
             loss_arguments(method)
     for kl in ("k3", "rho_k3"):
         assert loss_arguments(PolicyLoss(kl=kl, kl_coef=0.1))["use_bias_correction_kl"] == (kl == "rho_k3")  # type: ignore[arg-type]
+    sapo, vespo = loss_arguments("sapo"), loss_arguments("vespo")
+    assert (sapo["loss_type"], sapo["sapo_temperature_neg"]) == ("sapo", 1.05)
+    assert (vespo["loss_type"], vespo["vespo_lambda_pos"], vespo["vespo_k_neg"]) == ("vespo", 3.0, 3.0)
+    assert trl.GRPOConfig(**sapo, use_cpu=True, bf16=False).loss_type == "sapo"
+    assert trl.GRPOConfig(**vespo, use_cpu=True, bf16=False).importance_sampling_level == "token"
     with pytest.raises(ValueError, match="method must be one of gtpo, "):
         loss_arguments("ppo")
 
