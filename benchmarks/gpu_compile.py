@@ -58,7 +58,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses.  vector_bits: of the widest global load.  wide_loads: loads of 16 bytes."""
+    """What one compiled kernel uses.  vector_bits: of the widest global load.  wide_loads: loads of 16 bytes.
+
+    late_loads: of `late_loads`, for a kernel that may write d_logits over its logits.
+    """
 
     name: str
     backend: str
@@ -72,6 +75,7 @@ class Resources:
     wide_loads: int
     wide_loads_needed: int
     threads: int
+    late_loads: int = 0
 
 
 def triton_variants(capability: int) -> Iterator[Variant]:
@@ -91,15 +95,32 @@ def triton_variants(capability: int) -> Iterator[Variant]:
             constants = {**cut(plan), "ONE_BLOCK": plan.one_block, "HAS_SOFTCAP": softcap, "ALL_METRICS": False}
             name, wide = "sweep" + "+softcap" * softcap, wide_loads(plan, torch_dtype) * passes
             yield Variant(name, loss.sweep_kernel, dtype, f"V={vocab}", constants, matrix, plan.num_warps, 3, wide)
+            if vocab == LONG and not softcap:
+                for label, changed in (("rows", of_rows(constants)), ("forward", {**constants, "d_logits_ptr": None})):
+                    kernel, shape = loss.sweep_kernel, f"V={vocab} {label}"
+                    yield Variant("sweep", kernel, dtype, shape, changed, matrix, plan.num_warps)
         logits = torch.empty(1, LONG, dtype=torch_dtype)
         plan = sweeps.row_plan(4096, LONG, sweeps.STREAM_BLOCK, False, logits)
-        for name, kernel, extra in (
-            ("statistics", sweeps.statistics_kernel, {"ONE_BLOCK": False, "SPLIT": True, "counted_ptr": None}),
-            ("gradient", sweeps.gradient_kernel, {}),
+        whole = {"ONE_BLOCK": False, "SPLIT": False, "counted_ptr": None, "parts_ptr": None, "y_target_ptr": None}
+        for name, kernel, label, extra in (
+            (
+                "statistics",
+                sweeps.statistics_kernel,
+                " split",
+                {"ONE_BLOCK": False, "SPLIT": True, "counted_ptr": None},
+            ),
+            ("statistics", sweeps.statistics_kernel, "", whole),
+            ("gradient", sweeps.gradient_kernel, " entropy", {}),
+            ("gradient", sweeps.gradient_kernel, "", {"d_entropy_ptr": None}),
         ):
             constants = {**cut(plan), "HAS_SOFTCAP": False, **extra}
             wide = wide_loads(plan, torch_dtype)
-            yield Variant(name, kernel, dtype, f"V={LONG}", constants, matrix, plan.num_warps, 3, wide)
+            yield Variant(name, kernel, dtype, f"V={LONG}{label}", constants, matrix, plan.num_warps, 3, wide)
+            # as the losses from hidden states call them, with the rows that count
+            chosen = {key: value for key, value in of_rows(constants).items() if key != "counted_ptr"}
+            yield Variant(name, kernel, dtype, f"V={LONG}{label} rows", chosen, matrix, plan.num_warps)
+        constants = {**cut(plan), "HAS_SOFTCAP": False, **whole, "ONE_BLOCK": True}
+        yield Variant("statistics", sweeps.statistics_kernel, dtype, "one block", constants, matrix, plan.num_warps)
         if dtype != "fp64":
             tile = tiles.tile_plan(*torch.empty(2, 1, 4096, dtype=torch_dtype), capability)
             blocks = {"UNIT": tile.unit, "BLOCK_N": tile.rows, "BLOCK_V": tile.vocab, "BLOCK_D": tile.width}
@@ -110,6 +131,8 @@ def triton_variants(capability: int) -> Iterator[Variant]:
             )
     for acc in ("fp32", "fp64"):
         yield Variant("merge", sweeps.merge_kernel, acc, "", merge_constants(), types(acc), 1)
+        chosen = {key: value for key, value in of_rows(merge_constants()).items() if key != "counted_ptr"}
+        yield Variant("merge", sweeps.merge_kernel, acc, "rows", chosen, types(acc), 1)
         yield Variant("clipped_loss", clipped.block_kernel, acc, "", block_constants(), types(acc), 4)
         width = {"BLOCK_B": 64, "WIDTH": clipped.WIDTH}
         yield Variant("clipped_loss_combine", clipped.combine_kernel, acc, "", width, types(acc), 4)
@@ -132,13 +155,19 @@ def cut(plan: sweeps.RowPlan) -> dict[str, Any]:
     return {"UNIT": plan.unit, "BLOCK_V": plan.block, "row_inverse_ptr": None, "rows_ptr": None}
 
 
+def of_rows(constants: dict[str, Any]) -> dict[str, Any]:
+    """The same for a kernel that is given its rows, each with a temperature of its own."""
+    return {key: value for key, value in constants.items() if key not in ("rows_ptr", "row_inverse_ptr")}
+
+
 def wide_loads(plan: sweeps.RowPlan, dtype: torch.dtype) -> int:
     """16-byte loads of a thread for one block of a row, 0 where the row is not aligned."""
     return plan.block * dtype.itemsize // (plan.num_warps * 32 * sweeps.VECTOR_BYTES) if plan.unit > 1 else 0
 
 
 def merge_constants() -> dict[str, Any]:
-    return {"BLOCK_N": sweeps.MERGE_ROWS, "HAS_SOFTCAP": False, "rows_ptr": None, "counted_ptr": None}
+    absent = {"rows_ptr": None, "counted_ptr": None, "row_inverse_ptr": None}
+    return {"BLOCK_N": sweeps.MERGE_ROWS, "HAS_SOFTCAP": False, **absent}
 
 
 def block_constants() -> dict[str, Any]:
@@ -192,8 +221,35 @@ def compile_triton(variant: Variant, arch: str) -> Resources:
     needed = variant.wide_loads if target.backend == "cuda" else 0
     shared = compiled.metadata.shared
     return Resources(
-        variant.name, "triton", arch, variant.dtype, variant.shape, *read[:2], shared, *read[3:], needed, threads
+        variant.name,
+        "triton",
+        arch,
+        variant.dtype,
+        variant.shape,
+        *read[:2],
+        shared,
+        *read[3:],
+        needed,
+        threads,
+        late_loads(compiled.asm["ttir"]) if "d_logits_ptr" in signature else 0,
     )
+
+
+def late_loads(ttir: str) -> int:
+    """Loads of a single logit that no barrier follows; a reduction has some.
+
+    Every thread loads a scalar.  Without a barrier before the stores of the row, in place, a fast thread would
+    overwrite what a slow one has still to read.
+    """
+    of_logits, late = {"%logits_ptr"}, 0
+    for line in ttir.splitlines():
+        if moved := re.search(r"(%\S+) = tt\.addptr (%\S+), .*: !tt\.ptr<", line):
+            of_logits |= {moved[1]} if moved[2] in of_logits else set()
+        if '"tt.reduce"' in line or "barrier" in line:
+            late = 0
+        scalar = re.search(r"tt\.load (%\S+?)[ ,].*: !tt\.ptr<", line)
+        late += bool(scalar and scalar[1] in of_logits)
+    return late
 
 
 def read_hsaco(assembly: str) -> tuple[int, int, int, int, int]:

@@ -9,7 +9,7 @@ namespace {
 constexpr double max_log_ratio = 20.0;
 
 bool is_clipped(double ratio, double advantage, const ClipRule& rule) {
-    return advantage > 0.0 ? ratio > 1.0 + rule.clip_high : ratio < 1.0 - rule.clip_low;
+    return advantage > 0.0 ? ratio > 1.0 + rule.clip_high : advantage < 0.0 && ratio < 1.0 - rule.clip_low;
 }
 
 }  // namespace
@@ -18,6 +18,7 @@ double loss_slope(double logprob, double advantage, double old_logprob, bool has
     if (std::isinf(logprob) || (has_old && std::isinf(old_logprob))) return 0.0;
     const double log_ratio = has_old ? logprob - old_logprob : 0.0;
     const double ratio = std::exp(log_ratio);
+    // what is clipped by a NaN nobody knows: it is false here, and stays to be seen
     if (std::abs(log_ratio) > max_log_ratio || is_clipped(ratio, advantage, rule)) return 0.0;
     return -ratio * advantage / rule.denominator;
 }
@@ -51,12 +52,13 @@ void clipped_loss_cpu(const LossTokens& tokens, const ClipRule& rule, bool all_m
         const double bounded =
             ratio > 1.0 + rule.clip_high ? 1.0 + rule.clip_high : (ratio < 1.0 - rule.clip_low ? 1.0 - rule.clip_low : ratio);
         if (advantage != 0.0) surrogate += std::min(ratio * advantage, bounded * advantage);
-        if (is_clipped(ratio, advantage, rule) && advantage != 0.0) (advantage > 0.0 ? clip_high : clip_low) += 1.0;
+        if (is_clipped(ratio, advantage, rule)) (advantage > 0.0 ? clip_high : clip_low) += 1.0;
         k1 -= log_ratio;
         k3 += std::expm1(log_ratio) - log_ratio;
         if (tokens.entropy != nullptr) entropy += tokens.entropy[i];
         ratios += ratio;
-        if (!(ratio <= ratio_max)) ratio_max = ratio;
+        // a NaN is larger than any, and stays
+        if (std::isnan(ratio) || ratio > ratio_max) ratio_max = ratio;
         logprobs += logprob;
         if (d_logprobs != nullptr && advantage != 0.0) {
             d_logprobs[i] = loss_slope(logprob, advantage, old_logprob, has_old, rule);

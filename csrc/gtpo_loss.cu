@@ -17,6 +17,7 @@ __device__ A loss_slope(const LossSweep& sweep, std::int64_t batch_row, A logpro
     const A log_ratio = logprob - old;
     const A ratio = exp(log_ratio);
     if (fabs(log_ratio) > static_cast<A>(kMaxLogRatio)) return 0;
+    if (advantage != advantage) return advantage;
     if (advantage > 0 ? ratio > static_cast<A>(1 + sweep.clip_high) : ratio < static_cast<A>(1 - sweep.clip_low)) return 0;
     return -ratio * advantage / *static_cast<const A*>(sweep.denominator);
 }

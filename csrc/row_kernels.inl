@@ -150,10 +150,10 @@ Vector<T> shift_of(Vector<T> max, T softcap) {
 template <class T, bool scaled>
 Vector<T> divide(Vector<T> difference, Vector<T> high, Vector<T> low) {
     if constexpr (!scaled) return difference;
-    // the parts of the product would be infinities of either sign
-    const Vector<T> least = broadcast<T>(static_cast<T>(-1e30));
-    const Vector<T> finite = difference < least ? least : difference;
-    return finite * high + finite * low;
+    // the parts of an infinite product would be infinities of either sign
+    const Vector<T> least = broadcast<T>(static_cast<T>(log_zero));
+    const Vector<T> product = difference * high;
+    return product < least ? least : product + difference * low;
 }
 
 template <class T>

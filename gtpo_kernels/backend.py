@@ -4,15 +4,20 @@ A backend is a file, `gtpo_kernels/<family>/kernel_<backend>.py`, imported when 
 `BACKENDS`.  `reference` is the definition and runs as plain autograd; every other runs inside a registered op.
 """
 
+import contextlib
+import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+MIN_TRITON = (3, 4)
 FAMILIES = frozenset({"token_logprobs", "turn_advantages", "clipped_loss", "gtpo_loss"})
 
 
@@ -46,9 +51,41 @@ def _needs_compiled_cuda_module(device: torch.device) -> str | None:
     return None
 
 
-def _needs_triton(device: torch.device) -> str | None:
+# A compiler takes what it gives, and does not look into the package's metadata itself.
+@torch.compiler.assume_constant_result
+def _why_no_triton() -> str | None:
+    """Why the installed Triton does not compile the kernels, or that there is none; None where it does."""
+    return _fault_of_triton()
+
+
+@functools.cache
+def _fault_of_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is in the extra 'gpu'"
+    for package in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(package)
+            # older ones evaluate both sides of `and`, though the first is known when they compile
+            recent = release_of(version) >= MIN_TRITON
+            wanted = ".".join(map(str, MIN_TRITON))
+            return None if recent else f"needs triton {wanted} or newer, got {package} {version}"
+    return None
+
+
+def release_of(version: str) -> tuple[int, int]:
+    """Major and minor number, to be compared as numbers; a pre-release counts as what it leads to.
+
+    >>> release_of("2.11.0a0+git1"), release_of("2.9.1") < release_of("2.11")
+    ((2, 11), True)
+    """
+    major, minor = version.split(".")[:2]
+    return int(major), int(re.match(r"\d+", minor)[0])  # type: ignore[index]
+
+
+def _needs_triton(device: torch.device) -> str | None:
+    reason = _why_no_triton()
+    if reason is not None:
+        return reason
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs an NVIDIA or AMD GPU, or TRITON_INTERPRET=1 to be interpreted slowly, got tensors on {device}"
     return None

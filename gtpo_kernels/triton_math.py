@@ -241,4 +241,5 @@ def loss_slope(logprob, old_logprob, advantage, denominator, clip_low, clip_high
         ratio > scalar(1.0 + clip_high, logprob.dtype),
         ratio < scalar(1.0 - clip_low, logprob.dtype),
     )
-    return tl.where(infinite | clamped | clipped, 0.0, -ratio * advantage / denominator)
+    cut = infinite | clamped | (clipped & (advantage == advantage))
+    return tl.where(cut, 0.0, -ratio * advantage / denominator)

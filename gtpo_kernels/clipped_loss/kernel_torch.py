@@ -63,4 +63,5 @@ def loss_slope(
     infinite = logprobs.isinf() if old_logprobs is None else logprobs.isinf() | old_logprobs.isinf()
     clamped = log_ratio.abs() > MAX_LOG_RATIO
     clipped = torch.where(advantages > 0, ratio > 1.0 + clip_high, ratio < 1.0 - clip_low)
-    return (-ratio * advantages / denominator).masked_fill(infinite | clamped | clipped, 0.0)
+    cut = infinite | clamped | (clipped & ~advantages.isnan())
+    return (-ratio * advantages / denominator).masked_fill(cut, 0.0)

@@ -4,9 +4,17 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 from gtpo_kernels.backend import run_kernel, select_backend
-from gtpo_kernels.checks import accumulator_dtype, check_choice, check_tensor, check_values
+from gtpo_kernels.checks import (
+    accumulator_dtype,
+    check_choice,
+    check_first_order,
+    check_no_tangent,
+    check_tensor,
+    check_values,
+)
 from gtpo_kernels.clipped_loss.reference import (
     NUM_CLIPPED_METRICS,
     ClippedLoss,
@@ -101,6 +109,7 @@ def clipped_loss(
         return clipped_loss_reference(
             logprobs, advantages, mask, old_logprobs, entropy, denominator, terms, metrics == "all"
         )
+    check_no_tangent(logprobs=logprobs, entropy=entropy)
     need = torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad))
     loss, packed, *_ = _clipped_loss(
         logprobs, entropy, advantages, mask, old_logprobs, denominator, *terms, metrics == "all", need, True, name
@@ -130,7 +139,9 @@ def check_loss_arguments(
     if not isinstance(num_loss_tokens, Tensor):
         if not 0 <= num_loss_tokens < float("inf"):
             raise ValueError(f"num_loss_tokens must be 0 or more and finite, got {num_loss_tokens}")
-        return loss_mask, torch.full((), num_loss_tokens, dtype=torch.float64, device=device)
+        # Apple's GPUs have no float64
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return loss_mask, torch.full((), num_loss_tokens, dtype=dtype, device=device)
     if num_loss_tokens.numel() != 1:
         raise ValueError(f"num_loss_tokens must be one number, got shape {tuple(num_loss_tokens.shape)}")
     return loss_mask, num_loss_tokens.detach().to(device).reshape(())
@@ -246,7 +257,9 @@ def _clipped_loss(
 
 @_clipped_loss.register_fake
 def _(logprobs: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_gradient, terms = rest[-3], LossTerms(*rest[5:-4])
+    # the fields of LossTerms stand before (all_metrics, need_gradient, consume, backend)
+    *before, _, need_gradient, _, _ = rest
+    terms = LossTerms(*before[-len(LossTerms._fields) :])
     loss, metrics = empty_loss(logprobs, terms)
     shape = logprobs.shape if need_gradient else (0,)
     return loss, metrics, loss.new_empty(shape), loss.new_empty(shape if terms.entropy_coef else (0,))
@@ -270,25 +283,31 @@ def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.consume = inputs[-2]
     ctx.spent = False
-    ctx.dtype = inputs[0].dtype
+    ctx.dtypes = [given.dtype if isinstance(given, Tensor) else None for given in inputs[: len(output) - 2]]
     ctx.num_inputs = len(inputs)
     ctx.save_for_backward(*output[2:])
 
 
 def scale_gradients(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     """backward of such an op: kept gradients times the upstream one, in place with `consume`, and then only once."""
+    check_first_order()
     if ctx.spent:
         raise RuntimeError("backward ran twice: the first scaled the kept gradients in place; call the op again")
     gradients: list[Tensor | None] = [None] * ctx.num_inputs
     for i, kept in enumerate(ctx.saved_tensors):
         if ctx.needs_input_grad[i]:
             # A compiler traces with a subclass of Tensor, and decides itself which buffers to reuse.
-            in_place = ctx.consume and type(kept) is Tensor
+            in_place = ctx.consume and type(kept) is Tensor and not is_batched(grad_loss)
             ctx.spent |= in_place
             if not (in_place and _is_one(grad_loss)):
                 kept = kept.mul_(grad_loss) if in_place else kept * grad_loss
-            gradients[i] = kept.to(ctx.dtype)
+            gradients[i] = kept.to(ctx.dtypes[i])
     return tuple(gradients)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether one tensor stands for many, as under vmap or `is_grads_batched`."""
+    return is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor)
 
 
 def _is_one(grad_loss: Tensor) -> bool:

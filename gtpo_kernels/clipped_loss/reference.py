@@ -101,7 +101,9 @@ def weighted(advantages: Tensor, terms: LossTerms) -> tuple[Tensor, LossTerms]:
     """Advantages with the token weights in them, where the gain is all that they weigh: it is linear in both."""
     if terms.token_weights is None or terms.is_penalised:
         return advantages, terms
-    return advantages * terms.token_weights, terms._replace(token_weights=None)
+    accumulator = accumulator_dtype(advantages.dtype, terms.token_weights.dtype)
+    product = advantages.detach().to(accumulator) * terms.token_weights.detach().to(accumulator)
+    return product, terms._replace(token_weights=None)
 
 
 class LossMetrics(NamedTuple):
@@ -170,7 +172,7 @@ def clipped_loss_reference(
         # What lies outside is replaced before any arithmetic, because 0 * NaN is NaN, in the gradient too.
         return values.to(accumulator).masked_fill(~where, 0.0)
 
-    logprobs = given(logprobs, counted)
+    logprobs = differentiable_where(active, given(logprobs, counted))
     advantages = given(advantages.detach(), active)
     old = logprobs.detach() if old_logprobs is None else given(old_logprobs.detach(), counted)
     ref = None if terms.ref_logprobs is None else given(terms.ref_logprobs.detach(), counted)
@@ -180,13 +182,13 @@ def clipped_loss_reference(
     live = counted & ~nonfinite
 
     difference = (logprobs - old).masked_fill(nonfinite, 0.0)
-    log_ratio = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = held(difference)
     if terms.ratio_ids is None:
         ratio = log_ratio.exp()
     else:
         # the value is shared, the gradient a token's own: what follows the mean is 0, with the slope of the token
         shared = segment_means(difference.detach(), terms.ratio_ids, live) + (difference - difference.detach())
-        ratio = shared.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        ratio = held(shared).exp()
     if terms.surrogate == "vespo":
         ratio = product_ratio(log_ratio.detach(), live, terms)
     cut_low, cut_high = beyond_clips(logprobs.detach(), old, ratio.detach(), advantages, terms)
@@ -195,7 +197,7 @@ def clipped_loss_reference(
     ref_kl = None
     if terms.kl != "none":
         assert ref is not None
-        log_ref = (ref - logprobs).masked_fill(nonfinite, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        log_ref = held((ref - logprobs).masked_fill(nonfinite, 0.0))
         k3 = torch.expm1(log_ref) - log_ref
         ref_kl = {"k1": -log_ref, "k2": 0.5 * log_ref * log_ref, "k3": k3, "rho_k3": ratio * k3}[terms.kl]
         token_loss = token_loss + terms.kl_coef * ref_kl
@@ -230,6 +232,17 @@ def clipped_loss_reference(
         ref_kl=None if ref_kl is None else mean(ref_kl),
     )
     return ClippedLoss(loss, metrics)
+
+
+def differentiable_where(active: Tensor, values: Tensor) -> Tensor:
+    """The values [N, ...], constants where not `active` [N]: a gradient of 0 through a NaN would be NaN."""
+    return torch.where(active.view(-1, *[1] * (values.dim() - 1)), values, values.detach())
+
+
+def held(log_ratio: Tensor) -> Tensor:
+    """clamp(log_ratio, -20, 20), but that a NaN's gradient is NaN and not 0: it stays to be seen."""
+    bounded = log_ratio.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.where(log_ratio.detach().abs() > MAX_LOG_RATIO, bounded, log_ratio)
 
 
 def _gain(logprobs: Tensor, ratio: Tensor, advantages: Tensor, terms: LossTerms) -> Tensor:
@@ -292,7 +305,8 @@ def active_tokens(advantages: Tensor, loss_mask: Tensor, terms: LossTerms) -> Te
     own = loss_mask & (advantages != 0)
     if terms.ratio_ids is None:
         return own
-    return loss_mask & torch.isin(terms.ratio_ids, terms.ratio_ids[own])
+    # the mean of 0s and 1s over the tokens of an id, of shapes that no value decides
+    return segment_means(own.float(), terms.ratio_ids, loss_mask) > 0
 
 
 def counted_tokens(advantages: Tensor, loss_mask: Tensor, terms: LossTerms, all_metrics: bool) -> Tensor:
@@ -301,7 +315,10 @@ def counted_tokens(advantages: Tensor, loss_mask: Tensor, terms: LossTerms, all_
 
 
 def segment_means(values: Tensor, ids: Tensor, members: Tensor) -> Tensor:
-    """[N]: for each of `members` [N] bool the mean of `values` over the members of its id, 0 for the others."""
+    """[N]: for each of `members` [N] bool the mean of `values` over the members of its id, 0 for the others.
+
+    Every shape is N, so nothing waits for a device, and a compiler sees through it.
+    """
     return _by_segment(values, ids, members, means=True)
 
 
@@ -311,14 +328,16 @@ def segment_sums(values: Tensor, ids: Tensor, members: Tensor) -> Tensor:
 
 
 def _by_segment(values: Tensor, ids: Tensor, members: Tensor, *, means: bool) -> Tensor:
-    rows = members.nonzero().squeeze(1)
-    if not len(rows):
-        return values.masked_fill(~members, 0.0)
-    _, segment, sizes = ids[rows].unique(return_inverse=True, return_counts=True)
+    ids, order = ids.sort(stable=True)
+    # which of the runs of equal ids, counted from 0, a sorted token is in
+    run = torch.cat([ids[:1], ids]).diff().ne(0).cumsum(0)
+    # whole numbers, so that the order of the additions does not matter
+    lengths = torch.zeros_like(run).scatter_add_(0, run, torch.ones_like(run))
     # a segment reduction adds in a fixed order; scattered adds would not on a GPU
-    sums = torch.segment_reduce(values[rows[segment.argsort(stable=True)]], "sum", lengths=sizes)
-    of_segments = sums / sizes if means else sums
-    return torch.zeros_like(values).index_put((rows,), of_segments[segment])
+    sums = torch.segment_reduce(values.masked_fill(~members, 0.0)[order], "sum", lengths=lengths, unsafe=True)
+    if means:
+        sums = sums / torch.zeros_like(run).scatter_add_(0, run, members[order].long()).clamp(min=1)
+    return torch.zeros_like(values).index_put((order,), sums[run]).masked_fill(~members, 0.0)
 
 
 def loss_denominator(num_loss_tokens: Tensor | None, loss_mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -119,8 +119,8 @@ def _sapo_slopes(log_ratio: Tensor, advantages: Tensor, terms: LossTerms) -> Ten
 def _ppo_slopes(log_ratio: Tensor, advantages: Tensor, terms: LossTerms) -> Tensor:
     """-ratio * advantage, 0 where clipped or clamped.  A NaN fails every test and stays to be seen."""
     ratio = log_ratio.exp()
-    cut = log_ratio.abs() > MAX_LOG_RATIO
-    cut |= torch.where(advantages > 0, ratio > 1.0 + terms.clip_high, ratio < 1.0 - terms.clip_low)
+    cut = torch.where(advantages > 0, ratio > 1.0 + terms.clip_high, ratio < 1.0 - terms.clip_low)
     if terms.dual_clip is not None:
         cut |= (advantages < 0) & (ratio > terms.dual_clip)
+    cut = (cut & ~advantages.isnan()) | (log_ratio.abs() > MAX_LOG_RATIO)
     return (-ratio * advantages).masked_fill(cut, 0.0)

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from gtpo_kernels.checks import check_choice, check_tensor, check_values
+from gtpo_kernels.checks import accumulator_dtype, check_choice, check_tensor, check_values
 from gtpo_kernels.clipped_loss.reference import MAX_LOG_RATIO, segment_means
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"]
@@ -59,7 +59,9 @@ def loss_mean(
     ids = sequence_ids(cu_seqlens, len(loss_mask))
     if aggregation == "token-mean":
         return LossMean(None, loss_mask.sum().double())
-    counts = torch.bincount(ids[loss_mask], minlength=len(cu_seqlens) - 1)
+    # whole numbers, so that the order of the additions does not matter
+    counts = torch.zeros(len(cu_seqlens) - 1, dtype=torch.int64, device=ids.device)
+    counts = counts.scatter_add_(0, ids, loss_mask.long())
     num_sequences = (counts > 0).sum().double()
     if aggregation == "seq-mean-token-mean":
         return LossMean((loss_mask / counts.clamp(min=1)[ids]).float(), num_sequences)
@@ -78,9 +80,9 @@ def sequence_ids(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     lengths = cu_seqlens.diff()
     holds = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens) & (lengths >= 0).all()
     check_values(holds, f"cu_seqlens must not decrease, from 0 to the {num_tokens} tokens, got values that do not")
-    return torch.repeat_interleave(
-        torch.arange(len(lengths), device=cu_seqlens.device), lengths, output_size=num_tokens
-    )
+    # not by repeat_interleave, whose size is a value, which a compiler does not know
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)
 
 
 def rollout_weights(
@@ -101,8 +103,9 @@ def rollout_weights(
     All [N].  low: used by "masked" alone.
     ratio_ids: tokens of one id in the loss mask share one w, the geometric mean of theirs: that of a turn, or of a
         sequence (a product would leave no long sequence within the bounds).  None for a w a token.
-    Returns [N], of the dtype of old_logprobs: multiply the advantages by them, which leaves a KL or entropy term as it
-        is.  0 outside the loss mask, and where a log-probability is infinite.
+    Returns [N], of the dtype of old_logprobs, computed in float32 (float64 where an input is) and rounded once; at most
+        that dtype's largest number.  Multiply the advantages by them, which leaves a KL or entropy term as it is.  0
+        outside the loss mask, and where a log-probability is infinite.
     Raises ValueError for other shapes, dtypes, devices or values.
     Source: arXiv 2505.24298 (decoupled old and behaviour policy); truncation and masks as in TRL 1.16
     (`vllm_importance_sampling_mode`), whose "sequence" modes take the product.
@@ -120,7 +123,9 @@ def rollout_weights(
     if not 0.0 <= (low if correction == "masked" else 0.0) <= high < float("inf"):
         raise ValueError(f"low and high must be 0 <= low <= high < inf, got {low} and {high}")
     live = loss_mask & ~old_logprobs.isinf() & ~rollout_logprobs.isinf()
-    log_ratio = (old_logprobs.detach() - rollout_logprobs.detach()).masked_fill(~live, 0.0)
+    accumulator = accumulator_dtype(old_logprobs.dtype, rollout_logprobs.dtype)
+    log_ratio = old_logprobs.detach().to(accumulator) - rollout_logprobs.detach().to(accumulator)
+    log_ratio = log_ratio.masked_fill(~live, 0.0)
     if ratio_ids is not None:
         check_tensor("ratio_ids", ratio_ids, layout="[N]", shape=shape, kind="int", device=device)
         log_ratio = segment_means(log_ratio, ratio_ids, live)
@@ -129,4 +134,5 @@ def rollout_weights(
         weights = weights.clamp(max=high)
     else:
         weights = weights.masked_fill((weights < low) | (weights > high), 0.0)
-    return weights.masked_fill(~live, 0.0).to(old_logprobs.dtype)
+    largest = torch.finfo(old_logprobs.dtype).max
+    return weights.masked_fill(~live, 0.0).clamp(max=largest).to(old_logprobs.dtype)

@@ -7,7 +7,8 @@ from gtpo_kernels import _cpu
 from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.gtpo_loss.kernel_torch import ChunkSweep, LossPass
 from gtpo_kernels.gtpo_loss.reference import LossInputs
-from gtpo_kernels.token_logprobs.kernel_cpp import logits_in_memory, sweepable, temperatures, zero_other_rows_
+from gtpo_kernels.token_logprobs.kernel_cpp import logits_in_memory, sweepable, temperatures
+from gtpo_kernels.token_logprobs.kernel_torch import zero_other_rows_
 from gtpo_kernels.turn_advantages.kernel_cpp import buffer, buffer_or_none
 
 

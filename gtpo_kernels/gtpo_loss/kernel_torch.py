@@ -14,7 +14,7 @@ from gtpo_kernels.checks import accumulator_dtype
 from gtpo_kernels.clipped_loss.kernel_torch import clipped_loss, loss_slope
 from gtpo_kernels.clipped_loss.reference import loss_denominator
 from gtpo_kernels.gtpo_loss.reference import LossInputs
-from gtpo_kernels.token_logprobs.kernel_torch import LogitScale, row_blocks, row_softmax_
+from gtpo_kernels.token_logprobs.kernel_torch import LogitScale, row_blocks, row_softmax_, zero_other_rows_
 
 
 class LossPass:
@@ -124,8 +124,7 @@ def gtpo_loss_(logits: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
     state = LossPass(inputs, accumulator_dtype(logits.dtype))
     for rows, d_rows in _swept_blocks(logits, state, True):
         logits[rows] = d_rows.to(logits.dtype)
-    silent = torch.ones_like(inputs.loss_mask).index_fill_(0, state.active_rows, False)
-    logits.index_fill_(0, silent.nonzero().squeeze(1), 0.0)
+    zero_other_rows_(logits, state.active_rows)
     return state.finish()
 
 

@@ -101,6 +101,10 @@ def sweep_kernel(
             )
         target = tl.load(targets_ptr + row).to(tl.int32)
         y_target = squash(tl.load(row_ptr + target).to(ACC), inverse_softcap, HAS_SOFTCAP)
+        if HAS_GRADIENT:
+            # Every thread has loaded it: where d_logits are the logits, a fast one would else overwrite what a slow one
+            # has still to read.  Loaded before the reductions, which have barriers, it would cost a register too many.
+            tl.debug_barrier()
         log_sum, entropy = log_sum_and_entropy(total, moment)
         logprob = target_logprob(y_target, y_max, exact_scale, log_sum)
         tl.store(logprobs_ptr + row, logprob)

@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gtpo_kernels.backend import run_kernel, select_backend
 from gtpo_kernels.checks import (
+    check_no_tangent,
     check_row_temperature,
     check_softcap,
     check_targets,
@@ -102,6 +104,7 @@ def gtpo_loss(
     )
     if name == "reference":
         return gtpo_loss_reference(logits, _checked_values(inputs, logits.shape[1]))
+    check_no_tangent(logits=logits)
     need = torch.is_grad_enabled() and logits.requires_grad
     loss, packed, _ = _gtpo_loss(logits, *inputs.flat(), need, True, name)
     return ClippedLoss(loss, unpack_metrics(packed, terms, has_entropy=True))
@@ -141,6 +144,8 @@ def gtpo_loss_(
     >>> weight.grad.tolist()[:2]
     [[-0.375, -0.125], [0.125, 0.375]]
     """
+    if isinstance(logits, FakeTensor):
+        raise RuntimeError(EAGER_ONLY)
     if torch.compiler.is_compiling():
         # a plain raise makes the compiler run this frame eagerly, without a word; after a graph break it stands
         torch._dynamo.graph_break(msg=EAGER_ONLY)
@@ -167,14 +172,22 @@ def gtpo_loss_(
         backend,
     )
     inputs = _checked_values(inputs, logits.shape[1])
+    # kernels write to memory that autograd does not see: a graph that has saved these logits must refuse to go backward
+    torch.autograd.graph.increment_version(logits)
     if name == "reference":
         return gtpo_loss_reference_(logits, inputs)
+    check_no_tangent(logits=logits)
     with torch.no_grad():
-        if terms.is_clipped_surrogate:
-            loss, packed = run_kernel(FAMILY, name, "gtpo_loss_", logits.device, logits, inputs)
-        else:
-            loss, packed = ruled_gtpo_loss_(name, logits, inputs)
+        loss, packed = _turn_into_d_logits(name, logits, inputs)
     return ClippedLoss(loss, unpack_metrics(packed, terms, has_entropy=True))
+
+
+def _turn_into_d_logits(backend: str, logits: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """(Loss, metrics); logits, contiguous, become d_logits."""
+    if not inputs.terms.is_clipped_surrogate:
+        return ruled_gtpo_loss_(backend, logits, inputs)
+    outputs: tuple[Tensor, Tensor] = run_kernel(FAMILY, backend, "gtpo_loss_", logits.device, logits, inputs)
+    return outputs
 
 
 def linear_gtpo_loss(
@@ -203,7 +216,8 @@ def linear_gtpo_loss(
 ) -> ClippedLoss:
     """`gtpo_loss(hidden @ weight.T + bias, ...)` that never holds the [N, V] logits.
 
-    hidden: [N, D] float32, float64, bfloat16 or float16.  weight: [V, D] and bias: [V], of the same dtype.
+    hidden: [N, D] float32, float64, bfloat16 or float16.  weight: [V, D] and bias: [V], of any of these dtypes, as
+        for `linear_token_logprobs`.
     chunk_rows: rows projected at once; None chooses by memory.  The result does not depend on it beyond rounding.
     skip_clipped: leave rows whose gradient is exactly 0 (clipped, clamped, infinite) out of the two gradient products.
     filter_eps: leave a block of 256 vocabulary entries out of a chunk's gradient products if, in every row,
@@ -241,6 +255,7 @@ def linear_gtpo_loss(
     )
     if name == "reference":
         return linear_gtpo_loss_reference(hidden, weight, bias, _checked_values(inputs, weight.shape[0]))
+    check_no_tangent(hidden=hidden, weight=weight, bias=bias)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     loss, packed, *_ = _linear_gtpo_loss(
         hidden, weight, bias, *inputs.flat(), chunk_rows, skip_clipped, filter_eps, *needs, True, name
@@ -302,6 +317,14 @@ INPUTS_SCHEMA = (
 )
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of d_logits from the forward pass to backward, for logits of `dtype`.
+
+    float16 would round most of a large vocabulary's d_logits to 0 before a loss scale multiplies them.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 @torch.library.custom_op(
     "gtpo_kernels::gtpo_loss",
     mutates_args=(),
@@ -310,6 +333,9 @@ INPUTS_SCHEMA = (
 def _gtpo_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *flat, need_logits, _, backend = rest
     inputs = _checked_values(LossInputs.from_flat(flat), logits.shape[1])
+    if need_logits and kept_dtype(logits.dtype) != logits.dtype:
+        d_logits = logits.to(kept_dtype(logits.dtype), memory_format=torch.contiguous_format)
+        return *_turn_into_d_logits(backend, d_logits, inputs), d_logits
     if not inputs.terms.is_clipped_surrogate:
         return ruled_gtpo_loss(backend, logits, inputs, need_logits)
     outputs: tuple[Tensor, Tensor, Tensor] = run_kernel(
@@ -322,7 +348,8 @@ def _gtpo_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *flat, need_logits, _, _ = rest
     terms = LossInputs.from_flat(flat).terms
-    return *empty_loss(logits, terms), logits.new_empty(logits.shape if need_logits else (0,))
+    dtype = kept_dtype(logits.dtype) if need_logits else logits.dtype
+    return *empty_loss(logits, terms), logits.new_empty(logits.shape if need_logits else (0,), dtype=dtype)
 
 
 _gtpo_loss.register_autograd(scale_gradients, setup_context=keep_gradients)
@@ -345,8 +372,8 @@ def _linear_gtpo_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest
 @_linear_gtpo_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     *flat, _, _, _, need_hidden, need_weight, need_bias, _, _ = rest
-    terms = LossInputs.from_flat(flat).terms
-    return *empty_loss(hidden, terms), *empty_head_gradients(hidden, weight, (need_hidden, need_weight, need_bias))
+    gradients = empty_head_gradients(hidden, weight, bias, (need_hidden, need_weight, need_bias))
+    return *empty_loss(gradients[0], LossInputs.from_flat(flat).terms), *gradients
 
 
 _linear_gtpo_loss.register_autograd(scale_gradients, setup_context=keep_gradients)

@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gtpo_kernels.clipped_loss.reference import ClippedLoss, LossTerms, clipped_loss_reference, counted_tokens
+from gtpo_kernels.clipped_loss.reference import (
+    ClippedLoss,
+    LossTerms,
+    active_tokens,
+    clipped_loss_reference,
+    counted_tokens,
+    differentiable_where,
+)
 from gtpo_kernels.token_logprobs.reference import project, token_logprobs_reference
 
 
@@ -51,7 +58,9 @@ def gtpo_loss_reference(logits: Tensor, inputs: LossInputs) -> ClippedLoss:
     i = inputs
     skipped = ~counted_tokens(i.advantages, i.loss_mask, i.terms, i.all_metrics)
     token = token_logprobs_reference(
-        logits.masked_fill(skipped[:, None], 0.0),
+        differentiable_where(
+            active_tokens(i.advantages, i.loss_mask, i.terms), logits.masked_fill(skipped[:, None], 0.0)
+        ),
         i.targets.masked_fill(skipped, 0),
         i.temperature if i.row_temperature is None else i.row_temperature.masked_fill(skipped, 1.0),
         i.softcap,
@@ -70,9 +79,14 @@ def gtpo_loss_reference(logits: Tensor, inputs: LossInputs) -> ClippedLoss:
 
 def linear_gtpo_loss_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, inputs: LossInputs) -> ClippedLoss:
     """`linear_gtpo_loss` as its definition; see `gtpo_kernels.linear_gtpo_loss`."""
-    # the weight gradient of a row is d_logits x hidden, so what a skipped row holds must not reach it
-    skipped = ~counted_tokens(inputs.advantages, inputs.loss_mask, inputs.terms, inputs.all_metrics)
-    return gtpo_loss_reference(project(hidden.masked_fill(skipped[:, None], 0.0), weight, bias), inputs)
+    # the weight gradient of a row is d_logits x hidden, so what a row without gradient holds must not reach it
+    active = active_tokens(inputs.advantages, inputs.loss_mask, inputs.terms)
+    logits = project(hidden.masked_fill(~active[:, None], 0.0), weight, bias)
+    if inputs.all_metrics:
+        with torch.no_grad():
+            others = project(hidden.masked_fill(~inputs.loss_mask[:, None], 0.0), weight, bias)
+        logits = torch.where(active[:, None], logits, others)
+    return gtpo_loss_reference(logits, inputs)
 
 
 def gtpo_loss_reference_(logits: Tensor, inputs: LossInputs) -> ClippedLoss:

@@ -19,7 +19,7 @@ from gtpo_kernels.clipped_loss.reference import (
 )
 from gtpo_kernels.clipped_loss.ruled import ruled_slopes, token_slopes
 from gtpo_kernels.gtpo_loss.reference import LossInputs
-from gtpo_kernels.token_logprobs.kernel_torch import LogitScale, row_blocks
+from gtpo_kernels.token_logprobs.kernel_torch import LogitScale
 from gtpo_kernels.token_logprobs.reference import RowStatistics
 
 
@@ -109,23 +109,20 @@ def ruled_gtpo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [], metrics [13], d_logits [N, V] in the logits' dtype, or [0] where not needed)."""
     state = _whole_pass(backend, logits, inputs)
-    d_logits = logits.new_empty(0)
-    if need_logits:
-        rest = (logits, *token_arguments(inputs), state.statistics)
-        upstream = (state.d_logprobs, state.d_entropy)
-        d_logits = run_kernel("token_logprobs", backend, "token_logprobs_backward", logits.device, *upstream, *rest)
+    d_logits = _d_logits(backend, logits, state, in_place=False) if need_logits else logits.new_empty(0)
     return *state.finish(), d_logits
 
 
 def ruled_gtpo_loss_(backend: str, logits: Tensor, inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """(loss [], metrics [13]); logits [N, V], contiguous, become d_logits, a block of rows at a time."""
+    """(loss [], metrics [13]); logits [N, V], contiguous, become d_logits."""
     state = _whole_pass(backend, logits, inputs)
-    arguments = token_arguments(inputs)
-    for rows in row_blocks(logits):
-        upstream = (state.d_logprobs[rows], None if state.d_entropy is None else state.d_entropy[rows])
-        temperature = None if arguments.row_temperature is None else arguments.row_temperature[rows]
-        of_block = arguments._replace(targets=arguments.targets[rows], row_temperature=temperature)
-        kept = RowStatistics(*(values[rows] for values in state.statistics))
-        rest = (logits[rows], *of_block, kept)
-        logits[rows] = run_kernel("token_logprobs", backend, "token_logprobs_backward", logits.device, *upstream, *rest)
+    _d_logits(backend, logits, state, in_place=True)
     return state.finish()
+
+
+def _d_logits(backend: str, logits: Tensor, state: RuledPass, *, in_place: bool) -> Tensor:
+    """What the slopes of the pass make of all rows at once."""
+    upstream = (state.d_logprobs, state.d_entropy)
+    rest = (logits, *token_arguments(state.inputs), state.statistics, in_place)
+    d_logits: Tensor = run_kernel("token_logprobs", backend, "token_logprobs_backward", logits.device, *upstream, *rest)
+    return d_logits

@@ -15,6 +15,7 @@ from gtpo_kernels.token_logprobs.kernel_torch import (
     chunked_statistics,
     empty_statistics,
     rows_with_gradient,
+    zero_other_rows_,
 )
 from gtpo_kernels.token_logprobs.reference import RowStatistics
 from gtpo_kernels.turn_advantages.kernel_cpp import buffer, buffer_or_none
@@ -34,7 +35,8 @@ def logits_in_memory(logits: Tensor) -> _cpu.Logits:
         num_rows=logits.shape[0],
         vocab=logits.shape[1],
         row_stride=logits.stride(0),
-        vocab_stride=logits.stride(1),
+        # that of a single column is arbitrary
+        vocab_stride=logits.stride(1) if logits.shape[1] > 1 else 1,
     )
 
 
@@ -47,7 +49,9 @@ def temperatures(rows: Tensor, temperature: float, row_temperature: Tensor | Non
     """Of the wanted rows, [n] float64; None where all are 1."""
     if row_temperature is not None:
         return row_temperature[rows].double()
-    return None if temperature == 1.0 else torch.full((len(rows),), temperature, dtype=torch.float64)
+    if temperature == 1.0:
+        return None
+    return torch.full((len(rows),), temperature, dtype=torch.float64, device=rows.device)
 
 
 def token_logprobs(
@@ -55,7 +59,7 @@ def token_logprobs(
 ) -> RowStatistics:
     """Statistics of every row of logits [N, V]."""
     statistics = empty_statistics(logits)
-    rows = torch.arange(len(logits))
+    rows = torch.arange(len(logits), device=logits.device)
     store_statistics(sweepable(logits), None, rows, targets, temperature, row_temperature, softcap, statistics)
     return statistics
 
@@ -92,21 +96,19 @@ def token_logprobs_backward(
     row_temperature: Tensor | None,
     softcap: float,
     statistics: RowStatistics,
+    in_place: bool = False,
 ) -> Tensor:
-    """d_logits [N, V] in the logits' dtype."""
+    """d_logits [N, V] in the logits' dtype; in the memory of the logits, which are contiguous then, if `in_place`."""
     x = sweepable(logits)
-    d_logits = torch.zeros_like(x)
+    d_logits = x if in_place else torch.zeros_like(x)
     rows = rows_with_gradient(grad_logprobs, grad_entropy)
     turn_into_d_logits(
         x, d_logits, rows, rows, targets, temperature, row_temperature, softcap, grad_logprobs, grad_entropy
     )
-    return d_logits.to(logits.dtype)
-
-
-def zero_other_rows_(d_logits: Tensor, rows: Tensor) -> None:
-    """Rows of d_logits [N, V] other than `rows` become 0."""
-    others = torch.ones(len(d_logits), dtype=torch.bool).index_fill_(0, rows, False)
-    d_logits.index_fill_(0, others.nonzero().squeeze(1), 0.0)
+    if not in_place:
+        return d_logits.to(logits.dtype)
+    zero_other_rows_(d_logits, rows)
+    return logits if d_logits is logits else logits.copy_(d_logits)
 
 
 def turn_into_d_logits(
@@ -147,7 +149,7 @@ def row_sweeps(targets: Tensor, temperature: float, row_temperature: Tensor | No
     ) -> None:
         turn_into_d_logits(logits, logits, None, rows, *scale, grad_logprobs, grad_entropy)
 
-    return RowSweeps(write_statistics, gradient_, by_column=True)
+    return RowSweeps(write_statistics, gradient_, by_column=True, reads_statistics=False)
 
 
 def linear_token_logprobs(
@@ -176,10 +178,9 @@ def linear_token_logprobs_backward(
     row_temperature: Tensor | None,
     softcap: float,
     chunk_rows: int | None,
-    statistics: RowStatistics,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]), [0] where not needed; the logits are projected anew."""
     sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
     head = Head(hidden, weight, bias, chunk_rows, sweeps.by_column)
-    return chunked_gradients(head, needs, sweeps, grad_logprobs, grad_entropy, statistics)
+    return chunked_gradients(head, needs, sweeps, grad_logprobs, grad_entropy)

@@ -64,9 +64,10 @@ def token_logprobs_backward(
     row_temperature: Tensor | None,
     softcap: float,
     statistics: RowStatistics,
+    in_place: bool = False,
 ) -> Tensor:
-    """d_logits [N, V] in the logits' dtype."""
-    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    """d_logits [N, V] in the logits' dtype; in the memory of the logits, which are contiguous then, if `in_place`."""
+    d_logits = logits if in_place else torch.empty_like(logits, memory_format=torch.contiguous_format)
     operands = Operands(logits, None, targets, LogitScale(temperature, row_temperature, softcap))
     sweep_gradient(operands, statistics, grad_logprobs, grad_entropy, d_logits)
     return d_logits
@@ -113,13 +114,11 @@ def linear_token_logprobs_backward(
     row_temperature: Tensor | None,
     softcap: float,
     chunk_rows: int | None,
-    statistics: RowStatistics,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]), [0] where not needed; the logits are projected anew."""
     sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
-    upstream = (grad_logprobs, grad_entropy)
-    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), needs, sweeps, *upstream, statistics)
+    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), needs, sweeps, grad_logprobs, grad_entropy)
 
 
 def sweep(operands: Operands, statistics: RowStatistics) -> None:

@@ -4,14 +4,17 @@ The softmax of a row is kept as the pair (row_max, log_sum): log p = (x - row_ma
 lse, has lost the small term at large logits, so it enters no gradient.
 """
 
+import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gtpo_kernels.backend import release_of
 from gtpo_kernels.checks import accumulator_dtype
-from gtpo_kernels.token_logprobs.reference import RowStatistics
+from gtpo_kernels.token_logprobs.reference import RowStatistics, head_dtype
 
 # Elements of one elementwise block: on a CPU it and its exponentials stay in a core's cache; a GPU wants long launches.
 BLOCK_ELEMENTS_CPU = 1 << 17
@@ -45,11 +48,13 @@ class RowSweeps(NamedTuple):
     statistics(logits, rows, statistics, keep_logits): writes the statistics of `rows`; may spend the logits.
     gradient_(logits, rows, grad_logprobs, grad_entropy, statistics): turns the logits into d_logits in place.
     by_column: the logits are the columns of a buffer [V, n].
+    reads_statistics: whether gradient_ reads the statistics of its rows, or finds them anew.
     """
 
     statistics: Callable[[Tensor, Tensor, RowStatistics, bool], None]
     gradient_: Callable[[Tensor, Tensor, Tensor, Tensor | None, RowStatistics], None]
     by_column: bool = False
+    reads_statistics: bool = True
 
 
 class LogitScale(NamedTuple):
@@ -106,9 +111,9 @@ def row_softmax_(x: Tensor, targets: Tensor) -> RowSoftmax:
     return RowSoftmax(target - log_sum, entropy, row_max, log_sum, weights, sum_weights.reciprocal())
 
 
-def empty_statistics(like: Tensor) -> RowStatistics:
-    """Room for the statistics of N rows.  like: [N, ...]."""
-    dtype = accumulator_dtype(like.dtype)
+def empty_statistics(like: Tensor, dtype: torch.dtype | None = None) -> RowStatistics:
+    """Room for the statistics of N rows.  like: [N, ...].  dtype: None for the accumulator dtype of `like`."""
+    dtype = accumulator_dtype(like.dtype) if dtype is None else dtype
     return RowStatistics(*(like.new_empty(like.shape[0], dtype=dtype) for _ in range(4)))
 
 
@@ -176,18 +181,27 @@ def token_logprobs_backward(
     row_temperature: Tensor | None,
     softcap: float,
     statistics: RowStatistics,
+    in_place: bool = False,
 ) -> Tensor:
-    """d_logits [N, V] in the logits' dtype."""
+    """d_logits [N, V] in the logits' dtype; in the memory of the logits, which are contiguous then, if `in_place`."""
     targets = targets.long()
     scale = LogitScale(temperature, row_temperature, softcap)
-    d_logits = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    d_logits = logits if in_place else torch.zeros_like(logits, memory_format=torch.contiguous_format)
     active = rows_with_gradient(grad_logprobs, grad_entropy)
     for block in row_blocks(logits, len(active)):
         rows = active[block]
         x = logits[rows].to(statistics.logprobs.dtype)
         turn_into_d_logits_(x, rows, targets[rows], scale, grad_logprobs, grad_entropy, statistics)
         d_logits[rows] = x.to(d_logits.dtype)
+    if in_place:
+        zero_other_rows_(d_logits, active)
     return d_logits
+
+
+def zero_other_rows_(d_logits: Tensor, rows: Tensor) -> None:
+    """Rows of d_logits [N, V] other than `rows` become 0."""
+    others = torch.ones(len(d_logits), dtype=torch.bool, device=d_logits.device).index_fill_(0, rows, False)
+    d_logits.index_fill_(0, others.nonzero().squeeze(1), 0.0)
 
 
 def whole_vectors(num_rows: int) -> int:
@@ -206,13 +220,35 @@ def padded_columns(num_rows: int) -> int:
     return 16 * (whole_vectors(num_rows) // 16 | 1)
 
 
-def product_operands(like: Tensor) -> torch.dtype:
-    """The dtype of a matrix product's operands: the inputs' own where their products are added in float32.
+def product_operands(device: torch.device, *dtypes: torch.dtype) -> torch.dtype:
+    """The dtype of a matrix product's operands: the inputs' own where a device adds their products in float32.
 
-    float16 is not among them: a gradient over many tokens is below its range.
+    Where it cannot, 16 bits are upcast, which on a GPU costs most of its speed: that is said once.
     """
-    in_float32 = like.is_cuda and like.dtype == torch.bfloat16 and torch.__version__ >= "2.11"
-    return like.dtype if in_float32 else accumulator_dtype(like.dtype)
+    accumulator = accumulator_dtype(*dtypes)
+    if device.type != "cuda" or len(set(dtypes)) > 1 or dtypes[0].itemsize != 2:
+        return accumulator
+    reason = why_upcast(dtypes[0])
+    if reason is None:
+        return dtypes[0]
+    say_that_products_are_slow(f"{reason}: the head's products are in float32, about 12 times as slow")
+    return accumulator
+
+
+def why_upcast(dtype: torch.dtype) -> str | None:
+    """Why products of 16-bit inputs cannot be added in float32 on a GPU; None where they can."""
+    if dtype == torch.float16:
+        return "a gradient over many tokens is below the range of float16, use bfloat16"
+    if torch.version.hip is not None:
+        return "torch has no product of bfloat16 with float32 results on ROCm"
+    recent = release_of(torch.__version__) >= (2, 11)
+    return None if recent else f"torch {torch.__version__} lacks out_dtype of mm and addmm, 2.11 has it"
+
+
+@functools.cache
+def say_that_products_are_slow(message: str) -> None:
+    """Once for each message."""
+    warnings.warn(message, stacklevel=2)
 
 
 def multiply_(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
@@ -234,11 +270,11 @@ class Head:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int | None, by_column: bool = False
     ) -> None:
         """by_column: the logits [n, V] of a chunk are the columns of a buffer [V, n]."""
-        self.dtype = accumulator_dtype(hidden.dtype)
+        self.dtype = head_dtype(hidden, weight, bias)
         self.hidden = hidden
         self.by_column = by_column
         # one upcast of the weight where products need it: those of rounded logits would leave the error budget
-        self.operand_dtype = product_operands(hidden)
+        self.operand_dtype = product_operands(hidden.device, hidden.dtype, weight.dtype)
         self.weight = weight.to(self.operand_dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
         if chunk_rows is None:
@@ -358,18 +394,16 @@ def linear_token_logprobs_backward(
     row_temperature: Tensor | None,
     softcap: float,
     chunk_rows: int | None,
-    statistics: RowStatistics,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]), [0] where not needed; the logits are projected anew."""
     sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
-    upstream = (grad_logprobs, grad_entropy)
-    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), needs, sweeps, *upstream, statistics)
+    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), needs, sweeps, grad_logprobs, grad_entropy)
 
 
 def chunked_statistics(head: Head, sweeps: RowSweeps) -> RowStatistics:
     """The per-token forward of any backend: statistics of every row, a chunk of logits at a time."""
-    statistics = empty_statistics(head.hidden)
+    statistics = empty_statistics(head.hidden, head.dtype)
     for rows, _, logits in head.chunks(torch.arange(len(head.hidden), device=head.hidden.device)):
         sweeps.statistics(logits, rows, statistics, False)
     return statistics
@@ -381,11 +415,15 @@ def chunked_gradients(
     sweeps: RowSweeps,
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
-    statistics: RowStatistics,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The per-token backward of any backend, over the rows that something flows back to."""
     head.allocate_gradients(*needs)
+    # Not the statistics of the forward pass: other rows stood in its products, so its logits differ by rounding, which
+    # exp(logit - row_max - log_sum) shows in full where logits are large.
+    statistics = empty_statistics(head.hidden, head.dtype)
     for chunk, hidden, logits in head.chunks(rows_with_gradient(grad_logprobs, grad_entropy)):
+        if sweeps.reads_statistics:
+            sweeps.statistics(logits, chunk, statistics, True)
         sweeps.gradient_(logits, chunk, grad_logprobs, grad_entropy, statistics)
         head.accumulate(chunk, hidden, logits)
     return head.gradients()

@@ -16,7 +16,7 @@ from gtpo_kernels.token_logprobs.kernel_torch import (
 )
 from gtpo_kernels.token_logprobs.kernel_triton_sweeps import adjacent_columns, sweep_gradient, sweep_statistics
 from gtpo_kernels.token_logprobs.kernel_triton_tile import tile_statistics
-from gtpo_kernels.token_logprobs.reference import RowStatistics
+from gtpo_kernels.token_logprobs.reference import RowStatistics, head_dtype
 from gtpo_kernels.triton_math import contiguous, row_scaling
 
 
@@ -39,9 +39,10 @@ def token_logprobs_backward(
     row_temperature: Tensor | None,
     softcap: float,
     statistics: RowStatistics,
+    in_place: bool = False,
 ) -> Tensor:
-    """d_logits [N, V] in the logits' dtype."""
-    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    """d_logits [N, V] in the logits' dtype; in the memory of the logits, which are contiguous then, if `in_place`."""
+    d_logits = logits if in_place else torch.empty_like(logits, memory_format=torch.contiguous_format)
     scale = row_scaling(temperature, row_temperature, softcap)
     upstream = grad_logprobs.contiguous(), contiguous(grad_entropy)
     sweep_gradient(adjacent_columns(logits), d_logits, None, targets.contiguous(), scale, *upstream, statistics)
@@ -76,7 +77,7 @@ def linear_token_logprobs(
     chunk_rows: int | None,
 ) -> RowStatistics:
     """Statistics of every row of hidden @ weight.T + bias."""
-    if hidden.dtype == torch.float64:
+    if head_dtype(hidden, weight, bias) == torch.float64:
         sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
         return chunked_statistics(Head(hidden, weight, bias, chunk_rows), sweeps)
     scale = row_scaling(temperature, row_temperature, softcap)
@@ -96,20 +97,8 @@ def linear_token_logprobs_backward(
     row_temperature: Tensor | None,
     softcap: float,
     chunk_rows: int | None,
-    _: RowStatistics,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]), [0] where not needed; the logits are projected anew."""
     sweeps = row_sweeps(targets, temperature, row_temperature, softcap)
-    # Not the statistics of the forward pass: its logits were added up in another order, and p would not sum to 1.
-    statistics = empty_statistics(hidden)
-
-    def gradient_(
-        logits: Tensor, rows: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, statistics: RowStatistics
-    ) -> None:
-        sweeps.statistics(logits, rows, statistics, True)
-        sweeps.gradient_(logits, rows, grad_logprobs, grad_entropy, statistics)
-
-    both = sweeps._replace(gradient_=gradient_)
-    upstream = (grad_logprobs, grad_entropy)
-    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), needs, both, *upstream, statistics)
+    return chunked_gradients(Head(hidden, weight, bias, chunk_rows), needs, sweeps, grad_logprobs, grad_entropy)

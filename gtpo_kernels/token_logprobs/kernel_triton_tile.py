@@ -42,11 +42,11 @@ class TilePlan(NamedTuple):
 
 def tile_plan(hidden: Tensor, weight: Tensor, capability: int | None = None) -> TilePlan:
     """By dtype, alignment and device alone.  float32 products are of full precision, so without tensor cores."""
-    unit = VECTOR_BYTES // hidden.element_size()
+    unit = VECTOR_BYTES // min(hidden.element_size(), weight.element_size())
     aligned = all(x.data_ptr() % VECTOR_BYTES == 0 for x in (hidden, weight)) and hidden.shape[1] % unit == 0
     unit = unit if aligned else 1
     stages = 2 if torch.version.hip else 3
-    if hidden.dtype == torch.float32:
+    if hidden.dtype != weight.dtype or hidden.dtype == torch.float32:
         return TilePlan(unit, 64, 64, 32, 4, stages)
     # there tensor cores take their operands from registers
     small = (capability or compute_capability(hidden)) in (80, 86, 89, 120)
@@ -162,7 +162,7 @@ def tile_statistics(
             BLOCK_V=tile.vocab,
             BLOCK_D=tile.width,
             HAS_SOFTCAP=scale.softcap != 0.0,
-            UPCAST=INTERPRETED.value,
+            UPCAST=INTERPRETED.value or hidden.dtype != weight.dtype,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             **LAUNCH,

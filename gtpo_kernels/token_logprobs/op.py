@@ -8,6 +8,8 @@ from torch import Tensor
 from gtpo_kernels.backend import run_kernel, select_backend
 from gtpo_kernels.checks import (
     accumulator_dtype,
+    check_first_order,
+    check_no_tangent,
     check_row_temperature,
     check_softcap,
     check_targets,
@@ -18,6 +20,7 @@ from gtpo_kernels.checks import (
 from gtpo_kernels.token_logprobs.reference import (
     RowStatistics,
     TokenLogprobs,
+    head_dtype,
     linear_token_logprobs_reference,
     token_logprobs_reference,
 )
@@ -39,8 +42,8 @@ def token_logprobs(
         logprobs_i = x_i[targets_i] - lse_i,   entropy_i = -sum_v p_iv log p_iv (nats),   lse_i = log sum_v exp(x_iv).
 
     logits: [N, V] float32, float64, bfloat16 or float16; -inf is a valid logit.  targets: [N] int32 or int64 in [0, V).
-    temperature: a positive number or [N]; no gradient flows to it.
-    softcap: a positive number, None for no cap.  A mask comes after the cap: a logit of -inf stays -inf.
+    temperature: a positive number, from 1e-30 to 1e38, or [N]; no gradient flows to it.
+    softcap: a positive number, from 1e-30 to 1e30, None for no cap.  A mask comes after it: a logit of -inf stays -inf.
     Returns [N] each, float32 (float64 for float64 logits); logprobs and entropy are differentiable, lse is not.
     A target at -inf has logprob -inf, without gradient; a row of all -inf has entropy 0 and no gradient at all.
     Raises ValueError for other shapes, dtypes, devices or values; BackendUnavailable where a backend cannot run.
@@ -62,6 +65,7 @@ def token_logprobs(
         if per_row is not None:
             check_row_temperature(per_row)
         return token_logprobs_reference(logits, targets, temperature, cap)
+    check_no_tangent(logits=logits)
     logprobs, entropy, row_max, log_sum = _token_logprobs(logits, targets, value, per_row, cap, name)
     return TokenLogprobs(logprobs, entropy, (row_max + log_sum).detach())
 
@@ -79,11 +83,13 @@ def linear_token_logprobs(
 ) -> TokenLogprobs:
     """`token_logprobs(hidden @ weight.T + bias, targets)` that never holds the [N, V] logits.
 
-    hidden: [N, D] float32, float64, bfloat16 or float16.  weight: [V, D] and bias: [V], of the same dtype.
-    targets, temperature, softcap, results and errors: as for `token_logprobs`.
+    hidden: [N, D] float32, float64, bfloat16 or float16.  weight: [V, D] and bias: [V], of any of these dtypes: a
+        float32 head over bfloat16 states is multiplied in float32.  Gradients have the dtype of what they are for.
+    targets, temperature, softcap, results and errors: as for `token_logprobs`; float64 where any input is.
     chunk_rows: rows projected at once; None chooses by memory.  The result does not depend on it beyond rounding.
-    The forward pass keeps five numbers a row; the backward pass projects the rows that a gradient reaches once more
-    (8NVD in all), for any upstream gradient.  `linear_gtpo_loss` needs no second projection.
+    The forward pass keeps its inputs alone; the backward pass projects the rows that a gradient reaches once more
+    (8NVD in all), for any upstream gradient, and finds their softmax anew.
+    `linear_gtpo_loss` needs no second projection.
     Source: arXiv 2411.09009 (cut cross-entropy) for computing it from hidden states.
 
     >>> hidden, weight = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
@@ -101,6 +107,7 @@ def linear_token_logprobs(
         if per_row is not None:
             check_row_temperature(per_row)
         return linear_token_logprobs_reference(hidden, weight, targets, bias, temperature, cap)
+    check_no_tangent(hidden=hidden, weight=weight, bias=bias)
     logprobs, entropy, row_max, log_sum = _linear_token_logprobs(
         hidden, weight, bias, targets, value, per_row, cap, chunk_rows, name
     )
@@ -115,9 +122,6 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: 
     check_vocab("weight", weight, dim=0)
     if bias is not None:
         check_tensor("bias", bias, layout="[V]", shape=(weight.shape[0],), kind="float", device=device)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
 
@@ -135,7 +139,7 @@ def _token_logprobs(
 
 @_token_logprobs.register_fake
 def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return _empty_statistics(logits)
+    return _empty_statistics(logits, accumulator_dtype(logits.dtype))
 
 
 @torch.library.custom_op("gtpo_kernels::token_logprobs_backward", mutates_args=())
@@ -182,6 +186,7 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _token_logprobs_grad(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    check_first_order()
     logits, targets, row_temperature, *statistics = ctx.saved_tensors
     d_logits = _token_logprobs_backward(
         grad_logprobs,
@@ -220,8 +225,8 @@ def _linear_token_logprobs(
 
 
 @_linear_token_logprobs.register_fake
-def _(hidden: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return _empty_statistics(hidden)
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    return _empty_statistics(hidden, head_dtype(hidden, weight, bias))
 
 
 @torch.library.custom_op("gtpo_kernels::linear_token_logprobs_backward", mutates_args=())
@@ -236,10 +241,6 @@ def _linear_token_logprobs_backward(
     row_temperature: Tensor | None,
     softcap: float,
     chunk_rows: int | None,
-    logprobs: Tensor,
-    entropy: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -260,7 +261,6 @@ def _linear_token_logprobs_backward(
         row_temperature,
         softcap,
         chunk_rows,
-        RowStatistics(logprobs, entropy, row_max, log_sum),
         (need_hidden, need_weight, need_bias),
     )
     return gradients
@@ -268,54 +268,55 @@ def _linear_token_logprobs_backward(
 
 @_linear_token_logprobs_backward.register_fake
 def _(
-    grad_logprobs: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, *rest: Any
+    grad_logprobs: Tensor, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return empty_head_gradients(hidden, weight, rest[-4:-1])
+    return empty_head_gradients(hidden, weight, bias, rest[-4:-1])
 
 
 def _save_head(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, targets, ctx.temperature, row_temperature, *options = inputs
     ctx.softcap, ctx.chunk_rows, ctx.backend = options
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, *output)
+    ctx.save_for_backward(hidden, weight, bias, targets, row_temperature)
 
 
 def _linear_token_logprobs_grad(
     ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, targets, row_temperature, *statistics = ctx.saved_tensors
+    check_first_order()
+    *head, targets, row_temperature = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     gradients = _linear_token_logprobs_backward(
         grad_logprobs,
         grad_entropy,
-        hidden,
-        weight,
-        bias,
+        *head,
         targets,
         ctx.temperature,
         row_temperature,
         ctx.softcap,
         ctx.chunk_rows,
-        *statistics,
         *needs,
         ctx.backend,
     )
-    rounded = (gradient.to(hidden.dtype) if need else None for gradient, need in zip(gradients, needs, strict=True))
+    rounded = [
+        gradient.to(of.dtype) if need else None for gradient, of, need in zip(gradients, head, needs, strict=True)
+    ]
     return *rounded, None, None, None, None, None, None
 
 
 _linear_token_logprobs.register_autograd(_linear_token_logprobs_grad, setup_context=_save_head)
 
 
-def _empty_statistics(like: Tensor) -> tuple[Tensor, ...]:
+def _empty_statistics(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Fake outputs: four vectors, one entry a row of `like`."""
-    dtype = accumulator_dtype(like.dtype)
     return tuple(like.new_empty(like.shape[0], dtype=dtype) for _ in range(4))
 
 
-def empty_head_gradients(hidden: Tensor, weight: Tensor, needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
+def empty_head_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
     """Fake outputs: d_hidden [N, D], d_weight [V, D], d_bias [V] in the accumulator dtype; [0] where not needed."""
-    dtype = accumulator_dtype(hidden.dtype)
+    dtype = head_dtype(hidden, weight, bias)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(
         hidden.new_empty(shape if need else (0,), dtype=dtype) for shape, need in zip(shapes, needs, strict=True)

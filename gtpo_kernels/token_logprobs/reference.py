@@ -38,8 +38,9 @@ def token_logprobs_reference(
 ) -> TokenLogprobs:
     """`token_logprobs` as its definition; see `gtpo_kernels.token_logprobs`."""
     inf = float("inf")
-    scale = temperature[:, None] if isinstance(temperature, Tensor) else temperature
-    scaled = cap(logits.to(accumulator_dtype(logits.dtype)), softcap) / scale
+    dtype = accumulator_dtype(logits.dtype)
+    scale = temperature.detach().to(dtype)[:, None] if isinstance(temperature, Tensor) else temperature
+    scaled = cap(logits.to(dtype), softcap) / scale
     # A row of all -inf has no distribution: it takes part as zeros, and its results are overwritten below.
     dead = scaled.detach().amax(dim=1) == -inf
     alive = scaled.masked_fill(dead[:, None], 0.0)
@@ -75,9 +76,14 @@ def cap(logits: Tensor, softcap: float) -> Tensor:
     return torch.where(infinite, logits, capped)
 
 
+def head_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The accumulator dtype of hidden states and a head, each in a dtype of its own."""
+    return accumulator_dtype(*(tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None))
+
+
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """logits = hidden @ weight.T + bias in the accumulator dtype.  [N, D], [V, D], [V] -> [N, V]."""
-    accumulator = accumulator_dtype(hidden.dtype)
+    accumulator = head_dtype(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = hidden.to(accumulator) @ weight.to(accumulator).T
     return logits if bias is None else logits + bias.to(accumulator)

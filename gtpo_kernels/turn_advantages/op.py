@@ -1,5 +1,6 @@
 """`turn_returns`, `turn_advantages`, `combined_advantages` and `TurnCredit`: public functions and registration."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gtpo_kernels.backend import run_kernel, select_backend
-from gtpo_kernels.checks import accumulator_dtype, check_choice, check_tensor, check_values
+from gtpo_kernels.checks import accumulator_dtype, check_choice, check_no_tangent, check_tensor, check_values
 from gtpo_kernels.turn_advantages.reference import (
     Centre,
     CreditRule,
@@ -54,9 +55,6 @@ def turn_returns(turn_rewards: Tensor, cu_turns: Tensor, *, gamma: float = 0.9, 
     """
     check_turns(turn_rewards, cu_turns, gamma)
     name = select_backend(FAMILY, backend, turn_rewards.device)
-    if name == "reference":
-        check_turn_values(turn_rewards, cu_turns)
-        return turn_returns_reference(turn_rewards, cu_turns, gamma).to(accumulator_dtype(turn_rewards.dtype))
     return _turn_returns(turn_rewards, cu_turns, gamma, name)
 
 
@@ -158,6 +156,8 @@ def combined_advantages(
         raise ValueError("terms must hold at least one CreditTerm, got none")
     for term in terms:
         check_choice("others", term.others, get_args(Others))
+        if not isinstance(term.weight, Tensor) and not math.isfinite(term.weight):
+            raise ValueError(f"weight must be finite, got {term.weight}")
     batch = TurnBatch(turn_rewards, cu_turns, group_ids, turn_ids, outcomes, anchor_ids)
     first_term = terms[0]
     is_plain = all(value is None for value in (first_term.turns, first_term.rewards, first_term.anchor_ids, then))
@@ -181,15 +181,16 @@ def combined_advantages(
         if turns is not None:
             check_tensor("turns", turns, layout="[K]", shape=shape, kind="bool", device=device)
             if others == "zero":
-                rewards, weight = rewards.masked_fill(~turns, 0.0), weight * turns.double()
+                rewards = rewards.masked_fill(~turns, 0.0)
             else:
-                # one more entry, which the index -1 finds
-                ids = turn_ids.masked_fill(~torch.cat([turns, turns.new_zeros(1)])[turn_ids.long()], -1)
+                ids = _ids_of_turns(turn_ids, turns)
         anchors = batch.anchor_ids if own_anchors is None else own_anchors
         of_term = batch._replace(turn_rewards=rewards, turn_ids=ids, anchor_ids=anchors)
         credit = _advantages_of_rule(of_term, rule, backend)
-        total = total + weight * credit.turn_advantages
-        weight_of_sum = weight_of_sum + weight * (credit.turn_advantages != 0)
+        share, of_weight = weight * credit.turn_advantages, weight * (credit.turn_advantages != 0)
+        # others get nothing, whatever weight they have: 0 * NaN is NaN
+        total = total + (share if turns is None else share.masked_fill(~turns, 0.0))
+        weight_of_sum = weight_of_sum + (of_weight if turns is None else of_weight.masked_fill(~turns, 0.0))
         first = credit.returns if first is None else first
     if average:
         total = torch.where(weight_of_sum != 0, total / weight_of_sum, 0.0)
@@ -197,6 +198,15 @@ def combined_advantages(
         total = _advantages_of_rule(batch._replace(turn_rewards=total), then, backend).turn_advantages
     assert first is not None
     return look_up_by_turn(total, first, turn_ids, dtype)
+
+
+def _ids_of_turns(turn_ids: Tensor, turns: Tensor) -> Tensor:
+    """[N]: turn_ids, -1 for tokens of other turns than `turns` [K] bool.  Ids out of range stay, to be refused."""
+    num_turns = turns.shape[0]
+    known = (turn_ids >= 0) & (turn_ids < num_turns)
+    # one more entry, for tokens that have no turn
+    of_tokens = torch.cat([turns, turns.new_zeros(1)])[turn_ids.long().masked_fill(~known, num_turns)]
+    return turn_ids.masked_fill(known & ~of_tokens, -1)
 
 
 class TurnBatch(NamedTuple):
@@ -231,9 +241,7 @@ def _advantages_of_rule(batch: TurnBatch, rule: CreditRule, backend: str | None)
         check_tensor("anchor_ids", anchor_ids, layout="[K]", shape=(num_turns,), kind="int", device=device)
     name = select_backend(FAMILY, backend, device)
     batch = batch._replace(outcomes=outcomes, anchor_ids=anchor_ids)
-    if name == "reference":
-        return _run(batch, rule, name)
-    if rule.scale == "mean" and rule.scope != "none":
+    if rule.scale == "mean" and rule.scope != "none" and name != "reference":
         return _over_mean(batch, rule, name)
     outputs = _turn_advantages(*batch, *rule, name)
     return TurnAdvantages(*outputs)
@@ -353,6 +361,7 @@ def check_turns(turn_rewards: Tensor, cu_turns: Tensor, gamma: float) -> None:
     check_tensor("cu_turns", cu_turns, layout="[B+1]", shape=(None,), kind="int", device=turn_rewards.device)
     if cu_turns.shape[0] < 1:
         raise ValueError("cu_turns must be [B+1], got shape (0,)")
+    check_no_tangent(turn_rewards=turn_rewards)
     if turn_rewards.requires_grad:
         raise ValueError("turn_rewards must not require grad: credit passes no gradient")
     check_gamma(gamma)
@@ -393,6 +402,7 @@ def _check_outcomes(outcomes: Tensor, turn_rewards: Tensor, cu_turns: Tensor) ->
     if outcomes.dtype != turn_rewards.dtype:
         ours, theirs = (str(tensor.dtype).removeprefix("torch.") for tensor in (outcomes, turn_rewards))
         raise ValueError(f"outcomes must be {theirs} as turn_rewards are, got {ours}")
+    check_no_tangent(outcomes=outcomes)
     if outcomes.requires_grad:
         raise ValueError("outcomes must not require grad: credit passes no gradient")
 
@@ -415,7 +425,11 @@ def check_turn_ids(turn_ids: Tensor, num_turns: int) -> None:
 @torch.library.custom_op("gtpo_kernels::turn_returns", mutates_args=())
 def _turn_returns(turn_rewards: Tensor, cu_turns: Tensor, gamma: float, backend: str) -> Tensor:
     check_turn_values(turn_rewards, cu_turns)
-    returns: Tensor = run_kernel(FAMILY, backend, "turn_returns", turn_rewards.device, turn_rewards, cu_turns, gamma)
+    arguments = (turn_rewards, cu_turns, gamma)
+    if backend == "reference":
+        returns = turn_returns_reference(*arguments)
+    else:
+        returns = run_kernel(FAMILY, backend, "turn_returns", turn_rewards.device, *arguments)
     return returns.to(accumulator_dtype(turn_rewards.dtype), copy=True)
 
 

@@ -1,12 +1,14 @@
 """Which backend runs: the one that was asked for, or none."""
 
+import importlib.metadata
 import importlib.util
 
 import pytest
 import torch
 
 from gtpo_kernels import BackendUnavailable, gtpo_loss, turn_returns
-from gtpo_kernels.backend import BACKENDS, DEFAULT_BACKEND, FAMILIES, Backend, select_backend
+from gtpo_kernels import backend as backends
+from gtpo_kernels.backend import BACKENDS, DEFAULT_BACKEND, FAMILIES, Backend, release_of, select_backend
 
 CPU = torch.device("cpu")
 
@@ -47,3 +49,26 @@ def test_the_compiled_backend_says_what_it_needs(monkeypatch: pytest.MonkeyPatch
         turn_returns(rewards, cu_turns, backend="cpp")
     # the rest works without it
     assert turn_returns(rewards, cu_turns, gamma=0.5).tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(("version", "runs"), [("3.3.1", False), ("3.4.0", True), ("3.10.0", True), ("4.0.0rc1", True)])
+def test_a_triton_that_cannot_compile_the_kernels_is_named(
+    version: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: version)
+    backends._fault_of_triton.cache_clear()
+    try:
+        if runs:
+            assert select_backend("gtpo_loss", "triton", CPU) == "triton"
+        else:
+            with pytest.raises(
+                BackendUnavailable, match=r"backend='triton' needs triton 3\.4 or newer, got triton 3\.3\.1"
+            ):
+                select_backend("gtpo_loss", "triton", CPU)
+    finally:
+        backends._fault_of_triton.cache_clear()
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    versions = ["2.9.1", "2.10.0a0", "2.10.0+cu128", "2.11.0.dev20260101", "3.0"]
+    assert [release_of(version) for version in versions] == [(2, 9), (2, 10), (2, 10), (2, 11), (3, 0)]

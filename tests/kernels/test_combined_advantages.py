@@ -118,6 +118,30 @@ def test_turns_that_a_term_is_not_about_may_count_as_zero(backend: str) -> None:
     torch.testing.assert_close(credit.turn_advantages, 0.1 * alone * about)
 
 
+@cpu_only
+@pytest.mark.parametrize("bad", [-2, 3, 7])
+@pytest.mark.parametrize("others", ["leave", "zero"])
+def test_a_turn_id_out_of_range_is_refused_where_a_term_names_turns(bad: int, others: Any, backend: str) -> None:
+    # Python would read -2 as the last turn, whether the term is about it or not
+    batch = (torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0, 3]), torch.tensor([0]))
+    for turns in itertools.product((True, False), repeat=3):
+        term = CreditTerm(CreditRule(), turns=torch.tensor(turns), others=others)
+        with pytest.raises(ValueError, match=r"turn_ids must lie in \[-1, 3\), got a value outside"):
+            combined_advantages(*batch, torch.tensor([0, bad, 1]), [term], backend=backend)
+
+
+@pytest.mark.parametrize("others", ["leave", "zero"])
+def test_the_weight_of_turns_that_a_term_is_not_about_is_never_read(others: Any, backend: str) -> None:
+    batch = (torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0, 3]), torch.tensor([0]), torch.arange(3))
+    turns, weight = torch.tensor([True, False, True]), torch.tensor([1.0, 5.0, 2.0])
+    clean, poisoned = (
+        combined_advantages(*batch, [CreditTerm(CreditRule(), w, turns, others)], backend=backend)
+        for w in (weight, torch.where(turns, weight, float("nan")))
+    )
+    assert_equal(clean, poisoned)
+    assert clean.turn_advantages[1] == 0
+
+
 def test_one_term_is_turn_advantages(backend: str) -> None:
     case = random_case(6)
     for options in ({}, {"gamma": 0.5, "scope": "batch", "population": "tokens", "ddof": 0, "eps": 0.1}):
@@ -338,6 +362,7 @@ def test_turn_credit_of_terms(backend: str) -> None:
         ({"quantity": "outcome"}, {"outcomes": torch.tensor([float("nan")])}, "outcomes must be finite"),
         ({"quantity": "outcome"}, {"outcomes": torch.zeros(1, requires_grad=True)}, "outcomes must not require grad"),
         ({}, {"terms": []}, "terms must hold at least one CreditTerm, got none"),
+        ({}, {"terms": [CreditTerm(CreditRule(), float("nan"))]}, "weight must be finite, got nan"),
         ({}, {"terms": [CreditTerm(CreditRule(), torch.zeros(3))]}, r"weight must be \[K\] = \[2\], got shape \(3,\)"),
         (
             {},

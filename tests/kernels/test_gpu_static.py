@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.gpu_compile import TARGETS, Resources
+from benchmarks.gpu_compile import TARGETS, Resources, late_loads
 from benchmarks.gpu_static import faults, occupancy
 
 GOOD = Resources("sweep", "triton", "sm_90", "bf16", "V=32000", 64, 0, 128, 128, 4, 4, 1024)
@@ -30,6 +30,29 @@ def test_a_spill_and_a_narrow_load_are_faults() -> None:
     assert faults(replace(GOOD, spill_bytes=8, dtype="fp64")) == []
     (fault,) = faults(replace(GOOD, wide_loads=3))
     assert fault == "triton sweep bf16 V=32000 sm_90: 3 loads of 16 bytes, 4 needed"
+
+
+LOAD = """
+%row_ptr = tt.addptr %logits_ptr, %offset : !tt.ptr<bf16>, i64
+%y = tt.load %row_ptrs, %mask : tensor<64x!tt.ptr<bf16>>
+%other = tt.load %advantages_ptr : !tt.ptr<f32>
+%target_ptr = tt.addptr %row_ptr, %target : !tt.ptr<bf16>, i32
+%y_target = tt.load %target_ptr : !tt.ptr<bf16>
+"""
+REDUCE, BARRIER, STORE = (
+    '%max = "tt.reduce"(%y) <{axis = 0 : i32}> ({\n',
+    "gpu.barrier\n",
+    "tt.store %row_ptrs, %d : tensor\n",
+)
+
+
+def test_a_logit_that_may_be_overwritten_before_it_is_read_is_a_fault() -> None:
+    assert late_loads(REDUCE + LOAD + STORE) == 1
+    assert late_loads(LOAD + LOAD + STORE) == 2
+    for ordered in (LOAD + REDUCE + STORE, REDUCE + LOAD + BARRIER + STORE, REDUCE + STORE):
+        assert late_loads(ordered) == 0
+    (fault,) = faults(replace(GOOD, late_loads=1))
+    assert fault.endswith("sm_90: 1 logits are loaded alone with no barrier after it, a race in place")
 
 
 def test_occupancy_by_formula() -> None:

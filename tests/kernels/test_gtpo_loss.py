@@ -387,7 +387,7 @@ def test_entropy_of_the_metrics_is_that_of_the_per_token_op(backend: str) -> Non
         ({"hidden": torch.zeros(3)}, r"hidden must be \[N, D\], got shape \(3,\)"),
         ({"weight": torch.zeros(5, 3)}, r"weight must be \[V, D\] = \[any, 2\], got shape \(5, 3\)"),
         ({"weight": torch.zeros(0, 2)}, "weight must have a vocabulary of at least 1"),
-        ({"bias": torch.zeros(5).double()}, "bias must have the dtype of hidden"),
+        ({"bias": torch.zeros(5).long()}, "bias must be float32, float64, bfloat16, float16, got int64"),
         ({"targets": torch.tensor([0, -1, 1])}, r"targets must lie in \[0, 5\), got values from -1 to 1"),
         ({"advantages": torch.zeros(4)}, r"advantages must be \[N\] = \[3\], got shape \(4,\)"),
         ({"advantages": turn_credit()}, r"advantages must be \[N\] = \[3\], got shape \(12,\)"),

@@ -267,15 +267,19 @@ def test_targets_at_any_alignment(dtype: torch.dtype, backend: str) -> None:
     assert_equal(token_logprobs(case["logits"], shifted, backend=backend), token_logprobs(**case, backend=backend))
 
 
-# cut-cross-entropy #31: a sharded weight; a row of the softmax needs all of the vocabulary
+# cut-cross-entropy #31: a sharded weight; a row of the softmax needs all of the vocabulary, and full_tensor() without
+# placements takes the gradient for the same on all ranks
 def test_a_sharded_weight_is_refused_with_a_hint(backend: str) -> None:
     class DTensor(Tensor):
         pass
 
     case = head_case(3, 5, 2)
     weight: Any = case["weight"].as_subclass(DTensor)
-    with pytest.raises(ValueError, match=r"weight must be a plain tensor, got a DTensor: pass weight.full_tensor\(\)"):
+    with pytest.raises(ValueError, match=r"got a DTensor: pass weight.full_tensor\(grad_placements=\[Partial\(\)\]"):
         linear_token_logprobs(case["hidden"], weight, case["targets"], backend=backend)
+    hidden: Any = case["hidden"].as_subclass(DTensor)
+    with pytest.raises(ValueError, match=r"got a DTensor: pass hidden.to_local\(\), the rows of this rank"):
+        linear_token_logprobs(hidden, case["weight"], case["targets"], backend=backend)
 
 
 # RL-Kernel: group variance as E[x^2] - E[x]^2 in float32, which cancels to nothing for rewards of 1e4

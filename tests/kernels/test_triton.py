@@ -122,7 +122,7 @@ def test_products_of_bfloat16_err_no_more_than_eager_ones(name: str, monkeypatch
         logits = (hidden.float() @ weight.float().T + bias.float()).to(hidden.dtype)
         return gtpo_loss(logits, **rows, backend=backend)
 
-    monkeypatch.setattr(kernel_torch, "product_operands", lambda like: like.dtype)
+    monkeypatch.setattr(kernel_torch, "product_operands", lambda device, dtype, _: dtype)
     monkeypatch.setattr(kernel_torch, "multiply_", multiply_)
     case = loss_case(29, 293, 19, dtype=torch.bfloat16)
     exact = run_trial(linear_gtpo_loss, case, HEAD, torch.float64, {"backend": "reference"}).gradients
