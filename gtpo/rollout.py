@@ -18,6 +18,9 @@ from gtpo.types import StopReason, Task, ToolStatus, Trajectory, Turn
 # Takes the ids to append, the text that they render (for demonstrators) and a token budget; gives the next completion.
 Writer = Callable[[list[int], str, int], Awaitable[Completion]]
 
+# No text of more characters than this a token can fit: it is not even tokenized, which would hold up the event loop.
+_MAX_CHARS_PER_TOKEN = 256
+
 
 class OverlongPrompt(ValueError):
     """A prompt of `num_tokens` leaves no room for a turn."""
@@ -121,6 +124,9 @@ class Rollout:
             if number == self.config.max_turns:
                 return StopReason.MAX_TURNS
             outputs = [result.text for result in turn.results]
+            num_chars = sum(map(len, outputs)) + sum(len(message.content) for message in reply.messages)
+            if num_chars > _MAX_CHARS_PER_TOKEN * self.config.max_trajectory_tokens:
+                return StopReason.TRUNCATED
             new_ids = self.chat.reply_ids(outputs, reply.messages, reply.tools)
             observation = "\n".join([*outputs, *(message.content for message in reply.messages)])
             if num_tokens + len(new_ids) >= self.config.max_trajectory_tokens:

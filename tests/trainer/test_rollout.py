@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from gtpo.chat import Chat
 from gtpo.config import RolloutConfig
 from gtpo.environments import EnvironmentFault
 from gtpo.policy import Policy
@@ -107,6 +108,22 @@ def test_tool_output_that_does_not_fit_truncates(policy: Policy) -> None:
     (trajectory,) = play_all(policy, [[python("print('y' * 900)"), "answer: 4"]], max_trajectory_tokens=400)
     assert trajectory.stop is StopReason.TRUNCATED and len(trajectory.turns) == 1
     assert trajectory.turns[0].tool_ids == [] and len(trajectory.token_ids()) <= 400
+
+
+def test_tool_output_that_no_token_limit_could_hold_is_not_tokenized(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> list[int]:
+        raise AssertionError("the output was tokenized")
+
+    monkeypatch.setattr(Chat, "reply_ids", refuse)
+    (trajectory,) = play_all(
+        policy,
+        [[python("print('y' * 150_000)"), "answer: 4"]],
+        limits=SandboxLimits(output_bytes=200_000),
+        max_trajectory_tokens=400,
+    )
+    assert trajectory.stop is StopReason.TRUNCATED and trajectory.turns[0].tool_ids == []
 
 
 def test_a_prompt_that_does_not_fit_is_an_error(policy: Policy) -> None:
