@@ -77,7 +77,7 @@ def run_interpreter(plan: confinement.Plan, control_fd: int, output_fd: int, clo
 def _keep_descriptors(control_fd: int, output_fd: int, clones_fd: int) -> None:
     """Leave the control socket, spares of the output and of /dev/null, and the pipe for clones.
 
-    0 to 2 are set per cell; until then they are like these, and nothing that was opened for all sessions.
+    0 to 2 are set per cell.
     """
     places = {
         CONTROL_FD: control_fd,
@@ -89,8 +89,6 @@ def _keep_descriptors(control_fd: int, output_fd: int, clones_fd: int) -> None:
     high = {place: fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for place, fd in places.items()}
     for place, fd in high.items():
         os.dup2(fd, place)
-    for fd, place in enumerate((NULL_FD, OUTPUT_FD, OUTPUT_FD)):
-        os.dup2(place, fd)
     os.closerange(3, min(places))
     os.closerange(MAX_FILES, os.sysconf("SC_OPEN_MAX"))
 

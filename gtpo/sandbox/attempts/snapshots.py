@@ -8,17 +8,18 @@ from __future__ import annotations
 from gtpo.sandbox import layout
 from gtpo.sandbox.attempts.attempt import ANY, CRASH, ERROR, OK, OUT_OF_MEMORY, TIMEOUT, Attempt
 
+_CONTROL, _CLONES = layout.CONTROL_FD, layout.CLONES_FD
 _WAKE = """
 import os, signal, time
 open('failing', 'w').close()
-def wake():
-    woken = False
-    for pid in range(2, 400):
+def wake(pids):
+    woken = []
+    for pid in pids:
         if pid != os.getpid():
-            try: os.kill(pid, signal.SIGCONT); woken = True
+            try: os.kill(pid, signal.SIGCONT); woken.append(pid)
             except OSError: pass
     return woken
-woken = wake()
+woken = wake(range(2, 400))
 """
 TAMPER = """
 import gc
@@ -27,20 +28,8 @@ def tamper(**names):
         if type(o).__name__ == 'Cloner': type(o).wait.__globals__.update(names)
 """
 """Defines what replaces functions of the module that makes the clones."""
-# What a clone does instead of waiting for a request, when there is the file.
-_TAMPERED = f"""
-import os, time
-x = 'kept'
-{TAMPER}
-def hold(*_):
-    if os.path.exists('failing'):
-        held = bytearray(b'x') * (150 << 20)
-        time.sleep(9)
-    return [1], [], []
-tamper(_select=hold)
-"""
 # It is woken again when the keeper has stopped it.
-_WAIT = "\nif woken:\n    for _ in range(900): wake(); time.sleep(0.01)\n    print('ESCAPED')"
+_WAIT = "\nif woken:\n    for _ in range(90): wake(woken); time.sleep(0.1)\n    print('ESCAPED')"
 _SHOW = "if x != 'kept': print('ESCAPED', x)"
 
 
@@ -61,6 +50,8 @@ signal.signal(signal.SIGCONT, handler)
 # Of a file that is left, planted code could learn in the next cell.
 _END = "if os.path.exists('failing'): os.remove('failing')\nos._exit(1)"
 _STOP_AGAIN = "os.kill(os.getpid(), signal.SIGSTOP)"
+# So that a clone does it, too, in which no handler runs.
+_ALSO_UNHANDLED = f"{TAMPER}def instead(*_):\n    handler()\n    return [1], [], []\ntamper(_select=instead)\n"
 _BURN = "end = time.process_time() + 9\nwhile time.process_time() < end: pass"
 _CHANGED = {
     "woken_snapshot_changes_a_variable": (_planted(f"x = 'changed'\n{_STOP_AGAIN}"), f"{_WAKE}time.sleep(0.1)\n"),
@@ -74,11 +65,14 @@ _CHANGED = {
     "clone_of_its_own_for_one_that_failed": (
         "import resource as r\nx = 'kept'\nhard = r.getrlimit(r.RLIMIT_NPROC)[1]\n"
         "r.setrlimit(r.RLIMIT_NPROC, (0, hard))",
-        "import ctypes, os, time\nr.setrlimit(r.RLIMIT_NPROC, (hard, hard))\nx = 'changed'\n"
+        "import ctypes, json, os\nr.setrlimit(r.RLIMIT_NPROC, (hard, hard))\nx = 'changed'\n"
         "call = ctypes.PyDLL(None).syscall\nnumber = {'x86_64': 56, 'aarch64': 220}[os.uname().machine]\n"
         "pid = call(ctypes.c_long(number), ctypes.c_long(0x8011), 0, 0, 0, 0)\n"
-        "while pid == 0: time.sleep(9)\n"
-        f"if pid > 0:\n    os.kill(pid, 19)\n    os.write({layout.CLONES_FD}, pid.to_bytes(4))\n",
+        # It answers the next cell.
+        f"while pid == 0:\n    request = json.loads(os.read({_CONTROL}, int.from_bytes(os.read({_CONTROL}, 4))))\n"
+        "    exec(request['code'])\n    answer = json.dumps({'cell': request['cell'], 'status': 'ok', 'error': ''})\n"
+        f"    os.write({_CONTROL}, len(answer).to_bytes(4) + answer.encode())\n"
+        f"if pid > 0:\n    os.kill(pid, 19)\n    os.write({_CLONES}, pid.to_bytes(4))\n",
     ),
 }
 ATTEMPTS = [
@@ -92,7 +86,7 @@ ATTEMPTS += [
         f"{_WAKE}{_WAIT}",
         (TIMEOUT, OK),
         (),
-        plant=_planted(_BURN),
+        plant=_planted(_BURN) + _ALSO_UNHANDLED,
         then=_SHOW,
     ),
     Attempt(
@@ -101,7 +95,7 @@ ATTEMPTS += [
         f"{_WAKE}{_WAIT}",
         (TIMEOUT, OK),
         (),
-        plant=_planted(f"os.fork()\n{_BURN}"),
+        plant=_planted(f"os.fork()\n{_BURN}") + _ALSO_UNHANDLED,
         then=_SHOW,
     ),
     Attempt(
@@ -110,7 +104,7 @@ ATTEMPTS += [
         f"hold = bytearray(b'x') * (150 << 20)\n{_WAKE}{_WAIT}",
         (OUT_OF_MEMORY, TIMEOUT, OK),
         (),
-        plant=_TAMPERED,
+        plant=_planted("hold = bytearray(b'x') * (150 << 20)\ntime.sleep(9)") + _ALSO_UNHANDLED,
         then=_SHOW,
     ),
     Attempt(
