@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides += stray
         if options.command is None:
             parser.print_help()
-            raise _Refused("expected a command: train, sft, eval, config, methods or sandbox")
+            raise _Refused("expected a command: see `gtpo --help`")
         foreign = [word for word in stray if word.partition("=")[0] in _FLAGS]
         if foreign:
             raise _Refused(f"`gtpo {options.command}` takes no {foreign[0]}")

@@ -1,6 +1,6 @@
 """`python -m gtpo.report.compare RUN_A RUN_B`: are the metrics of two runs equal bit for bit, timing fields aside?
 
-Exits 0 if so, else 1 with the first differences.
+Exits 0 if so, 1 with the first differences, 2 with one line for what is no run.
 """
 
 import json
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from gtpo.run_folder import read_rows
 
 
 def is_timing(key: str) -> bool:
@@ -27,9 +29,7 @@ def differences(run_a: Path, run_b: Path) -> list[str]:
     """One line for each row of metrics or turns that differs, and for each log whose length does."""
     found = []
     for name in ("metrics.jsonl", "turns.jsonl"):
-        rows_a, rows_b = (
-            [json.loads(line) for line in (run / name).read_text().splitlines()] for run in (run_a, run_b)
-        )
+        rows_a, rows_b = (read_rows(run / name) for run in (run_a, run_b))
         if len(rows_a) != len(rows_b):
             found.append(f"{name}: {len(rows_a)} rows against {len(rows_b)}")
         for number, (a, b) in enumerate(zip(rows_a, rows_b, strict=False), start=1):
@@ -47,8 +47,16 @@ def main(arguments: Sequence[str]) -> int:
         print("usage: python -m gtpo.report.compare RUN_A RUN_B", file=sys.stderr)
         return 2
     run_a, run_b = map(Path, arguments)
-    found = differences(run_a, run_b)
-    rows = len((run_a / "metrics.jsonl").read_text().splitlines())
+    try:
+        found, rows = differences(run_a, run_b), len(read_rows(run_a / "metrics.jsonl"))
+    except OSError as error:
+        print(
+            f"compare: a run must have logs that can be read, got {error.filename}: {error.strerror}", file=sys.stderr
+        )
+        return 2
+    except ValueError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
     print("\n".join(found[:20]) if found else f"{rows} rows of metrics are equal bit for bit, timing fields aside")
     return 1 if found else 0
 

@@ -60,7 +60,7 @@ def test_help_and_the_list_of_keys(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["trian"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("gtpo: argument {train,sft,eval,") and error.count("\n") == 1
+    assert error.startswith("gtpo: argument {") and "invalid choice: 'trian'" in error and error.count("\n") == 1
     assert main(["config"]) == 0
     listing = capsys.readouterr().out.splitlines()
     for key, value, meaning, allowed, _ in describe_keys():
@@ -100,7 +100,7 @@ def test_a_reader_that_has_read_enough_is_no_fault() -> None:
         (["--bogus"], "--bogus needs a value"),
         (["stray"], "expected --key value, got 'stray'"),
         (["--rollout.group_size", "1"], "rollout.group_size must be at least 2, got 1"),
-        (["--method", "ppo"], "method must be one of gtpo, gtpo_dense, grpo, "),
+        (["--method", "ppo"], "method must be one of gtpo, gtpo_dense, "),
         (["--train.steps", "many"], "config key 'train.steps': "),
         (["--environments", '[{name = "chess"}]'], "environment must be one of"),
         (["--environments", '[{name = "retry", options = {size = 2}}]'], "options of environment 'retry' must be"),

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from gtpo.checkpoints import CannotWrite, load_state
 from gtpo.config import Config, config_from_dict
 from gtpo.provenance import data_digests
+from gtpo.report.compare import main as compare
 from gtpo.run_folder import RunFolder, read_rows
 from gtpo.types import Task
 from tests.trainer.test_run_folder import make_config, names, opened, save
@@ -411,3 +412,22 @@ def test_rows_of_a_log_that_are_none_are_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object, got "):
         read_rows(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("flaw", "message"),
+    [
+        (lambda path: path.unlink(), "a run must have logs that can be read, got .*metrics.jsonl: No such file"),
+        (lambda path: (path.unlink(), path.mkdir()), "a run must have logs that can be read, .*: Is a directory"),
+        (lambda path: path.write_bytes(b'{"a": 1}\n{"a'), r"metrics\.jsonl, line 2: expected a JSON object, got "),
+        (lambda path: path.write_bytes(b"[1]\n"), r"metrics\.jsonl, line 1: expected a JSON object, got list"),
+        (lambda path: path.write_bytes(b"\xff\n"), r"metrics\.jsonl, line 1: expected a JSON object, got "),
+    ],
+)
+def test_what_is_no_run_cannot_be_compared(
+    run: RunFolder, capsys: pytest.CaptureFixture[str], flaw: Callable[[Path], Any], message: str
+) -> None:
+    flaw(run.path / "metrics.jsonl")
+    assert compare([str(run.path), str(run.path)]) == 2
+    said = capsys.readouterr().err
+    assert re.match(rf"compare: .*{message}", said) and said.count("\n") == 1
