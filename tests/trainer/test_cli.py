@@ -68,7 +68,7 @@ def test_help_and_the_list_of_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{'  rollout.group_size = 8':46}  # trajectories for each task (int at least 2)" in listing
     assert any("# preset of [reward], [credit], [loss]; `gtpo methods` lists them (one of gtpo, " in x for x in listing)
     assert any(line.endswith("learning rate to 0 (one of linear, cosine, constant)") for line in listing)
-    assert listing[-1].startswith("methods: gtpo, gtpo_dense, grpo")
+    assert listing[-1].startswith("methods: gtpo, gtpo_dense, gtpo_batch, ")
     assert main(["config", "extra"]) == 2
 
 
