@@ -60,7 +60,8 @@ def refuse_unusable_model(config: Config) -> None:
 def load_model(model: ModelConfig, *, corpus: Sequence[str], seed: int, max_tokens: int) -> Policy:
     """`load_policy`, whose faults name the model: a library's words for a broken file seldom do."""
     try:
-        return load_policy(model, corpus=corpus, seed=seed, max_tokens=max_tokens)
+        # a limit below the trial's own few tokens is refused by the prompts that do not fit it
+        return load_policy(model, corpus=corpus, seed=seed, max_tokens=max(max_tokens, 16))
     except ImportError:
         raise
     except Exception as error:

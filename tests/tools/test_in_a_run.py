@@ -78,7 +78,7 @@ def test_a_run_offers_calls_counts_and_closes_its_tools(tmp_path: Path) -> None:
         (["--tools.cities.database", "none.db"], "tools.cities: database must be a file, got none.db"),
         (["--rollout.tools", '["search"]'], "tools.cities is not offered: rollout.tools must hold 'cities'"),
         # a fault behind the tools: what they hold is given back
-        (["--rollout.max_trajectory_tokens", "1"], "rollout.max_trajectory_tokens must be above that, got 1"),
+        (["--rollout.max_trajectory_tokens", "1"], "prompts too long for rollout.max_trajectory_tokens = 1; "),
     ],
 )
 def test_a_fault_ends_the_run_before_any_work(
