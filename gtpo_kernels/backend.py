@@ -51,11 +51,14 @@ def _needs_compiled_cuda_module(device: torch.device) -> str | None:
     return None
 
 
-# A compiler takes what it gives, and does not look into the package's metadata itself.
-@torch.compiler.assume_constant_result
 def _why_no_triton() -> str | None:
     """Why the installed Triton does not compile the kernels, or that there is none; None where it does."""
     return _fault_of_triton()
+
+
+# A compiler takes what it gives, and does not look into the package's metadata itself. This is what
+# `torch.compiler.assume_constant_result` sets; that loads the compiler, and Triton with it, at import.
+_why_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

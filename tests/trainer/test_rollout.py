@@ -117,11 +117,13 @@ def test_tool_output_that_no_token_limit_could_hold_is_not_tokenized(
         raise AssertionError("the output was tokenized")
 
     monkeypatch.setattr(Chat, "reply_ids", refuse)
+    # no cell prints as much as no limit could hold, but a tool of another kind may
+    monkeypatch.setattr("gtpo.rollout._MAX_CHARS_PER_TOKEN", 10)
     (trajectory,) = play_all(
         policy,
-        [[python("print('y' * 150_000)"), "answer: 4"]],
-        limits=SandboxLimits(output_bytes=200_000),
-        max_trajectory_tokens=400,
+        [[python("print('y' * 15_000)"), "answer: 4"]],
+        limits=SandboxLimits(output_bytes=16_000),
+        max_trajectory_tokens=1000,
     )
     assert trajectory.stop is StopReason.TRUNCATED and trajectory.turns[0].tool_ids == []
 

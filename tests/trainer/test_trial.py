@@ -264,4 +264,5 @@ def test_a_model_is_refused_before_the_folder_is_touched(tmp_path: Path) -> None
     trainer = Trainer(config_from_dict(long), overwrite=True)
     assert trainer.policy.max_tokens == 700
     trainer.tools.stop()
+    trainer.run.close()
     assert (run / "metrics.jsonl").read_text() == "kept\n"
