@@ -7,7 +7,7 @@ CUDA kernels, with nvcc: for the first four.  The tools that read cubins come wi
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,8 +231,17 @@ def compile_triton(variant: Variant, arch: str) -> Resources:
         *read[3:],
         needed,
         threads,
-        late_loads(compiled.asm["ttir"]) if "d_logits_ptr" in signature else 0,
+        late_loads(compiled.asm["ttir"]) if writes_logits(signature) else 0,
     )
+
+
+def writes_logits(signature: Mapping[str, str]) -> bool:
+    """Whether the kernel gets a place for d_logits, which may be its logits: forward only, that is the constant None.
+
+    >>> [writes_logits(given) for given in ({"d_logits_ptr": "*bf16"}, {"d_logits_ptr": "constexpr"}, {})]
+    [True, False, False]
+    """
+    return signature.get("d_logits_ptr", "constexpr") != "constexpr"
 
 
 def late_loads(ttir: str) -> int:

@@ -1,5 +1,6 @@
 """Episodes whose tools are plain typed functions: the shortest way to a world with state."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from gtpo.tools.signature import CallSignature
 from gtpo.types import Message, ToolCall, ToolResult, ToolSchema, ToolStatus, Trajectory, Turn
 
 
-class FunctionEpisode:
+class FunctionEpisode(ABC):
     """A `BlockingEpisode` whose tools are `functions`, methods of a subclass as a rule; its state is the object's.
 
     prompt: what the user asks. system: read before it. functions: with type hints and a docstring that describes each
@@ -57,8 +58,9 @@ class FunctionEpisode:
         results = [self._call(call) for call in turn.calls]
         return Reply(results=results, rewards=self._rewards, done=self._done or not turn.calls)
 
+    @abstractmethod
     def grade(self, trajectory: Trajectory) -> Grade:
-        raise NotImplementedError(f"{type(self).__name__} must implement grade")
+        """What the trajectory is worth, with the world as it now is."""
 
     def close(self) -> None:
         """Gives back what the episode holds."""

@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.gpu_compile import TARGETS, Resources, late_loads
+from benchmarks.gpu_compile import TARGETS, Resources, late_loads, writes_logits
 from benchmarks.gpu_static import faults, occupancy
 
 GOOD = Resources("sweep", "triton", "sm_90", "bf16", "V=32000", 64, 0, 128, 128, 4, 4, 1024)
@@ -44,6 +44,13 @@ REDUCE, BARRIER, STORE = (
     "gpu.barrier\n",
     "tt.store %row_ptrs, %d : tensor\n",
 )
+
+
+def test_only_a_kernel_that_gets_a_place_for_gradients_can_overwrite_logits() -> None:
+    assert writes_logits({"logits_ptr": "*bf16", "d_logits_ptr": "*bf16"})
+    # forward only: the place is the constant None
+    assert not writes_logits({"logits_ptr": "*bf16", "d_logits_ptr": "constexpr"})
+    assert not writes_logits({"logits_ptr": "*bf16"})
 
 
 def test_a_logit_that_may_be_overwritten_before_it_is_read_is_a_fault() -> None:
