@@ -63,7 +63,8 @@ class FunctionEpisode(ABC):
         """What the trajectory is worth, with the world as it now is."""
 
     def close(self) -> None:
-        """Gives back what the episode holds."""
+        """Ends the episode; subclasses give back what they hold."""
+        self._done = True
 
     def reward(self, term: str, value: float) -> None:
         """Adds to the named reward term of the current turn."""
