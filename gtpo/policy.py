@@ -1,32 +1,26 @@
-"""The model under training: loading or building it, its hidden states over a packed batch, its head, its checkpoints.
+"""The model under training: its hidden states over a packed batch, its head, its trainable weights, what it saves.
 
-With `sampler`, the only module that knows transformers. What it does not do: compute logits of a batch; that is the
-work of `gtpo_kernels.linear_gtpo_loss`.
+What it does not do: find a model, see `gtpo.models`; put adapters into one, see `gtpo.lora`; compute logits of a batch,
+which is the work of `gtpo_kernels.linear_gtpo_loss`.
 """
 
 import contextlib
 import importlib.util
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from gtpo.attention import SlotCache, block_causal_attention, flash_varlen_attention
 from gtpo.batch import Batch
 from gtpo.config import ModelConfig, RolloutConfig
+from gtpo.models import load_model_and_tokenizer
 from gtpo.trial import refuse_unknown_ids, refuse_unsupported, refuse_wrong_logits
 
-_CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # of a policy for which nothing else is said
 _MAX_TOKENS = RolloutConfig().max_trajectory_tokens
 
@@ -70,8 +64,6 @@ def _attention(
 
 
 AttentionInterface.register("gtpo_packed", _attention)
-# bars of its own while weights load and save would break up ours
-transformers.utils.logging.disable_progress_bar()
 
 
 class Policy:
@@ -103,7 +95,10 @@ class Policy:
         )
         self._adapted: Any = None
         if config.lora_rank:
-            self._adapted = _with_lora(model, config)
+            # imported where adapters train: no other run waits for peft
+            from gtpo.lora import with_adapters
+
+            self._adapted = with_adapters(model, config)
         if config.freeze_head:
             if self.head.weight is model.get_input_embeddings().weight:
                 raise ValueError(
@@ -200,9 +195,9 @@ class Policy:
         """Writes a plain Hugging Face model and tokenizer; LoRA weights are merged into a copy first."""
         model = self.model
         if self._adapted is not None:
-            import copy
+            from gtpo.lora import merged
 
-            model = copy.deepcopy(self._adapted).merge_and_unload()
+            model = merged(self._adapted)
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
@@ -225,111 +220,19 @@ class Policy:
                 module.attention_dropout = 0.0
 
 
-def load_policy(
-    config: ModelConfig, *, corpus: Iterable[str] = (), seed: int = 0, max_tokens: int = _MAX_TOKENS
-) -> Policy:
-    """The policy that `config.source` names, for sequences of at most `max_tokens`.
-
-    `corpus` trains the tokenizer of a "tiny" model, and of no other.
-    """
-    if config.source == "tiny":
-        return build_tiny_policy(config, corpus=corpus, seed=seed, max_tokens=max_tokens)
-    if config.source.startswith("package:"):
-        model, tokenizer = _load_gguf_package(config.source.removeprefix("package:"))
-        return Policy(model, tokenizer, config, max_tokens=max_tokens)
-    if not Path(config.source).is_dir():
-        raise ValueError(f'model.source must be "tiny", "package:NAME" or a folder, got {config.source!r}')
-    model = transformers.AutoModelForCausalLM.from_pretrained(config.source, dtype=getattr(torch, config.dtype))
-    return Policy(model, transformers.AutoTokenizer.from_pretrained(config.source), config, max_tokens=max_tokens)
-
-
-def build_tiny_policy(config: ModelConfig, *, corpus: Iterable[str], seed: int, max_tokens: int) -> Policy:
-    """A random Qwen3-style model with a byte-level BPE tokenizer trained on `corpus`, digits kept apart."""
-    tokenizer = _train_tokenizer(corpus, config.vocab_size)
-    model_config = transformers.Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=max(4096, max_tokens),
-        tie_word_embeddings=False,
-        initializer_range=config.initializer_range,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = transformers.Qwen3ForCausalLM(model_config)
-    return Policy(model, tokenizer, config, max_tokens=max_tokens)
-
-
-def _train_tokenizer(corpus: Iterable[str], vocab_size: int) -> Any:
-    control = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    least = len(control) + 256
-    if vocab_size < least:
-        raise ValueError(
-            f"model.vocab_size must be at least {least} (all bytes and the control tokens), got {vocab_size}"
-        )
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=control,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(corpus, trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|im_end|>", additional_special_tokens=["<|im_start|>"]
-    )
-    tokenizer.chat_template = _CHATML
-    return tokenizer
-
-
-def _load_gguf_package(name: str) -> tuple[Any, Any]:
-    # the package is located, not imported: only its file of weights is wanted, not its own inference stack
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"model.source names the Python package {name!r}, which is not installed")
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        raise ValueError(f"the Python package {name!r} must hold one .gguf file, got {[file.name for file in files]}")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
-    # a model read from GGUF still carries its quantisation config and cannot be saved; a fresh one with its weights can
-    config = type(loaded.config)(
-        **{key: value for key, value in loaded.config.to_dict().items() if key not in ("quantization_config", "dtype")}
-    )
-    model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
-    return model, tokenizer
-
-
-def _with_lora(model: Any, config: ModelConfig) -> Any:
-    import peft
-
-    lora = peft.LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    with warnings.catch_warnings():
-        # peft asks transformers by a name that the latter is about to drop
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return peft.get_peft_model(model, lora)
-
-
 def _checkpoint_activations(model: Any) -> None:
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def load_policy(
+    config: ModelConfig, *, corpus: Iterable[str] = (), seed: int = 0, max_tokens: int = _MAX_TOKENS
+) -> Policy:
+    """The policy that `config.source` names, for sequences of at most `max_tokens`.
+
+    corpus, seed: as for `gtpo.models.load_model_and_tokenizer`.
+    """
+    model, tokenizer = load_model_and_tokenizer(config, corpus=corpus, seed=seed, max_tokens=max_tokens)
+    return Policy(model, tokenizer, config, max_tokens=max_tokens)

@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("environments",),
     ("attention", "batch", "reward_functions"),
     ("rewards",),
-    ("trial",),
+    ("trial", "models", "lora"),
     ("credit", "loss", "policy"),
     ("sampler", "schedule"),
     ("rollout",),
@@ -33,12 +33,12 @@ OUTSIDE = ("__init__", "adapters")
 # Which parts of gtpo may import a third-party package, and which of its modules; None is all of them.
 RESTRICTED: dict[str, dict[str, tuple[str, ...] | None]] = {
     "transformers": {
-        "policy": None,
-        "sampler": None,
+        "models": None,
+        "policy": ("transformers.modeling_utils",),
         "tools": ("transformers.utils",),
         "chat": ("transformers.utils",),
     },
-    "peft": {"policy": None},
+    "peft": {"lora": None},
     "flash_attn": {"attention": None},
     "reasoning_gym": {"environments": None},
 }
