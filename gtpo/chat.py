@@ -2,7 +2,7 @@
 
 A conversation is rendered once, for its prompt. After that ids are only appended: the sampled completion as it is, then
 the template's glue around the tool output. The glue is found by rendering a made-up conversation, so a template that
-rewrites earlier turns (and would thus break the prefix) is refused at the start.
+rewrites earlier turns (and would thus break the prefix) is refused at the start, as `gtpo.templates` says.
 """
 
 import json
@@ -10,11 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gtpo.parsing import CallFormat, ParsedTurn, opens_thought, parse_turn
+from gtpo.templates import ChatTemplate, TemplateFault, split_at
 from gtpo.token_ids import TokenIds
 from gtpo.types import Message, ToolCall, ToolSchema
 
-_MARK = "\x00tool-output\x00"
 _ANSWER_PROTOCOL = "Give the result as: answer: ..."
+# ids in which a generation prompt opens a thought: of a tokenizer of bytes, at most
+_MAX_OPENING = 64
 _CODE_PROTOCOL = (
     "Call Python with a block that opens with ```python and closes with ```. You then read what it printed.\n"
 )
@@ -38,22 +40,15 @@ def written_answer(answer: str) -> str:
     return f"answer: {answer}"
 
 
-class _DroppedMessage(ValueError):
-    """The chat template left out a message."""
-
-
-class BrokenPrefix(ValueError):
-    """The chat template does not extend what it rendered before, so ids could not be appended token-in, token-out."""
-
-
 class Chat:
     """The chat template of one tokenizer, in one call format.
 
-    stop_ids: ids that end a turn beside that of `eos_token`. max_calls_per_turn, reasoning_may_call: as `parse_turn`
-    takes them. opens_thought: whether a completion begins in a thought, which the generation prompt opened.
-    The template must keep the system prompt and earlier turns, and end a turn of the assistant with `eos_token`. Known
-    to: Qwen 2.5 to 3.8, LFM2, Nemotron 3, DeepSeek V3; with tool_role "user" also Llama 3, Gemma 4 and Phi 3.
-    Raises BrokenPrefix or ValueError where it does not.
+    stop_ids: ids that end a turn beside that of `eos_token`, as the model's generation config lists them.
+    max_calls_per_turn, reasoning_may_call: as `parse_turn` takes them. template_kwargs: variables of the template.
+    end_of_turn_id: what a demonstration writes at the end of a turn: `eos_token` if the template does, else the token
+    that it writes there. opens_thought: whether a completion begins in a thought, which the generation prompt opened.
+    The template must keep earlier turns; docs/models.md lists families of which that is known.
+    Raises ValueError, in one line, where it does not.
     """
 
     def __init__(
@@ -65,24 +60,25 @@ class Chat:
         stop_ids: Collection[int] = (),
         max_calls_per_turn: int = 8,
         reasoning_may_call: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                "the model's tokenizer must have a chat template, got none; set tokenizer.chat_template and save it"
-            )
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the model's tokenizer must have an end-of-turn token (eos_token), got none")
+        self.template = ChatTemplate(tokenizer, stop_ids=stop_ids, kwargs=template_kwargs)
         self.tokenizer = tokenizer
         self.tokens = TokenIds(tokenizer)
         self.call_format = call_format
         self.tool_role = tool_role
-        self.end_of_turn_id: int = tokenizer.eos_token_id
-        self.stop_ids = frozenset({self.end_of_turn_id, *stop_ids})
-        self._glue: dict[tuple[str, ...], list[str]] = {}
         self.max_calls_per_turn = max_calls_per_turn
         self.reasoning_may_call = reasoning_may_call
-        self._check_tool_glue()
-        self.opens_thought = opens_thought(self._glue_of((tool_role,))[-1])
+        self._check_replies()
+        seam = self.template.seam((tool_role,))
+        self.end_of_turn_id: int = tokenizer.convert_tokens_to_ids(seam.end)
+        self.stop_ids = frozenset({self.end_of_turn_id, tokenizer.eos_token_id, *stop_ids})
+        generation = self.template.prompt([Message("user", "question")])
+        self.opens_thought = opens_thought(generation)
+        # DeepSeek's template goes on behind tool output, without the thought that its prompt opens
+        self._opens_alike = all(
+            opens_thought(self.template.seam(roles).pieces[-1]) == self.opens_thought for roles in _replies(tool_role)
+        )
 
     def prompt_ids(
         self, messages: Sequence[Message], tools: Sequence[ToolSchema] = (), *, explain_protocol: bool = False
@@ -98,13 +94,11 @@ class Chat:
             messages = [Message("system", system if has_system else system.lstrip()), *messages[has_system:]]
         contents = [message.content for message in messages]
         if not any(map(self.tokens.has_control, contents)):
-            return self.tokens.whole(self._render(messages, add_generation_prompt=True))
+            return self.tokens.whole(self.template.prompt(messages))
         marks = [f"\x00message {number}\x00" for number in range(len(messages))]
         marked = [Message(message.role, mark) for message, mark in zip(messages, marks, strict=True)]
-        rendered = self._render(marked, add_generation_prompt=True)
-        pieces = _split_at(rendered, marks)
-        if pieces is None:
-            raise ValueError(f"the chat template must keep every message of the prompt, got {rendered!r}")
+        pieces = split_at(self.template.prompt(marked), marks)
+        assert pieces is not None, "the template was seen to keep every message"
         return self.tokens.whole(pieces[0]) + self._interleaved(contents, pieces[1:])
 
     def reply_ids(
@@ -119,13 +113,13 @@ class Chat:
         said += messages
         if tools:
             said.append(Message("user", f"New tools:{self._tool_lines(tools)}"))
-        first, *rest = self._glue_of(tuple(message.role for message in said))
+        seam = self.template.seam(tuple(message.role for message in said))
+        first, *rest = seam.pieces
         contents = [message.content for message in said]
-        end = self.tokenizer.eos_token
         if not any(map(self.tokens.has_control, contents)):
             text = "".join(content + piece for content, piece in zip(contents, rest, strict=True))
-            return self.tokens.behind(end, first + text)
-        return self.tokens.behind(end, first) + self._interleaved(contents, rest)
+            return self.tokens.behind(seam.end, first + text)
+        return self.tokens.behind(seam.end, first) + self._interleaved(contents, rest)
 
     def _interleaved(self, contents: Sequence[str], glue: Sequence[str]) -> list[int]:
         """Each content, which holds no control token, with the glue behind it."""
@@ -154,70 +148,58 @@ class Chat:
             return "".join(f"\n{json.dumps(_without_return(tool), sort_keys=True)}" for tool in tools)
         return "".join(f"\n- {_signature_line(tool['function'])}" for tool in tools)
 
-    def completion_ids(self, text: str) -> list[int]:
+    def completion_ids(self, text: str, behind: Sequence[int] | None = None) -> list[int]:
         """Ids of a demonstrated completion, its end-of-turn id included. It does not think: a thought that the
-        generation prompt opened is closed first."""
-        text = f"</think>\n\n{text}" if self.opens_thought else text
+        generation prompt opened is closed first.
+
+        behind: the ids that it follows, the prompt or those of a reply; left out: those of a prompt."""
+        text = f"</think>\n\n{text}" if self._is_thinking(behind) else text
         return [*self.tokens.part(text, control=False), self.end_of_turn_id]
 
     def decode(self, completion_ids: Sequence[int]) -> str:
         ids = [token for token in completion_ids if token not in self.stop_ids]
         return self.tokens.decode(ids)
 
-    def parse(self, text: str) -> ParsedTurn:
-        """Reads the calls, or else the answer, out of a completion. Never raises: a malformed call has its error."""
+    def parse(self, text: str, behind: Sequence[int] | None = None) -> ParsedTurn:
+        """Reads the calls, or else the answer, out of a completion. Never raises: a malformed call has its error.
+
+        behind: as `completion_ids` takes it."""
         return parse_turn(
             text,
             call_format=self.call_format,
             max_calls=self.max_calls_per_turn,
-            is_thinking=self.opens_thought,
+            is_thinking=self._is_thinking(behind),
             reasoning_may_call=self.reasoning_may_call,
         )
 
-    def _check_tool_glue(self) -> None:
-        """Raises where the template cannot take tool output after a turn, one or several, without changing the turn."""
-        for number in (1, 2):
+    def _check_replies(self) -> None:
+        """Raises where the template cannot take what follows a turn: tool output, one or several, and messages."""
+        try:
+            self._try_replies(self.tool_role)
+        except TemplateFault as fault:
+            if self.tool_role == "user":
+                raise
             try:
-                self._glue_of((self.tool_role,) * number)
-            except _DroppedMessage as dropped:
-                raise ValueError(
-                    f'the chat template drops messages of role {self.tool_role!r}; set rollout.tool_role = "user"'
-                ) from dropped
+                self._try_replies("user")
+            except TemplateFault as other:
+                if str(other) == str(fault):
+                    raise
+                raise type(fault)(f'{fault}; with rollout.tool_role = "user", {other}') from fault
+            raise type(fault)(f'{fault}; set rollout.tool_role = "user"') from fault
 
-    def _glue_of(self, roles: tuple[str, ...]) -> list[str]:
-        """What the template puts before, between and after messages of `roles` that follow a completion."""
-        if roles not in self._glue:
-            self._glue[roles] = self._find_glue(roles)
-        return self._glue[roles]
+    def _try_replies(self, tool_role: str) -> None:
+        for roles in _replies(tool_role):
+            self.template.seam(roles)
 
-    def _find_glue(self, roles: tuple[str, ...]) -> list[str]:
-        opening = [Message("user", "question"), Message("assistant", "reply")]
-        end = self.tokenizer.eos_token
-        rendered = self._render(opening, add_generation_prompt=False)
-        if end not in rendered[rendered.rindex("reply") :]:
-            raise BrokenPrefix(f"the chat template must end an assistant turn with eos_token {end!r}, got {rendered!r}")
-        said = [Message(role, _MARK) for role in roles]  # type: ignore[arg-type]
-        whole = self._render([*opening, *said], add_generation_prompt=True)
-        # an earlier turn must stand as the template closed it, or as it was sampled: Qwen3 puts an empty <think> into
-        # the last turn only, and no turn that is appended here has it
-        closed = rendered[: rendered.index(end, rendered.rindex("reply")) + len(end)]
-        appended = self._render(opening[:1], add_generation_prompt=True) + "reply" + end
-        prefix = closed if whole.startswith(closed) else appended
-        if not whole.startswith(prefix):
-            raise BrokenPrefix(
-                "the chat template must keep earlier turns as they were rendered; "
-                f"expected a conversation starting with {closed!r} or {appended!r}, got {whole!r}"
-            )
-        pieces = whole[len(prefix) :].split(_MARK)
-        if len(pieces) != len(roles) + 1:
-            raise _DroppedMessage(f"the chat template must keep messages of roles {list(roles)}, got {whole!r}")
-        return pieces
+    def _is_thinking(self, behind: Sequence[int] | None) -> bool:
+        if behind is None or self._opens_alike:
+            return self.opens_thought
+        return opens_thought(self.tokens.decode(behind[-_MAX_OPENING:]))
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        plain = [{"role": message.role, "content": message.content} for message in messages]
-        return str(
-            self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
-        )
+
+def _replies(tool_role: str) -> tuple[tuple[str, ...], ...]:
+    """Roles of messages that may follow a turn; others are fitted to these."""
+    return (tool_role,), (tool_role, tool_role), (tool_role, "user"), ("user",), ("user", "user")
 
 
 def _without_return(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,18 +221,3 @@ def _signature_line(function: Mapping[str, Any]) -> str:
         for name, schema in properties.items()
     )
     return f"{function['name']}({parameters}): {function.get('description', '')}".rstrip(": ")
-
-
-def _split_at(text: str, marks: Sequence[str]) -> list[str] | None:
-    """`text` before, between and after `marks`; None unless each stands there once, in this order.
-
-    >>> _split_at("a1b2c", ["1", "2"]), _split_at("a2b1c", ["1", "2"])
-    (['a', 'b', 'c'], None)
-    """
-    pieces = []
-    for mark in marks:
-        if text.count(mark) != 1:
-            return None
-        before, _, text = text.partition(mark)
-        pieces.append(before)
-    return None if any(mark in piece for piece in pieces for mark in marks) else [*pieces, text]

@@ -109,7 +109,7 @@ class Rollout:
             num_tokens += len(turn.completion_ids)
             if not finished:
                 return StopReason.TRUNCATED
-            parsed = self.chat.parse(turn.text)
+            parsed = self.chat.parse(turn.text, behind=new_ids)
             turn.calls, turn.answer, turn.said = list(parsed.calls), parsed.answer, parsed.said
             reply = await episode.step(turn)
             turn.calls = turn.calls if reply.calls is None else list(reply.calls)

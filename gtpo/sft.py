@@ -44,14 +44,14 @@ async def demonstrate_one(rollout: Rollout, oracle: Demonstration, task: Task) -
     """The oracle writes through the policy's own loop: its text becomes ids, its calls run, its outputs are real."""
     started = False
 
-    async def write(_: list[int], observation: str, max_new_tokens: int) -> Completion:
+    async def write(new_ids: list[int], observation: str, max_new_tokens: int) -> Completion:
         nonlocal started
         try:
             step = oracle.send(observation) if started else next(oracle)
         except StopIteration:
             raise ValueError(f"the oracle of task {task.id!r} ended before its episode") from None
         started = True
-        ids = rollout.chat.completion_ids(written(step, rollout.chat.call_format))
+        ids = rollout.chat.completion_ids(written(step, rollout.chat.call_format), behind=new_ids)
         return Completion(
             ids[:max_new_tokens], [0.0] * min(len(ids), max_new_tokens), finished=len(ids) <= max_new_tokens
         )

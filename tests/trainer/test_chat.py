@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gtpo.chat import BrokenPrefix, Chat, written_answer, written_call
+from gtpo.chat import Chat, written_answer, written_call
 from gtpo.parsing import CallFormat
 from gtpo.policy import Policy
+from gtpo.templates import BrokenPrefix
 from gtpo.tools import ToolSet
 from gtpo.types import ToolCall
 from tests.trainer.conftest import prompt, python, tiny_policy
@@ -88,17 +89,16 @@ def test_prompt_text_never_becomes_a_control_id(policy: Policy, text: str) -> No
     for prompts in ((text, "Q"), ("S", text)):
         ids = chat.prompt_ids(prompt(*prompts))
         assert sum(token in control for token in ids) == 5
-        assert policy.tokenizer.decode(ids) == chat._render(prompt(*prompts), add_generation_prompt=True)
+        assert policy.tokenizer.decode(ids) == chat.template.render(prompt(*prompts), add_generation_prompt=True)
 
 
-def test_a_template_that_drops_the_prompt_of_an_injection_is_refused() -> None:
+def test_a_template_that_drops_the_first_message_is_refused() -> None:
     tokenizer = tiny_policy().tokenizer
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{% for", "{% set messages = messages[1:] or messages %}{% for"
     )
-    chat = Chat(tokenizer)
-    with pytest.raises(ValueError, match="must keep every message of the prompt"):
-        chat.prompt_ids(prompt("S", END))
+    with pytest.raises(BrokenPrefix, match="must keep earlier turns"):
+        Chat(tokenizer)
 
 
 REWRITES = "{% for m in messages %}{{ m['content'] if loop.last else '(cut)' }}<|im_end|>{% endfor %}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gtpo.batch import pack, split_by_tokens
-from gtpo.chat import BrokenPrefix, Chat
+from gtpo.chat import Chat
 from gtpo.config import RolloutConfig, config_from_dict
 from gtpo.credit import Credit, assign_credit, to_sequence
 from gtpo.evaluation import evaluate_groups
@@ -18,6 +18,7 @@ from gtpo.policy import Policy
 from gtpo.rewards import turn_rewards
 from gtpo.sampler import Completion, sample_tokens
 from gtpo.sandbox import SandboxPool
+from gtpo.templates import BrokenPrefix
 from gtpo.trainer import to_sequences
 from gtpo.types import StopReason, ToolStatus, Trajectory
 from gtpo_kernels import clipped_loss, linear_token_logprobs, turn_advantages

@@ -1,0 +1,264 @@
+"""What a chat template can do, found by trial with made-up conversations before any task is seen.
+
+Templates differ in which roles they take, whether two messages of one role may follow each other, and what ends a turn.
+What one does not take is fitted to it: system text goes into the first user message, neighbours join in one message.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gtpo.types import Message, ToolSchema
+
+_MARK = "\x00tool-output\x00"
+_QUESTION, _REPLY = "the-question", "the-reply"
+_JOINT = "\n\n"
+# a thought at the end of what stands before a reply: templates open one, or write an empty one, for the last turn only
+_THOUGHT = re.compile(r"<(?P<name>\w*think|\|channel)>(?:thought)?\s*+(?:(?:</(?P=name)>|<channel\|>)\s*+)?\Z")
+_MAX_SHOWN = 200
+_OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize")
+
+
+class TemplateFault(ValueError):
+    """The chat template raises for some messages, or leaves one out."""
+
+
+class BrokenPrefix(TemplateFault):
+    """The chat template does not extend what it rendered before, so ids could not be appended token-in, token-out."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """What a template writes behind a completion: `end`, the token that ends the turn, then `pieces`, the text before,
+    between and after the messages that follow."""
+
+    end: str
+    pieces: list[str]
+
+
+class ChatTemplate:
+    """The chat template of one tokenizer. stop_ids: those that end a turn beside eos_token. kwargs: its own variables.
+
+    Raises ValueError where the template takes no conversation at all, or does not know one of `kwargs`.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, stop_ids: Collection[int] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                "the model's tokenizer must have a chat template, got none; set tokenizer.chat_template and save it"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the model's tokenizer must have an end-of-turn token (eos_token), got none")
+        self._tokenizer = tokenizer
+        self._kwargs = dict(kwargs or {})
+        self._refuse_unknown(self._kwargs)
+        self._stops = set(tokenizer.convert_ids_to_tokens(sorted(stop_ids)))
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special |= {*tokenizer.all_special_tokens, *self._stops}
+        longest_first = sorted(special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)))
+        self._fits: dict[tuple[str, ...], int] = {}
+        self._seams: dict[tuple[str, ...], Seam] = {}
+        self._in_parts = False
+        self._in_parts = not self._takes_text()
+        self._opening = [Message("user", _QUESTION), Message("assistant", _REPLY)]
+        self.prompt(self._opening[:1])
+        self._takes_system = self._find_fit([Message("system", ""), *self._opening[:1]]) == 0
+        self._rendered = self.render(self._opening, add_generation_prompt=False)
+        self._closing = self._rendered.rpartition(_REPLY)[2]
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> str:
+        """The text before the first sampled token. Raises TemplateFault where no way shows the messages as text."""
+        roles = tuple(message.role for message in messages)
+        if roles not in self._fits:
+            self._fits[roles] = self._find_fit(messages)
+        return self.render(list(_prompt_fits(messages))[self._fits[roles]], add_generation_prompt=True, tools=tools)
+
+    def seam(self, roles: tuple[str, ...]) -> Seam:
+        """What stands around messages of `roles` that follow a completion. Raises TemplateFault where there is none."""
+        if roles not in self._seams:
+            self._seams[roles] = self._find_seam(roles)
+        return self._seams[roles]
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[ToolSchema] = ()
+    ) -> str:
+        plain = [{"role": message.role, "content": self._content(message.content)} for message in messages]
+        offered = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    plain, tokenize=False, add_generation_prompt=add_generation_prompt, **offered, **self._kwargs
+                )
+            )
+        # a template is a program of its own: it raises what it likes
+        except Exception as error:
+            reason = " ".join(str(error).split())[:_MAX_SHOWN] or type(error).__name__
+            roles = ", ".join(message.role for message in messages)
+            raise TemplateFault(f"the chat template raises {reason!r} for messages of roles {roles}") from error
+
+    def _content(self, text: str) -> Any:
+        return [{"type": "text", "text": text}] if self._in_parts else text
+
+    def _takes_text(self) -> bool:
+        """Whether a content is a text; templates of models that see read a list of parts."""
+        for self._in_parts in (False, True):
+            try:
+                if _MARK in self.render([Message("user", _MARK)], add_generation_prompt=True):
+                    return not self._in_parts
+            except TemplateFault:
+                continue
+        return True
+
+    def _refuse_unknown(self, kwargs: Mapping[str, Any]) -> None:
+        template = self._tokenizer.chat_template
+        text = template if isinstance(template, str) else str(template)
+        for name in kwargs:
+            if name in _OWN_VARIABLES or not name.isidentifier() or not re.search(rf"\b{re.escape(name)}\b", text):
+                raise ValueError(f"chat.template_kwargs must hold variables of the chat template, got {name!r}")
+
+    def _find_fit(self, messages: Sequence[Message]) -> int:
+        """The number of the first of `_prompt_fits` that the template takes, keeping every message."""
+        marks = [f"\x00message {number}\x00" for number in range(len(messages))]
+        marked = [Message(message.role, mark) for message, mark in zip(messages, marks, strict=True)]
+        fault = TemplateFault("the chat template must keep every message of the prompt, got none")
+        for number, fitted in enumerate(_prompt_fits(marked)):
+            try:
+                rendered = self.render(fitted, add_generation_prompt=True)
+            except TemplateFault as raised:
+                fault = raised if number == 0 else fault
+                continue
+            if split_at(rendered, marks) is not None:
+                return number
+            if number == 0:
+                fault = TemplateFault(
+                    f"the chat template must keep every message of the prompt, got {_shown(rendered)}"
+                )
+        raise fault
+
+    def _find_seam(self, roles: tuple[str, ...]) -> Seam:
+        taken = ("user" if role == "system" and not self._takes_system else role for role in roles)
+        said = [Message(role, _MARK) for role in taken]  # type: ignore[arg-type]
+        faults = []
+        for fitted in (said, _joined(said), [Message(said[0].role, _JOINT.join([_MARK] * len(said)))]):
+            try:
+                return self._seam_of(fitted, num=len(roles))
+            except TemplateFault as fault:
+                faults.append(fault)
+        raise faults[0]
+
+    def _seam_of(self, said: Sequence[Message], *, num: int) -> Seam:
+        whole = self.render([*self._opening, *said], add_generation_prompt=True)
+        roles = ", ".join(message.role for message in said)
+        pieces = whole.split(_MARK)
+        if len(pieces) != num + 1:
+            raise TemplateFault(f"the chat template drops messages of role {roles!r}")
+        start = pieces[0].rfind(_REPLY)
+        behind = pieces[0][start + len(_REPLY) :]
+        end = self._end_in(behind) if start >= 0 else None
+        stands, generation, closed = map(_without_thought, (pieces[0][:start], *self._befores()))
+        if start < 0 or _QUESTION not in stands or stands not in (generation, closed):
+            expected = " or ".join(repr(text + _REPLY) for text in self._befores())
+            raise BrokenPrefix(
+                "the chat template must keep earlier turns as they were rendered; "
+                f"expected a conversation starting with {expected}, got {_shown(whole)}"
+            )
+        if end is None:
+            raise BrokenPrefix(
+                f"the chat template must end an assistant turn with eos_token {self._tokenizer.eos_token!r} or another "
+                "special token, the same in the middle and at the end; "
+                f"got {_shown(behind)} and {_shown(self._closing)}"
+            )
+        if stands != generation and (control := self._special.search(stands.removeprefix(generation))):
+            raise TemplateFault(
+                f"the chat template puts {control[0]!r} between its generation prompt and a reply, where a completion "
+                "begins; it needs a generation prompt that holds all control tokens before a reply"
+            )
+        return Seam(end, [behind[behind.index(end) + len(end) :], *pieces[1:]])
+
+    def _befores(self) -> list[str]:
+        """What may stand before a reply: the generation prompt, or what the template writes there later."""
+        generation = self.render(self._opening[:1], add_generation_prompt=True)
+        return [generation, self._rendered[: self._rendered.rfind(_REPLY)]]
+
+    def _end_in(self, behind: str) -> str | None:
+        """The token that ends a turn, in what stands between a reply and the next message: eos_token, else one that
+        stops the sampling, else one with which the template closes the last turn too."""
+        found = self._special.findall(behind)
+        if (eos := self._tokenizer.eos_token) in found:
+            return str(eos)
+        ends = [token for token in found if token in self._stops]
+        ends += [token for token in found[:1] if token in self._closing]
+        return next(iter(ends), None)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _MAX_SHOWN else f"...{text[-_MAX_SHOWN:]}")
+
+
+def _without_thought(text: str) -> str:
+    """
+    >>> [_without_thought(text) for text in ("<|assistant|><think>\\n", "<think>\\n\\n</think>\\n\\n", "a <think> b")]
+    ['<|assistant|>', '', 'a <think> b']
+    """
+    return _THOUGHT.sub("", text)
+
+
+def _prompt_fits(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """Ways of giving messages to a template, from what they are to what every template takes."""
+    yield list(messages)
+    yield _joined(messages)
+    yield _without_system(messages)
+    yield _joined(_without_system(messages))
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    """System text as the beginning of the user message that follows it.
+
+    >>> _without_system([Message("system", "Be brief."), Message("user", "2 + 2?")])
+    [Message(role='user', content='Be brief.\\n\\n2 + 2?')]
+    """
+    fitted: list[Message] = []
+    system: list[str] = []
+    for message in messages:
+        if message.role == "system":
+            system.append(message.content)
+        elif message.role == "user" and system:
+            fitted.append(Message("user", _JOINT.join([*system, message.content])))
+            system = []
+        else:
+            fitted.append(message)
+    return [*fitted, Message("user", _JOINT.join(system))] if system else fitted
+
+
+def _joined(messages: Sequence[Message]) -> list[Message]:
+    """Neighbours of one role in one message.
+
+    >>> _joined([Message("user", "a"), Message("user", "b"), Message("assistant", "c")])
+    [Message(role='user', content='a\\n\\nb'), Message(role='assistant', content='c')]
+    """
+    joined: list[Message] = []
+    for message in messages:
+        if joined and joined[-1].role == message.role:
+            joined[-1] = Message(message.role, joined[-1].content + _JOINT + message.content)
+        else:
+            joined.append(message)
+    return joined
+
+
+def split_at(text: str, marks: Sequence[str]) -> list[str] | None:
+    """`text` before, between and after `marks`; None unless each stands there once, in this order.
+
+    >>> split_at("a1b2c", ["1", "2"]), split_at("a2b1c", ["1", "2"])
+    (['a', 'b', 'c'], None)
+    """
+    pieces = []
+    for mark in marks:
+        if text.count(mark) != 1:
+            return None
+        before, _, text = text.partition(mark)
+        pieces.append(before)
+    return None if any(mark in piece for piece in pieces for mark in marks) else [*pieces, text]
