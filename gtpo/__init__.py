@@ -7,7 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gtpo.callbacks import Callback
     from gtpo.config import Config, config_from_dict, load_config
+    from gtpo.credit import Credit, Scored
     from gtpo.environments import (
         Answer,
         BlockingEpisode,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
         Say,
         Use,
     )
+    from gtpo.evaluation import Evaluation
+    from gtpo.rewards import TurnRewards
     from gtpo.tools import RunTools
     from gtpo.trainer import Trainer
     from gtpo.types import Message, Task, ToolCall, ToolResult, ToolStatus, Trajectory, Turn
@@ -31,6 +35,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "Callback": "gtpo.callbacks",
+    "Credit": "gtpo.credit",
+    "Evaluation": "gtpo.evaluation",
+    "Scored": "gtpo.credit",
+    "TurnRewards": "gtpo.rewards",
     **dict.fromkeys(("Config", "config_from_dict", "load_config"), "gtpo.config"),
     **dict.fromkeys(
         (
@@ -48,12 +57,15 @@ __all__ = [
     "Answer",
     "BlockingEpisode",
     "Call",
+    "Callback",
     "CodeEnvironment",
     "Config",
+    "Credit",
     "Demonstration",
     "Environment",
     "Episode",
     "EpisodeLost",
+    "Evaluation",
     "FunctionEpisode",
     "GeneratedEnvironment",
     "Grade",
@@ -61,6 +73,7 @@ __all__ = [
     "Reply",
     "RunTools",
     "Say",
+    "Scored",
     "Task",
     "ToolCall",
     "ToolResult",
@@ -68,6 +81,7 @@ __all__ = [
     "Trainer",
     "Trajectory",
     "Turn",
+    "TurnRewards",
     "Use",
     "config_from_dict",
     "load_config",

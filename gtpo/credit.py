@@ -6,6 +6,7 @@ as its arguments.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,14 @@ class Credit:
 
     returns: list[float]
     advantages: list[float]
+
+
+class Scored(NamedTuple):
+    """A trajectory with what its turns earned and what credit made of it."""
+
+    trajectory: Trajectory
+    rewards: TurnRewards
+    credit: Credit
 
 
 def credit_advantages(
@@ -129,8 +138,8 @@ def check_credit(credit: CreditSum) -> None:
 
 def assign_credit(
     groups: Sequence[Sequence[Trajectory]], rewards: Sequence[Sequence[TurnRewards]], credit: CreditSum
-) -> list[list[Credit]]:
-    """Returns and advantages of all groups of a rollout, lost trajectories left out: a group has its true size."""
+) -> list[list[Scored]]:
+    """All groups of a rollout with returns and advantages. Lost trajectories are left out: a group keeps its size."""
     trajectories = [trajectory for group in groups for trajectory in group]
     flat_rewards = [reward for group in rewards for trajectory in group for reward in trajectory.rewards]
     num_turns = [len(trajectory.turns) for trajectory in trajectories]
@@ -158,7 +167,13 @@ def assign_credit(
             result.returns.split(num_turns), result.turn_advantages.split(num_turns), strict=True
         )
     )
-    return [[next(per_trajectory) for _ in group] for group in groups]
+    return [
+        [
+            Scored(trajectory, earned, next(per_trajectory))
+            for trajectory, earned in zip(group, group_rewards, strict=True)
+        ]
+        for group, group_rewards in zip(groups, rewards, strict=True)
+    ]
 
 
 def anchor_ids(trajectories: Sequence[Trajectory]) -> list[int]:
@@ -200,6 +215,17 @@ def _turns(term: Term, turns_with_calls: Tensor | None) -> tuple[Tensor | None, 
     if turns_with_calls is None:
         raise ValueError("turns_with_calls must be [K] for a term of turns='with_calls', got None")
     return turns_with_calls, term.others
+
+
+def to_sequences(
+    groups: Sequence[Sequence[Scored]], *, mask_truncated: bool, mask_void_turns: bool
+) -> list[PackedSequence]:
+    """All trajectories of a rollout, each as `to_sequence` gives it."""
+    return [
+        to_sequence(trajectory, credit, mask_truncated=mask_truncated, mask_void_turns=mask_void_turns)
+        for group in groups
+        for trajectory, _, credit in group
+    ]
 
 
 def to_sequence(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,19 @@ Check = Callable[[float, float, Sequence[Batch]], None]
 
 
 class Learner:
-    """Gradients of the method's loss, accumulated over micro-batches under one denominator, and steps along them."""
+    """Gradients of the method's loss, accumulated over micro-batches under one denominator, and steps along them.
+
+    It owns what training changes or holds on to beside the policy's weights: the optimizer with its moments, and the
+    reference of a KL term.
+    """
 
     def __init__(self, policy: Policy, config: Config) -> None:
         self.policy = policy
         self.config = config
         self.rule = loss_rule(config.loss)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            policy.trainable().values(), betas=(0.9, 0.95), weight_decay=config.train.weight_decay
+        )
         # of the policy that a KL term holds on to
         self.reference: Mapping[str, Tensor] = {}
 
@@ -46,9 +54,15 @@ class Learner:
         if self.has_reference:
             self.reference = self.policy.reference_weights()
 
-    def update(
-        self, sequences: Sequence[PackedSequence], optimizer: torch.optim.Optimizer, *, step: int, check: Check
-    ) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs beside the policy's weights; not copied."""
+        return {"optimizer": self.optimizer.state_dict(), "reference": dict(self.reference)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.reference = {name: value.to(self.policy.device) for name, value in state["reference"].items()}
+
+    def update(self, sequences: Sequence[PackedSequence], *, step: int, check: Check) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps on one rollout; returns their metrics."""
         config = self.config.train
         parts = split_evenly(sequences, config.updates_per_rollout)
@@ -61,7 +75,7 @@ class Learner:
         rate = learning_rate(
             step, total=config.steps, base=config.learning_rate, warmup=config.warmup_steps, schedule=config.schedule
         )
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
         collected: list[LossMetrics] = []
         losses, norms, gaps = [], [], []
@@ -77,8 +91,8 @@ class Learner:
                 gaps.append(gap)
             norm = float(torch.nn.utils.clip_grad_norm_(self.policy.trainable().values(), config.max_grad_norm))
             check(loss, norm, part)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
             losses.append(loss)
             norms.append(norm)
         means = {"loss": _mean(losses), "grad_norm": _mean(norms)}

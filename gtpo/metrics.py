@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gtpo.credit import Credit
-from gtpo.rewards import TurnRewards, is_void_turn
+from gtpo.credit import Scored
+from gtpo.rewards import is_void_turn
 from gtpo.types import StopReason, ToolResult, ToolStatus, Trajectory
 from gtpo_kernels import LossMetrics
 
-Groups = Sequence[Sequence[Trajectory]]
+# of a rollout, without lost trajectories
+Groups = Sequence[Sequence[Scored]]
 
 _TRL_NAMES = {
     "entropy": "entropy",
@@ -26,20 +27,18 @@ _TRL_NAMES = {
 }
 
 
-def rollout_metrics(
-    groups: Groups, rewards: Sequence[Sequence[TurnRewards]], credit: Sequence[Sequence[Credit]]
-) -> dict[str, float]:
-    """Metrics of trajectories, rewards and credit. `groups` are without lost trajectories."""
-    trajectories = [trajectory for group in groups for trajectory in group]
-    flat_rewards = [reward for group in rewards for reward in group]
-    flat_credit = [item for group in credit for item in group]
+def rollout_metrics(groups: Groups) -> dict[str, float]:
+    """Metrics of trajectories, rewards and credit."""
+    trajectories = [scored.trajectory for group in groups for scored in group]
+    flat_rewards = [scored.rewards for group in groups for scored in group]
+    flat_credit = [scored.credit for group in groups for scored in group]
     lengths = [sum(len(turn.completion_ids) for turn in t.turns) for t in trajectories]
     totals = [sum(reward.rewards) for reward in flat_rewards]
     turns = [turn for t in trajectories for turn in t.turns]
     calls = [result for turn in turns for result in turn.results]
     correct = [lp for t in trajectories if t.is_success for turn in t.turns for lp in turn.rollout_logprobs]
     after_tools = [lp for t in trajectories for turn in t.turns[1:] for lp in turn.rollout_logprobs]
-    spreads = [_std([sum(reward.rewards) for reward in group]) for group in rewards]
+    spreads = [_std([sum(scored.rewards.rewards) for scored in group]) for group in groups]
     metrics = {
         "reward": _mean(totals),
         "reward_std": _mean(spreads),
@@ -72,16 +71,13 @@ def rollout_metrics(
     return metrics
 
 
-def reward_term_metrics(
-    groups: Groups, rewards: Sequence[Sequence[TurnRewards]], credit: Sequence[Sequence[Credit]]
-) -> dict[str, float]:
+def reward_term_metrics(groups: Groups) -> dict[str, float]:
     """For each term of the rewards: mean and deviation over turns; the correlation of its sum over a trajectory with
     success, and of its value with the turn's advantage. A correlation is 0 where one side does not vary.
     """
-    trajectories = [trajectory for group in groups for trajectory in group]
-    flat = [reward for group in rewards for reward in group]
-    advantages = [value for group in credit for item in group for value in item.advantages]
-    success = [float(trajectory.is_success) for trajectory in trajectories]
+    flat = [scored.rewards for group in groups for scored in group]
+    advantages = [value for group in groups for scored in group for value in scored.credit.advantages]
+    success = [float(scored.trajectory.is_success) for group in groups for scored in group]
     metrics: dict[str, float] = {}
     for name in sorted({name for reward in flat for name in reward.terms}):
         terms = [reward.terms.get(name, [0.0] * len(reward.rewards)) for reward in flat]
@@ -158,21 +154,19 @@ def update_metrics(parts: Sequence[LossMetrics], gaps: Sequence[Tensor]) -> dict
     }
 
 
-def turn_rows(
-    step: int, groups: Groups, rewards: Sequence[Sequence[TurnRewards]], credit: Sequence[Sequence[Credit]]
-) -> Iterator[dict[str, Any]]:
-    """The table of a step: one row a turn. `groups` are without lost trajectories."""
-    for group, group_rewards, group_credit in zip(groups, rewards, credit, strict=True):
-        for trajectory, reward, assigned in zip(group, group_rewards, group_credit, strict=True):
+def turn_rows(step: int, groups: Groups) -> Iterator[dict[str, Any]]:
+    """The table of a step: one row a turn."""
+    for group in groups:
+        for trajectory, rewards, credit in group:
             for number in range(len(trajectory.turns)):
                 yield _turn_row(
                     step,
                     trajectory,
                     number,
-                    reward=reward.rewards[number],
-                    terms={name: values[number] for name, values in reward.terms.items()},
-                    return_=assigned.returns[number],
-                    advantage=assigned.advantages[number],
+                    reward=rewards.rewards[number],
+                    terms={name: values[number] for name, values in rewards.terms.items()},
+                    return_=credit.returns[number],
+                    advantage=credit.advantages[number],
                     outcome=trajectory.outcome,
                 )
 

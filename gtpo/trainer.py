@@ -7,10 +7,9 @@ from (seed, phase, step, task, sample), so nothing but weights, optimizer and st
 import contextlib
 import dataclasses
 import functools
-import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,13 +25,15 @@ from gtpo.assembly import (
     refuse_unusable_model,
     tokenizer_corpus,
 )
-from gtpo.batch import Batch, PackedSequence
+from gtpo.batch import PackedSequence
+from gtpo.callbacks import Callback
 from gtpo.checkpoints import step_of
 from gtpo.config import Config
-from gtpo.credit import Credit, assign_credit, check_credit, to_sequence
+from gtpo.credit import Scored, assign_credit, check_credit, to_sequences
 from gtpo.environments import EnvironmentFault
 from gtpo.environments.base import refuse_leaks
 from gtpo.evaluation import Evaluation, evaluate_groups
+from gtpo.finite import NonFiniteLoss, refuse_non_finite_loss, refuse_non_finite_weights
 from gtpo.learner import Learner
 from gtpo.loop_thread import LoopThread
 from gtpo.memory import refuse_unaffordable, refuse_unaffordable_cache
@@ -55,17 +56,21 @@ from gtpo_kernels.backend import select_backend
 _TRAIN, _EVAL = 0, 1
 
 
-class NonFiniteLoss(RunFault):
-    """The loss, its gradient or a weight is NaN or infinite. The batch of a bad loss was saved."""
-
-
 class Trainer:
     """Everything of one run. Use as a context manager: the sandbox and the logs are closed at the end.
 
+    callbacks: are told of each step, evaluation and checkpoint, see `Callback`.
     What can be known to be wrong is refused with ValueError, before the run's folder is touched.
     """
 
-    def __init__(self, config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
         refuse_unusable_model(config)
         check_credit(config.credit)
         refuse_unaffordable(config)
@@ -77,12 +82,15 @@ class Trainer:
         except BaseException:
             self.run.close()
             raise
+        self.callbacks = tuple(callbacks)
         self.progress = Progress()
         self.spread = SpreadWatch()
         self.audit = RewardAudit()
         self.seconds = {"sft": 0.0, "generate": 0.0, "train": 0.0, "eval": 0.0, "tools": 0.0}
         self.num_tokens = {"sampled": 0, "trained": 0}
         self.best_success = -1.0
+        # steps done, and whether no more are to be
+        self.num_steps, self._stopping = 0, False
         self._started = time.perf_counter()
         self._resources = contextlib.ExitStack()
 
@@ -162,43 +170,47 @@ class Trainer:
 
     def train(self) -> tuple[Evaluation, Evaluation]:
         """The whole job; returns the evaluations before and after the policy-gradient steps."""
-        optimizer = self._make_optimizer()
-        before, first_step = (self._begin(optimizer), 0) if self.run.checkpoint is None else self._restore(optimizer)
+        if self.run.checkpoint is None:
+            self._begin()
+        else:
+            self._restore()
+        first_step = self.num_steps
         with self.progress.phase("training", total=self.config.train.steps, done=first_step) as advance:
             for step in range(first_step, self.config.train.steps):
                 try:
-                    metrics = self.step(step, optimizer)
+                    metrics = self.step(step)
                 except EnvironmentFault:
                     # it was raised while sampling: the weights are those of the last whole step
-                    self._keep(step, optimizer, before)
+                    self._keep(step)
                     raise
                 reward, success, turns = (metrics[name] for name in ("reward", "success", "turns/mean"))
                 advance(
                     f"reward {reward:.2f}  success {success:.0%}  turns {turns:.1f}{self.audit.after_step(metrics)}"
                 )
-                self._evaluate_and_checkpoint(step + 1, optimizer, before)
-        after = self.evaluate(step=self.config.train.steps)
+                self._evaluate_and_checkpoint(step + 1)
+                if self._stopping:
+                    break
+        after = self.evaluate(step=self.num_steps)
         if after.success > self.best_success:
             self.best_success = after.success
             self.run.mark_best()
-        return before, after
+        return self.before, after
+
+    def stop(self) -> None:
+        """Ends training behind the step in progress, with a checkpoint and the closing evaluation."""
+        self._stopping = True
 
     def warm_up_only(self) -> Evaluation:
         """The warm-up, an evaluation and a checkpoint, from which a resumed run goes on."""
-        return self._begin(self._make_optimizer())
+        self._begin()
+        return self.before
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            self.policy.trainable().values(), betas=(0.9, 0.95), weight_decay=self.config.train.weight_decay
-        )
-
-    def _begin(self, optimizer: torch.optim.Optimizer) -> Evaluation:
+    def _begin(self) -> None:
         self._warm_up()
         self.learner.keep_reference()
-        before = self.evaluate(step=0)
-        self.best_success = before.success
-        self._checkpoint(0, optimizer, before, best=True)
-        return before
+        self.before = self.evaluate(step=0)
+        self.best_success = self.before.success
+        self._checkpoint(0, best=True)
 
     def describe(self) -> list[str]:
         """What a run says of itself before it starts."""
@@ -229,54 +241,74 @@ class Trainer:
         """Wall time of the run; of a resumed one, with what led to the checkpoint that it went on from."""
         return time.perf_counter() - self._started
 
-    def step(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def step(self, step: int) -> dict[str, Any]:
         """One step of the method: sample groups, reward their turns, assign credit, update the policy."""
         started = time.perf_counter()
-        groups = self.sample_groups(self._tasks_of_step(step), seed=[self.config.seed, _TRAIN, step])
-        played = [trajectory for group in groups for trajectory in group]
-        lost = [trajectory for trajectory in played if trajectory.stop is StopReason.LOST]
+        played = self.sample_groups(self._tasks_of_step(step), seed=[self.config.seed, _TRAIN, step])
+        groups = self._without_lost(played, step=step)
+        rewards = [turn_rewards(group, self.config.reward, self.own_terms) for group in groups]
+        scored = assign_credit(groups, rewards, self.config.credit)
+        sampled = time.perf_counter()
+        loss = self.config.loss
+        sequences = to_sequences(scored, mask_truncated=loss.mask_truncated, mask_void_turns=loss.mask_void_turns)
+        update = self.update(sequences, step=step)
+        ended = time.perf_counter()
+        self.num_steps = step + 1
+        self.num_tokens["trained"] += sum(len(sequence.token_ids) for sequence in sequences)
+        seconds = {"generate": sampled - started, "train": ended - sampled, "step": ended - started}
+        row = self._log_step(played, scored, update, seconds)
+        for callback in self.callbacks:
+            callback.after_step(step + 1, row, scored)
+        return row
+
+    def update(self, sequences: Sequence[PackedSequence], *, step: int) -> dict[str, float]:
+        """Optimizer steps on one rollout, none of them along a gradient that is not finite."""
+        check = functools.partial(refuse_non_finite_loss, step=step, folder=self.run.path)
+        return self.learner.update(sequences, step=step, check=check)
+
+    def _without_lost(self, played: Sequence[Sequence[Trajectory]], *, step: int) -> list[list[Trajectory]]:
+        """The groups that something is left of. Logs what is lost; raises RunFault where all is."""
+        lost = [trajectory for group in played for trajectory in group if trajectory.stop is StopReason.LOST]
         for turn in lost_turn_rows(step + 1, lost):
             self.run.log_turn(turn)
-        groups = [present for group in groups if (present := [t for t in group if t.stop is not StopReason.LOST])]
+        groups = [present for group in played if (present := [t for t in group if t.stop is not StopReason.LOST])]
         if not groups:
             raise RunFault(
                 f"step {step + 1}: all {len(lost)} trajectories were lost, the first to: {lost[0].lost_because}"
             )
-        rewards = [turn_rewards(group, self.config.reward, self.own_terms) for group in groups]
-        credit = assign_credit(groups, rewards, self.config.credit)
-        sampled = time.perf_counter()
-        sequences = to_sequences(groups, credit, self.config)
-        update = self.update(sequences, optimizer, step=step)
-        self.num_tokens["trained"] += sum(len(sequence.token_ids) for sequence in sequences)
+        return groups
+
+    def _log_step(
+        self,
+        played: Sequence[Sequence[Trajectory]],
+        scored: Sequence[Sequence[Scored]],
+        update: Mapping[str, float],
+        seconds: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """The step's row of metrics and its rows of turns. played: with lost trajectories, scored: without them."""
+        step = self.num_steps
+        everyone = [trajectory for group in played for trajectory in group]
+        present = [trajectory for group in scored for trajectory, _, _ in group]
         row: dict[str, Any] = {
             "phase": "train",
-            "step": step + 1,
-            **rollout_metrics(groups, rewards, credit),
-            **reward_term_metrics(groups, rewards, credit),
-            **measure_metrics([trajectory for group in groups for trajectory in group]),
-            **tool_metrics(played, self.tools.names),
-            "stop/lost": float(len(lost)),
+            "step": step,
+            **rollout_metrics(scored),
+            **reward_term_metrics(scored),
+            **measure_metrics(present),
+            **tool_metrics(everyone, self.tools.names),
+            "stop/lost": float(len(everyone) - len(present)),
             **update,
-            "time/generate_s": sampled - started,
-            "time/train_s": time.perf_counter() - sampled,
-            "time/step_s": time.perf_counter() - started,
+            **{f"time/{name}_s": value for name, value in seconds.items()},
         }
         if warning := self.spread.after_step(row):
-            self.progress.say(f"step {step + 1}: {warning}")
+            self.progress.say(f"step {step}: {warning}")
         row["steps_without_spread"] = float(self.spread.count)
-        self.seconds["generate"] += row["time/generate_s"]
-        self.seconds["train"] += row["time/train_s"]
-        for turn in turn_rows(step + 1, groups, rewards, credit):
+        self.seconds["generate"] += seconds["generate"]
+        self.seconds["train"] += seconds["train"]
+        for turn in turn_rows(step, scored):
             self.run.log_turn(turn)
         self.run.log(row)
         return row
-
-    def update(
-        self, sequences: Sequence[PackedSequence], optimizer: torch.optim.Optimizer, *, step: int
-    ) -> dict[str, float]:
-        """Optimizer steps on one rollout, none of them along a gradient that is not finite."""
-        check = functools.partial(self._refuse_non_finite, step=step)
-        return self.learner.update(sequences, optimizer, step=step, check=check)
 
     def sample_groups(self, tasks: Sequence[Task], *, seed: list[int]) -> list[list[Trajectory]]:
         """`group_size` trajectories for each task at the training temperature."""
@@ -288,7 +320,9 @@ class Trainer:
     def evaluate(self, *, step: int) -> Evaluation:
         """Success on the held-out tasks, logged as a row of phase "eval"."""
         started = time.perf_counter()
-        temperature = self.config.eval.temperature or self.config.rollout.temperature
+        temperature = self.config.eval.temperature
+        if temperature is None:
+            temperature = self.config.rollout.temperature
         groups = self._sample(
             self.eval_tasks,
             group_size=self.config.eval.samples,
@@ -300,12 +334,14 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.seconds["eval"] += seconds
         self.run.log({"phase": "eval", "step": step, **dataclasses.asdict(evaluation), "time/eval_s": seconds})
+        for callback in self.callbacks:
+            callback.after_evaluation(step, evaluation)
         return evaluation
 
     def _sample(
         self, tasks: Sequence[Task], *, group_size: int, temperature: float, seed: list[int], label: str
     ) -> list[list[Trajectory]]:
-        self._refuse_non_finite_weights()
+        refuse_non_finite_weights(self.policy)
         config = self.config.rollout
         sampler = Sampler(
             self.policy,
@@ -350,7 +386,7 @@ class Trainer:
         with self.progress.phase("warm-up", total=config.steps) as advance:
 
             def check(step: int, loss: float, norm: float, sequences: list[PackedSequence]) -> None:
-                self._refuse_non_finite(loss, norm, sequences, step=step, phase="warm-up ")
+                refuse_non_finite_loss(loss, norm, sequences, step=step, folder=self.run.path, phase="warm-up ")
 
             def on_step(step: int, loss: float) -> None:
                 self.run.log({"phase": "sft", "step": step + 1, "loss": loss})
@@ -372,89 +408,52 @@ class Trainer:
         size, count = self.config.rollout.tasks_per_step, len(self.train_tasks)
         return [self.train_tasks[place] for place in places_of_step(step, size, count, seed=self.config.seed)]
 
-    def _refuse_non_finite(
-        self, loss: float, norm: float, batches: Sequence[Batch | PackedSequence], *, step: int, phase: str = ""
-    ) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        name = f"{phase}step {step + 1}"
-        path = self.run.path / f"nonfinite_batch_{name.replace(' ', '_')}.pt"
-        torch.save({"step": step + 1, "batches": [dataclasses.asdict(batch) for batch in batches]}, path)
-        raise NonFiniteLoss(
-            f"{name}: loss {loss}, gradient norm {norm}; the batch is in {path}, "
-            "the last good weights in the last checkpoint"
-        )
-
-    def _refuse_non_finite_weights(self) -> None:
-        # before sampling: from such weights the sampler would draw ids that do not exist
-        bad = [name for name, value in self.policy.model.named_parameters() if not bool(value.isfinite().all())]
-        if bad:
-            raise NonFiniteLoss(f"{len(bad)} weights are not finite, the first is {bad[0]}; nothing was sampled")
-
-    def _evaluate_and_checkpoint(self, step: int, optimizer: torch.optim.Optimizer, before: Evaluation) -> None:
+    def _evaluate_and_checkpoint(self, step: int) -> None:
         config = self.config.train
         is_best = False
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             success = self.evaluate(step=step).success
             is_best, self.best_success = success > self.best_success, max(success, self.best_success)
-        if is_best or step % config.checkpoint_every == 0 or step == config.steps:
-            self._checkpoint(step, optimizer, before, best=is_best)
+        if is_best or step % config.checkpoint_every == 0 or step == config.steps or self._stopping:
+            self._checkpoint(step, best=is_best)
 
-    def _checkpoint(
-        self, step: int, optimizer: torch.optim.Optimizer, before: Evaluation, *, best: bool = False
-    ) -> None:
+    def _checkpoint(self, step: int, *, best: bool = False) -> None:
         # without adapters all weights are in the model beside it
         adapters = self.policy.trainable() if self.config.model.lora_rank else {}
         state = {
             "step": step,
-            "before": dataclasses.asdict(before),
+            "before": dataclasses.asdict(self.before),
             "best_success": self.best_success,
             "adapters": {name: weight.detach() for name, weight in adapters.items()},
-            "optimizer": optimizer.state_dict(),
-            "reference": dict(self.learner.reference),
+            **self.learner.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "seconds": self.seconds,
             "total_seconds": self.total_seconds,
             "num_tokens": self.num_tokens,
             "steps_without_spread": self.spread.count,
         }
-        self.run.save_checkpoint(step, state, self.policy.save_model, best=best)
+        path = self.run.save_checkpoint(step, state, self.policy.save_model, best=best)
+        for callback in self.callbacks:
+            callback.after_checkpoint(step, path)
 
-    def _keep(self, step: int, optimizer: torch.optim.Optimizer, before: Evaluation) -> None:
+    def _keep(self, step: int) -> None:
         """A checkpoint out of turn, so that the steps before a fault need not be done again."""
         last = self.run.last_checkpoint()
         if last is None or step_of(last) < step:
-            self._checkpoint(step, optimizer, before)
+            self._checkpoint(step)
 
-    def _restore(self, optimizer: torch.optim.Optimizer) -> tuple[Evaluation, int]:
-        """What the checkpoint holds beside the model. Nothing of it is kept: it would be weights and moments twice."""
+    def _restore(self) -> None:
+        """The state of the checkpoint. Nothing else of it is kept: it would be weights and moments twice."""
         state = self.run.load_state()
         assert state is not None
         trainable = self.policy.trainable()
         with torch.no_grad():
             for name, value in state["adapters"].items():
                 trainable[name].copy_(value)
-        optimizer.load_state_dict(state["optimizer"])
-        self.learner.reference = {name: value.to(self.policy.device) for name, value in state["reference"].items()}
+        self.learner.load_state_dict(state)
         torch.set_rng_state(state["torch_rng"])
+        self.before, self.num_steps = Evaluation(**state["before"]), int(state["step"])
         self.best_success = state["best_success"]
         self.spread.count = state["steps_without_spread"]
         self._started -= state["total_seconds"]
         self.seconds, self.num_tokens = dict(state["seconds"]), dict(state["num_tokens"])
-        return Evaluation(**state["before"]), int(state["step"])
-
-
-def to_sequences(
-    groups: Sequence[Sequence[Trajectory]], credit: Sequence[Sequence[Credit]], config: Config
-) -> list[PackedSequence]:
-    """All trajectories of a rollout as packed sequences."""
-    return [
-        to_sequence(
-            trajectory,
-            assigned,
-            mask_truncated=config.loss.mask_truncated,
-            mask_void_turns=config.loss.mask_void_turns,
-        )
-        for group, group_credit in zip(groups, credit, strict=True)
-        for trajectory, assigned in zip(group, group_credit, strict=True)
-    ]

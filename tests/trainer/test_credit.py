@@ -27,7 +27,8 @@ def test_the_tables_of_the_page_are_a_configuration() -> None:
 
 
 def credit_of(groups: list[list[Trajectory]], method: Method) -> list[list[Credit]]:
-    return assign_credit(groups, [turn_rewards(group, method.reward) for group in groups], method.credit)
+    scored = assign_credit(groups, [turn_rewards(group, method.reward) for group in groups], method.credit)
+    return [[of_trajectory.credit for of_trajectory in group] for group in scored]
 
 
 def calls(num_turns: int, outcome: float) -> Trajectory:

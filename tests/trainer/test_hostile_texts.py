@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gtpo.chat import Chat
-from gtpo.credit import assign_credit, to_sequence
+from gtpo.credit import assign_credit, to_sequences
 from gtpo.environments import ReasoningGymEnvironment, RetryEnvironment
 from gtpo.environments.jsonl import JsonlEnvironment
 from gtpo.evaluation import evaluate_groups
@@ -114,11 +114,10 @@ def test_from_a_completion_to_the_row_of_a_log(
     group = [play(chat, runner, texts, outcome=0.0), play(chat, runner, [*texts, other], outcome=1.0)]
     for method in METHODS.values():
         rewards = [turn_rewards(group, method.reward)]
-        credit = assign_credit([group], rewards, method.credit)
-        log(turn_rows(1, [group], rewards, credit))
-        log(iter([rollout_metrics([group], rewards, credit) | tool_metrics(group, ["say", "python"])]))
-        for trajectory, assigned in zip(group, credit[0], strict=True):
-            to_sequence(trajectory, assigned, mask_truncated=True, mask_void_turns=True)
+        scored = assign_credit([group], rewards, method.credit)
+        log(turn_rows(1, scored))
+        log(iter([rollout_metrics(scored) | tool_metrics(group, ["say", "python"])]))
+        to_sequences(scored, mask_truncated=True, mask_void_turns=True)
     evaluate_groups([group])
     group[0].stop = StopReason.LOST
     log(lost_turn_rows(1, group[:1]))

@@ -435,7 +435,7 @@ def test_the_trainer_gives_every_method_what_it_needs(outcomes: tuple[float, flo
     assert anchor_ids([first, second]) == [0, 1, 2, 0, 1]
     for name, method in METHODS.items():
         rewards = [turn_rewards([first, second], method.reward)]
-        (credit,) = assign_credit([[first, second]], rewards, method.credit)
+        (scored,) = assign_credit([[first, second]], rewards, method.credit)
         trial = Trial(
             groups=[0, 0],
             outcomes=list(outcomes),
@@ -445,7 +445,7 @@ def test_the_trainer_gives_every_method_what_it_needs(outcomes: tuple[float, flo
             calls=[[True, True, False], [True, False]],
             formats=[list(reward.terms["format"]) for reward in rewards[0]],
         )
-        for i, assigned in enumerate(credit):
+        for i, (_, _, assigned) in enumerate(scored):
             expected = [FORMULAS[name](trial, i, j) for j in range(len(assigned.advantages))]
             assert assigned.advantages == pytest.approx(expected, abs=1e-5), name
 

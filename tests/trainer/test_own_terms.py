@@ -136,8 +136,7 @@ def test_correlations_of_a_term() -> None:
     group[2].measures = {"steps": 4.0}
     rule = RewardRule(similarity_alpha=0.0, format_penalty=0.0)
     rewards = [turn_rewards(group, rule, OwnTerms([RewardFunction("calls", calls, "trajectory")]))]
-    credit = assign_credit([group], rewards, CreditSum())
-    found = reward_term_metrics([group], rewards, credit)
+    found = reward_term_metrics(assign_credit([group], rewards, CreditSum()))
     assert found["reward_term/calls/mean"] == 0.5 and found["reward_term/calls/std"] == 0.5
     # sums 2, 0, 1 against successes 0, 1, 0
     assert found["reward_term/calls/success_correlation"] == pytest.approx(-(3**0.5) / 2)

@@ -10,7 +10,7 @@ import torch
 from gtpo.batch import pack, split_by_tokens
 from gtpo.chat import Chat
 from gtpo.config import RolloutConfig, config_from_dict
-from gtpo.credit import Credit, assign_credit, to_sequence
+from gtpo.credit import Credit, Scored, assign_credit, to_sequence, to_sequences
 from gtpo.evaluation import evaluate_groups
 from gtpo.methods import METHODS, CreditSum, Method, RewardRule, Term
 from gtpo.metrics import rollout_metrics, update_metrics
@@ -19,7 +19,6 @@ from gtpo.rewards import turn_rewards
 from gtpo.sampler import Completion, sample_tokens
 from gtpo.sandbox import SandboxPool
 from gtpo.templates import BrokenPrefix
-from gtpo.trainer import to_sequences
 from gtpo.types import StopReason, ToolStatus, Trajectory
 from gtpo_kernels import clipped_loss, linear_token_logprobs, turn_advantages
 from tests.trainer.conftest import (
@@ -36,10 +35,15 @@ from tests.trainer.conftest import (
 from tests.trainer.test_trainer import make_trainer
 
 GTPO = METHODS["gtpo"]
+UNMASKED = {"mask_truncated": False, "mask_void_turns": False}
+
+
+def score(*groups: list[Trajectory], method: Method = GTPO) -> list[list[Scored]]:
+    return assign_credit(groups, [turn_rewards(group, method.reward) for group in groups], method.credit)
 
 
 def credit_of(group: list[Trajectory], method: Method = GTPO) -> list[Credit]:
-    return assign_credit([group], [turn_rewards(group, method.reward)], method.credit)[0]
+    return [scored.credit for scored in score(group, method=method)[0]]
 
 
 def test_01_returns_iterate_over_turns() -> None:
@@ -131,8 +135,7 @@ def test_06_and_09_the_trainer_sees_what_the_sampler_saw(tmp_path: Path) -> None
         assert any(len(trajectory.turns) > 1 for group in groups for trajectory in group)
 
         def largest_gap() -> float:
-            credit = assign_credit(groups, [turn_rewards(group, GTPO.reward) for group in groups], GTPO.credit)
-            batch = pack(to_sequences(groups, credit, trainer.config))
+            batch = pack(to_sequences(score(*groups), **UNMASKED))
             # of the policy that sampled, as a second update on this rollout takes them, and as a first one does
             again = trainer.learner.with_old_logprobs(batch).old_logprobs
             assert again is not None
@@ -157,12 +160,10 @@ def test_07_low_probability_tokens_do_not_blow_up() -> None:
     void = make_trajectory(make_turn(code="a"), make_turn(), answer=None)
     sequence = to_sequence(void, Credit([0, 0], [1, 1]), mask_truncated=False, mask_void_turns=True)
     assert not any(sequence.loss_mask)
-    rewards, credit = [turn_rewards([void], GTPO.reward)], [credit_of([void])]
-    assert rollout_metrics([[void]], rewards, credit)["turns/void_ratio"] == 0.5
+    assert rollout_metrics(score([void]))["turns/void_ratio"] == 0.5
     # its sign: the least likely token behind tool output, which no ratio shows while each rollout is used once
     unlikely = make_trajectory(make_turn(code="a", logprob=-20.0), make_turn(logprob=-9.0), make_turn(logprob=-0.1))
-    rewards, credit = [turn_rewards([unlikely], GTPO.reward)], [credit_of([unlikely])]
-    assert rollout_metrics([[unlikely]], rewards, credit)["completions/min_logprob_after_tools"] == -9.0
+    assert rollout_metrics(score([unlikely]))["completions/min_logprob_after_tools"] == -9.0
 
 
 @pytest.mark.parametrize("name", ["mask_truncated", "mask_void_turns"])
@@ -170,19 +171,17 @@ def test_07_the_configured_masks_reach_the_loss(name: str) -> None:
     truncated = make_trajectory(make_turn(code="a"), make_turn(), stop=StopReason.TRUNCATED)
     void = make_trajectory(make_turn(code="a"), make_turn(), answer=None)
     whole = make_trajectory(make_turn(code="a"), make_turn())
-    group, credit = [truncated, void, whole], [Credit([0.0] * 2, [1.0] * 2)] * 3
+    group = score([truncated, void, whole])
     masked = {"mask_truncated": 0, "mask_void_turns": 1}[name]
     for switch in (False, True):
-        sequences = to_sequences([group], [credit], config_from_dict({"loss": {name: switch}}))
+        sequences = to_sequences(group, **{**UNMASKED, name: switch})
         assert [any(sequence.loss_mask) for sequence in sequences] == [not switch or i != masked for i in range(3)]
 
 
 def test_08_metrics_show_the_death_spirals() -> None:
     right = make_trajectory(make_turn(3, code="a", logprob=-0.5), make_turn(1, logprob=-2.5), outcome=1.0)
     wrong = make_trajectory(make_turn(3, logprob=-9.0))
-    metrics = rollout_metrics(
-        [[right, wrong]], [turn_rewards([right, wrong], GTPO.reward)], [credit_of([right, wrong])]
-    )
+    metrics = rollout_metrics(score([right, wrong]))
     assert metrics["completions/correct_logprob"] == -1.0  # a mean over tokens of correct trajectories only
     assert metrics["tools/call_frequency"] == 0.5 and metrics["tools/calls_per_task"] == 0.5
 
@@ -206,7 +205,7 @@ def test_10_advantages_are_computed_once_and_travel() -> None:
         make_trajectory(make_turn(code="f"), outcome=1.0, sample=2),
     ]
     credit = credit_of(group)
-    sequences = to_sequences([group], [credit], config_from_dict({}))
+    sequences = to_sequences(score(group), **UNMASKED)
     for number, (trajectory, sequence) in enumerate(zip(group, sequences, strict=True)):
         of_turns = [0.0, *credit[number].advantages]
         assert sequence.advantages == [of_turns[turn + 1] for turn in trajectory.turn_index_of_tokens()]

@@ -23,7 +23,7 @@ from gtpo.run_folder import read_rows
 from gtpo.trainer import Trainer
 from gtpo.types import Task
 from tests.trainer.test_cli import ROWS, refused, with_jsonl, write_rows
-from tests.trainer.test_trainer import TINY_RUN, make_optimizer, make_trainer, write_config
+from tests.trainer.test_trainer import TINY_RUN, make_trainer, write_config
 
 GOOD = b'{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "2"}\n'
 BAD_FILES: dict[str, Callable[[Path], Any]] = {
@@ -330,15 +330,16 @@ def test_overlong_prompts_are_refused_or_left_out_and_counted(
 def test_rewards_that_never_differ_are_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with make_trainer(tmp_path, "--sft.steps", "0", "--reward.format_penalty", "0") as trainer:
+    unshaped = [f"--reward.{name}=0" for name in ("format_penalty", "execution_penalty", "execution_bonus")]
+    with make_trainer(tmp_path, "--sft.steps=0", *unshaped) as trainer:
         monkeypatch.setattr(RetryEnvironment, "grade", lambda self, task, answer: 0.0)
         monkeypatch.setattr(trainer, "spread", SpreadWatch())
         trainer.spread.count = 8
         capsys.readouterr()
-        rows = [trainer.step(step, make_optimizer(trainer)) for step in (0, 1)]
-    if all(row["frac_reward_zero_std"] == 1 for row in rows):
-        assert [row["steps_without_spread"] for row in rows] == [9.0, 10.0]
-        assert "step 2: no group had two different rewards for 10 steps (success 0%)" in capsys.readouterr().err
+        rows = [trainer.step(step) for step in (0, 1)]
+    assert [row["frac_reward_zero_std"] for row in rows] == [1.0, 1.0]
+    assert [row["steps_without_spread"] for row in rows] == [9.0, 10.0]
+    assert "step 2: no group had two different rewards for 10 steps (success 0%)" in capsys.readouterr().err
 
 
 INTERRUPTED = "import sys; from gtpo.__main__ import main; sys.exit(main(sys.argv[1:]))"

@@ -154,10 +154,10 @@ def test_an_interrupted_run_of_other_options_equals_an_uninterrupted_one(
         folder.mkdir()
     step = Trainer.step
 
-    def interrupted(self: Trainer, number: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def interrupted(self: Trainer, number: int) -> dict[str, Any]:
         if number == 3:
             raise KeyboardInterrupt
-        return step(self, number, optimizer)
+        return step(self, number)
 
     whole = train(folders[0], *overrides)
     with monkeypatch.context() as patched:

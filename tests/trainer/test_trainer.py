@@ -14,10 +14,11 @@ from torch import Tensor
 from gtpo.batch import Batch, PackedSequence, pack
 from gtpo.config import load_config
 from gtpo.environments import RetryEnvironment, Split
+from gtpo.finite import NonFiniteLoss
 from gtpo.report.compare import without_timing
 from gtpo.run_folder import read_rows
 from gtpo.sampler import Sampler
-from gtpo.trainer import NonFiniteLoss, Trainer
+from gtpo.trainer import Trainer
 from gtpo.types import StopReason, Task, ToolStatus
 from gtpo_kernels import LossMetrics, linear_token_logprobs
 from tests.trainer.conftest import make_sequence, make_trajectory, make_turn, prompt
@@ -69,10 +70,6 @@ def make_trainer(folder: Path, *overrides: str) -> Trainer:
     return Trainer(load_config(write_config(folder), overrides))
 
 
-def make_optimizer(trainer: Trainer) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trainer.policy.trainable().values())
-
-
 def random_sequences(num: int) -> list[PackedSequence]:
     """Sequences of 4 to 20 tokens with a prompt, two turns and tool tokens between them."""
     generator = torch.Generator().manual_seed(0)
@@ -116,8 +113,8 @@ def test_accumulated_gradients_are_those_of_the_definition(tmp_path: Path, micro
         # at ratio 1 the gradient of ratio * A is that of logprob * A; the denominator is all loss tokens of the step
         loss = -(logprobs * batch.advantages)[batch.loss_mask].sum() / batch.num_loss_tokens
         expected = torch.autograd.grad(loss, list(policy.trainable().values()))
-        optimizer = GradientsOfUpdate(trainer)
-        metrics = trainer.update(sequences, optimizer, step=0)
+        trainer.learner.optimizer = optimizer = GradientsOfUpdate(trainer)
+        metrics = trainer.update(sequences, step=0)
     (seen,) = optimizer.seen
     assert len(seen) == len(expected) > 10
     for gradient, reference in zip(seen, expected, strict=True):
@@ -130,8 +127,8 @@ def test_accumulated_gradients_are_those_of_the_definition(tmp_path: Path, micro
 
 def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
     with make_trainer(tmp_path, "--train.max_grad_norm", "0.01") as trainer:
-        optimizer = GradientsOfUpdate(trainer)
-        metrics = trainer.update(random_sequences(3), optimizer, step=0)
+        trainer.learner.optimizer = optimizer = GradientsOfUpdate(trainer)
+        metrics = trainer.update(random_sequences(3), step=0)
     clipped = torch.stack([gradient.norm() for gradient in optimizer.seen[0]]).norm()
     assert metrics["grad_norm"] > 0.1 and float(clipped) == pytest.approx(0.01, rel=1e-3)
 
@@ -151,8 +148,8 @@ def test_a_second_update_is_measured_against_the_policy_that_sampled(tmp_path: P
             return loss, metrics, gap
 
         trainer.learner.accumulate_gradient = record  # type: ignore[method-assign]
-        optimizer = GradientsOfUpdate(trainer)
-        trainer.update(sequences, optimizer, step=0)
+        trainer.learner.optimizer = optimizer = GradientsOfUpdate(trainer)
+        trainer.update(sequences, step=0)
         after = linear_token_logprobs(policy.hidden_states(whole).detach(), policy.head.weight.detach(), whole.targets)
     assert len(optimizer.seen) == 2
     (first, first_metrics), (second, second_metrics) = seen
@@ -172,7 +169,7 @@ def test_grpo_changes_the_credit_and_nothing_before_it(tmp_path: Path) -> None:
         folder.mkdir()
         with make_trainer(folder, "--method", method) as trainer:
             trainer.warm_up_only()
-            metrics[method] = trainer.step(0, make_optimizer(trainer))
+            metrics[method] = trainer.step(0)
         rows[method] = read_rows(folder / "run" / "turns.jsonl")
     credit = ("reward", "reward_terms", "return", "advantage")
     sampled = {
@@ -193,13 +190,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(tmp_path: P
             weight[sequences[0].token_ids[0]] = float("nan")
         kept = trainer.policy.head.weight.detach().clone()
         with pytest.raises(NonFiniteLoss, match=r"step 5: loss .*nonfinite_batch_step_5\.pt, the last good weights"):
-            trainer.update(sequences, make_optimizer(trainer), step=4)
+            trainer.update(sequences, step=4)
         assert torch.equal(trainer.policy.head.weight, kept)
         saved = torch.load(tmp_path / "run" / "nonfinite_batch_step_5.pt", weights_only=True)
         assert saved["step"] == 5
         assert torch.equal(torch.cat([batch["targets"] for batch in saved["batches"]]), pack(sequences).targets)
         with pytest.raises(NonFiniteLoss, match=r"the first is model\.embed_tokens\.weight; nothing was sampled"):
-            trainer.step(0, make_optimizer(trainer))
+            trainer.step(0)
 
 
 def test_a_warm_up_that_is_not_finite_stops_the_run_and_saves_the_batch(tmp_path: Path) -> None:
@@ -308,12 +305,12 @@ def test_lost_trajectories_are_left_out_and_a_step_of_none_is_refused(
     right, wrong = make_trajectory(make_turn(code="b"), outcome=1.0), make_trajectory(make_turn(code="c"), sample=1)
     with make_trainer(tmp_path) as trainer:
         monkeypatch.setattr(trainer, "sample_groups", lambda tasks, seed: [[lost, right, wrong], [lost, lost]])
-        row = trainer.step(0, make_optimizer(trainer))
+        row = trainer.step(0)
         assert row["stop/lost"] == 3 and row["success"] == 0.5 and row["stop/finished"] == 2
         assert row["tools/status/infra_error"] == 3 and row["tools/status/ok"] == 2
         monkeypatch.setattr(trainer, "sample_groups", lambda tasks, seed: [[lost, lost]])
         with pytest.raises(RuntimeError, match=r"step 2: all 2 trajectories were lost, the first to: no worker"):
-            trainer.step(1, make_optimizer(trainer))
+            trainer.step(1)
     rows = read_rows(tmp_path / "run" / "turns.jsonl")
     faulty = [row for row in rows if row["stop"] == "lost"]
     assert [row["step"] for row in faulty] == [1, 1, 1, 2, 2] and len(rows) == 7
@@ -368,7 +365,7 @@ def test_bfloat16_weights_are_evaluated_but_only_adapters_are_trained(tmp_path: 
     folder.mkdir()
     with make_trainer(folder, *bfloat16, "--model.lora_rank", "2", "--train.learning_rate", "1e-5") as trainer:
         before = {name: weight.detach().clone() for name, weight in trainer.policy.trainable().items()}
-        trainer.update(random_sequences(3), make_optimizer(trainer), step=0)
+        trainer.update(random_sequences(3), step=0)
         moved = [
             bool((weight != before[name]).any())
             for name, weight in trainer.policy.trainable().items()

@@ -14,6 +14,7 @@ from gtpo.assembly import make_chat, make_mixture
 from gtpo.batch import pack
 from gtpo.config import METHODS, SftConfig, config_from_dict
 from gtpo.credit import assign_credit
+from gtpo.finite import NonFiniteLoss
 from gtpo.metrics import turn_rows, update_metrics
 from gtpo.policy import Policy
 from gtpo.rewards import turn_rewards
@@ -21,10 +22,9 @@ from gtpo.rollout import Rollout
 from gtpo.run_folder import read_rows
 from gtpo.sft import run_sft, to_demonstration_sequence
 from gtpo.tools import RunTools, ToolSet
-from gtpo.trainer import NonFiniteLoss
 from gtpo_kernels import LossMetrics
 from tests.trainer.conftest import make_sequence, make_trajectory, make_turn, tiny_policy
-from tests.trainer.test_trainer import make_optimizer, make_trainer, random_sequences
+from tests.trainer.test_trainer import make_trainer, random_sequences
 
 
 def test_each_clip_bound_stands_on_its_side(tmp_path: Path) -> None:
@@ -45,8 +45,8 @@ def test_each_clip_bound_stands_on_its_side(tmp_path: Path) -> None:
 
 def test_weight_decay_shrinks_what_has_no_gradient(tmp_path: Path) -> None:
     with make_trainer(tmp_path, "--train.weight_decay", "0.5") as trainer:
-        optimizer = trainer._make_optimizer()
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5]
+        groups = trainer.learner.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.5]
 
 
 def test_the_gradients_of_the_warm_up_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_a_gradient_norm_that_is_not_finite_stops_the_run(tmp_path: Path, monkey
     with make_trainer(tmp_path) as trainer:
         kept = trainer.policy.head.weight.detach().clone()
         with pytest.raises(NonFiniteLoss, match=r"loss -?\d.*, gradient norm inf"):
-            trainer.update(random_sequences(3), make_optimizer(trainer), step=0)
+            trainer.update(random_sequences(3), step=0)
         assert torch.equal(trainer.policy.head.weight, kept)
 
 
@@ -111,7 +111,7 @@ def test_metrics_are_those_of_all_micro_batches() -> None:
 def test_a_turn_row_has_the_expected_and_the_given_answer() -> None:
     group = [make_trajectory(make_turn(code="a"), make_turn(), answer=answer) for answer in ("5", None)]
     rewards = [turn_rewards(group, METHODS["gtpo"].reward)]
-    rows = list(turn_rows(1, [group], rewards, assign_credit([group], rewards, METHODS["gtpo"].credit)))
+    rows = list(turn_rows(1, assign_credit([group], rewards, METHODS["gtpo"].credit)))
     assert [(row["expected_answer"], row["given_answer"]) for row in rows] == [("4", "5")] * 2 + [("4", None)] * 2
 
 
@@ -120,7 +120,7 @@ def test_the_guide_names_every_metric_and_every_column(tmp_path: Path) -> None:
     with make_trainer(tmp_path, "--sft.steps", "0", "--train.updates_per_rollout", "2", *terms) as trainer:
         trainer.learner.keep_reference()
         trainer.evaluate(step=0)
-        trainer.step(0, make_optimizer(trainer))
+        trainer.step(0)
     evaluation, row = read_rows(tmp_path / "run" / "metrics.jsonl")
     turn = read_rows(tmp_path / "run" / "turns.jsonl")[0]
     guide = (Path(__file__).parents[2] / "docs" / "run_folder.md").read_text()
