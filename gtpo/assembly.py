@@ -138,6 +138,7 @@ def make_chat(policy: Policy, config: Config) -> Chat:
         stop_ids=policy.stop_ids,
         max_calls_per_turn=rollout.max_calls_per_turn,
         reasoning_may_call=rollout.reasoning_may_call,
+        template_kwargs=config.chat.template_kwargs,
     )
 
 

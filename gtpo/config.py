@@ -104,6 +104,15 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """How conversations are rendered; docs/models.md says what is found of a chat template without being told."""
+
+    template_kwargs: Annotated[Mapping[str, Any], "variables of the chat template: enable_thinking = false"] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True)
 class SandboxConfig:
     """Limits of one session of model-written code; `min_tier` is the least isolation that the run accepts."""
 
@@ -190,6 +199,7 @@ class Config:
     )
     tasks: TasksConfig = field(default_factory=TasksConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
     tools: Annotated[Mapping[str, Mapping[str, Any]], "a table of options for a tool, as docs/tools.md says"] = field(
         default_factory=dict
     )
@@ -357,6 +367,7 @@ def _refuse_unknown_keys(raw: Mapping[str, Any], cls: type, *, prefix: str) -> N
         "model": ModelConfig,
         "tasks": TasksConfig,
         "rollout": RolloutConfig,
+        "chat": ChatConfig,
         "sandbox": SandboxConfig,
         "sft": SftConfig,
         "train": TrainConfig,

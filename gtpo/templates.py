@@ -114,10 +114,9 @@ class ChatTemplate:
         return True
 
     def _refuse_unknown(self, kwargs: Mapping[str, Any]) -> None:
-        template = self._tokenizer.chat_template
-        text = template if isinstance(template, str) else str(template)
+        known = _names_in(self._tokenizer.get_chat_template()) - set(_OWN_VARIABLES) if kwargs else set()
         for name in kwargs:
-            if name in _OWN_VARIABLES or not name.isidentifier() or not re.search(rf"\b{re.escape(name)}\b", text):
+            if name not in known:
                 raise ValueError(f"chat.template_kwargs must hold variables of the chat template, got {name!r}")
 
     def _find_fit(self, messages: Sequence[Message]) -> int:
@@ -193,6 +192,22 @@ class ChatTemplate:
         ends = [token for token in found if token in self._stops]
         ends += [token for token in found[:1] if token in self._closing]
         return next(iter(ends), None)
+
+
+def _names_in(template: str) -> set[str]:
+    """The variables that a template names, its own ones included.
+
+    >>> sorted(_names_in("think {% if thinking %}{{ m.content }}{% endif %}") - {"if", "endif"})
+    ['m', 'thinking']
+    """
+    import jinja2
+
+    try:
+        tokens = [(kind, value) for _, kind, value in jinja2.Environment().lex(template) if kind != "whitespace"]
+    except jinja2.TemplateError as error:
+        raise TemplateFault(f"the chat template is not valid Jinja: {' '.join(str(error).split())}") from error
+    before = ["", *(value for _, value in tokens)]
+    return {value for (kind, value), last in zip(tokens, before, strict=False) if kind == "name" and last != "."}
 
 
 def _shown(text: str) -> str:

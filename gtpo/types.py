@@ -71,12 +71,13 @@ class Task:
 @dataclass(frozen=True)
 class ToolCall:
     """A call that the model wrote. `error` is the parser's message when no tool is to be asked, else None; `fault` is
-    then how the call ends."""
+    then how the call ends. is_text: its form writes every value as text, whatever the tool takes."""
 
     name: str
     arguments: Mapping[str, Any]
     error: str | None = None
     fault: ToolStatus = ToolStatus.MALFORMED
+    is_text: bool = False
 
     @property
     def code(self) -> str:

@@ -8,6 +8,7 @@ from gtpo.environments.episode import Grade, Reply
 from gtpo.tools.base import cut_text
 from gtpo.tools.function import MAX_CHARS, outcome_of
 from gtpo.tools.signature import CallSignature
+from gtpo.tools.typed import typed
 from gtpo.types import Message, ToolCall, ToolResult, ToolSchema, ToolStatus, Trajectory, Turn
 
 
@@ -82,7 +83,7 @@ class FunctionEpisode(ABC):
             return ToolResult(ToolStatus.UNKNOWN_TOOL, f"Unknown tool '{call.name}'. Known tools: {known}.")
         signature, fn = self._signatures[call.name]
         try:
-            arguments = signature.parse(call.arguments)
+            arguments = signature.parse(typed(call, signature.schema))
         except ValueError as fault:
             return ToolResult(ToolStatus.ERROR, str(fault))
         status, text = outcome_of(fn, arguments)

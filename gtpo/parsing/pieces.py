@@ -9,9 +9,13 @@ import json
 import re
 from dataclasses import dataclass
 
+from gtpo.parsing.calls import OWN_OPENING, read_own
 from gtpo.parsing.fences import Fence, closing_line, content, is_python, language
+from gtpo.types import ToolCall
 
 OPEN_CALL, _CLOSE_CALL = "<tool_call>", "</tool_call>"
+# in a block they make it a frame around calls
+_OPENINGS = (OPEN_CALL, "[TOOL_CALLS]", "<function=")
 
 _NAMES = r"(?i:think|thinking|thought|reasoning|seed:think)"
 _OPEN_THOUGHT = rf"(?<![`'\"])(?:<{_NAMES}>|\[THINK\]|◁think▷)"
@@ -21,15 +25,19 @@ _LINE = r"(?:^|(?<=[kgt]>))(?P<lead>[ \t]*+(?:(?:[-*+]|\d{1,9}[.)])[ \t]++)?+)"
 _FENCE = r"(?P<fence>`{3,}+(?=[^`\n]*+$)|~{3,}+)(?P<info>[^\n]*+)$"
 # CommonMark wants a fence at the start of its line; models write prose before it
 _LATE_FENCE = r"(?<!`)(?P<late>`{3,}+)[ \t]*+(?i:py(?:thon)?3?)[ \t\r]*+$"
-_EVENT = re.compile(
-    rf"(?P<open>{_OPEN_THOUGHT})|(?P<close>{_CLOSE_THOUGHT})|(?P<call>{OPEN_CALL})|{_LINE}{_FENCE}|{_LATE_FENCE}",
-    re.MULTILINE,
+_EVENT, _EVENT_WITH_CALLS = (
+    re.compile(
+        rf"(?P<open>{_OPEN_THOUGHT})|(?P<close>{_CLOSE_THOUGHT})|(?P<call>{OPEN_CALL})|(?P<own>{own})"
+        rf"|{_LINE}{_FENCE}|{_LATE_FENCE}",
+        re.MULTILINE,
+    )
+    for own in (r"(?!)", OWN_OPENING)
 )
 _THOUGHT_END = re.compile(_CLOSE_THOUGHT)
 _OPEN_AT_END = re.compile(rf"(?:{_OPEN_THOUGHT})\s*\Z")
 _BLANK = re.compile(r"\s*+")
 _CALL_END = re.compile(rf"\s*+{_CLOSE_CALL}")
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(strict=False)
 
 # Blocks whose end is found by reading what is in them: each can take a pass over the rest of the text.
 _MAX_READ = 16
@@ -46,21 +54,22 @@ class Kind(enum.Enum):
 @dataclass(frozen=True)
 class Piece:
     """One stretch of a completion, as it stands there. tag: the language of a block, in lower case. body: what a
-    block, a thought or a call holds. is_closed: whether its end was there too."""
+    block, a thought or a call holds. is_closed: whether its end was there too. calls: those of a form without tags."""
 
     kind: Kind
     text: str
     tag: str = ""
     body: str = ""
     is_closed: bool = True
+    calls: tuple[ToolCall, ...] = ()
 
 
 def cut(text: str, *, is_thinking: bool = False, tagged_calls: bool = False, has_thoughts: bool = True) -> list[Piece]:
     """The pieces of `text`, in their order; together they are `text`.
 
     is_thinking: the text goes on a thought, which the prompt opened. tagged_calls: `<tool_call>` opens a call, in a
-    block too. has_thoughts: tags of thoughts mean something. What stands before the end of a thought that nobody opened
-    is one, unless nothing follows.
+    block too, and so do the forms of `gtpo.parsing.calls`. has_thoughts: tags of thoughts mean something. What stands
+    before the end of a thought that nobody opened is one, unless nothing follows.
 
     >>> [(piece.kind.name, piece.body) for piece in cut("<think>so?</think>\\n~~~py\\nprint(1)\\n~~~")]
     [('REASONING', 'so?'), ('PROSE', ''), ('BLOCK', 'print(1)\\n')]
@@ -94,13 +103,16 @@ class _Cutter:
     def run(self, *, is_thinking: bool) -> list[Piece]:
         if is_thinking:
             self._think(0, 0)
-        while event := _EVENT.search(self.text, self.position):
+        events = _EVENT_WITH_CALLS if self.tagged_calls else _EVENT
+        while event := events.search(self.text, self.position):
             if event["open"]:
                 self._open_thought(event)
             elif event["close"]:
                 self._close_thought(event)
             elif event["call"]:
                 self._call(event)
+            elif event["own"] is not None:
+                self._own_calls(event)
             else:
                 self._block(event)
         self._prose(len(self.text))
@@ -158,6 +170,17 @@ class _Cutter:
         raw, body = self.text[event.start() : end], self.text[event.end() : stop]
         self._add(Piece(Kind.CALL, raw, body=body, is_closed=after >= 0), event.start(), end)
 
+    def _own_calls(self, event: re.Match[str]) -> None:
+        found = read_own(self.text, event.start()) if self.num_read < _MAX_READ else None
+        if found is None or any(call.error for call in found.calls):
+            # this may have taken a pass over the rest of the text
+            self.num_read += 1
+        if found is None:
+            self.position = event.end()
+            return
+        end = max(found.end, event.end())
+        self._add(Piece(Kind.CALL, self.text[event.start() : end], calls=found.calls), event.start(), end)
+
     def _json_body(self, start: int) -> tuple[int, int] | None:
         """Where the value of a call ends, and where its tag does: a string in it may hold the tag. None if neither."""
         blank = _BLANK.match(self.text, start)
@@ -179,7 +202,7 @@ class _Cutter:
         body = min(event.end() + 1, len(self.text))
         reads = is_python(fence.tag) and self._may_read()
         stop, after = closing_line(self.text, body, fence, read=reads)
-        if self.tagged_calls and self.text.find(OPEN_CALL, body, stop) >= 0:
+        if self.tagged_calls and any(self.text.find(opening, body, stop) >= 0 for opening in _OPENINGS):
             # no block but a frame around calls
             self.position = body
             self.passed_fences.add(stop)

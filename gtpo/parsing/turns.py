@@ -1,12 +1,12 @@
 """A completion as a turn: the calls that it makes, or else the answer that it gives."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
 from gtpo.parsing.answers import answer_line, has_answer, last_answer
+from gtpo.parsing.calls import CALL_BLOCKS, FOREIGN, USE_TAGS, block_calls, call_in_tags, malformed
 from gtpo.parsing.fences import is_python, is_quote
 from gtpo.parsing.pieces import Kind, Piece, cut
 from gtpo.types import ToolCall, ToolStatus
@@ -51,29 +51,37 @@ def parse_turn(
     if len(calls) > max_calls:
         calls[max_calls:] = [_surplus(max_calls)]
     answer = _answer(said)
-    if fault := _fault(said, call_format, is_quiet=not calls and answer is not None):
-        calls.append(_malformed(fault))
+    if fault := _fault(said, call_format, has_calls=bool(calls), answers=answer is not None):
+        calls.append(malformed(fault))
     return ParsedTurn(tuple(calls), None if calls else answer, "".join(piece.text for piece in said))
 
 
 def _calls(pieces: Sequence[Piece], call_format: CallFormat) -> Iterator[ToolCall]:
+    before = ""
     for piece in pieces:
         if piece.kind is Kind.REASONING:
             yield from _calls(cut(piece.body, tagged_calls=call_format == "json", has_thoughts=False), call_format)
         elif piece.kind is Kind.BLOCK and call_format == "code" and is_python(piece.tag) and piece.is_closed:
             yield ToolCall(name="python", arguments={"code": piece.body.strip("\r\n")})
+        elif piece.kind is Kind.BLOCK and call_format == "json" and piece.tag in CALL_BLOCKS:
+            # a block below "answer:" is the answer
+            yield from () if has_answer(before.rstrip().rpartition("\n")[2]) else block_calls(piece.body)
         elif piece.kind is Kind.CALL and piece.is_closed:
-            yield _json_call(piece.body)
+            yield from piece.calls or [call_in_tags(piece.body)]
+        before = piece.text if piece.kind is Kind.PROSE else ""
 
 
-def _fault(said: Sequence[Piece], call_format: CallFormat, *, is_quiet: bool) -> str | None:
-    """What was meant as a call and is none. is_quiet: the turn answers, so a block of another language is a quote."""
+def _fault(said: Sequence[Piece], call_format: CallFormat, *, has_calls: bool, answers: bool) -> str | None:
+    """What was meant as a call and is none. In a turn that answers, a block of another language is a quote."""
     if call_format == "json":
-        return _UNCLOSED_CALL if any(p.kind is Kind.CALL and not p.is_closed for p in said) else None
+        if any(piece.kind is Kind.CALL and not piece.is_closed for piece in said):
+            return _UNCLOSED_CALL
+        is_foreign = any(FOREIGN.search(piece.text) for piece in said if piece.kind is Kind.PROSE)
+        return USE_TAGS if is_foreign and not has_calls and not answers else None
     blocks = [piece for piece in said if piece.kind is Kind.BLOCK]
     if any(is_python(block.tag) and not block.is_closed for block in blocks):
         return _BAD_BLOCK
-    if is_quiet:
+    if answers and not has_calls:
         return None
     stray = any("```" in piece.text for piece in said if piece.kind is Kind.PROSE)
     foreign = any(not block.is_closed or not (is_python(block.tag) or is_quote(block.tag)) for block in blocks)
@@ -94,28 +102,6 @@ def _answer(said: Sequence[Piece]) -> str | None:
         else:
             prose.append("\n")
     return last_answer("".join(prose)) or quoted
-
-
-def _json_call(body: str) -> ToolCall:
-    try:
-        call = json.loads(body)
-        # some models write the arguments as the OpenAI API does, as a string of JSON
-        arguments = call["arguments"] if isinstance(call, dict) else None
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except json.JSONDecodeError as error:
-        return _malformed(f"the call is not valid JSON: {error.msg} at character {error.pos}")
-    except KeyError:
-        return _malformed('the call must have the keys "name" and "arguments"')
-    except (ValueError, RecursionError) as error:
-        # a number of thousands of digits, or brackets nested as deep
-        return _malformed(f"the call is not JSON that can be read: {error}")
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
-        return _malformed('the call must be {"name": a string, "arguments": an object}')
-    return ToolCall(name=call["name"], arguments=arguments)
-
-
-def _malformed(message: str) -> ToolCall:
-    return ToolCall(name="", arguments={}, error=message)
 
 
 def _surplus(max_calls: int) -> ToolCall:

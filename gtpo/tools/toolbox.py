@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gtpo.tools.base import Tool
+from gtpo.tools.typed import typed
 from gtpo.types import ToolCall, ToolResult, ToolStatus
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ class Toolbox:
         if call.name not in self._tools:
             known = ", ".join(self._tools) or "none"
             return ToolResult(ToolStatus.UNKNOWN_TOOL, f"Unknown tool '{call.name}'. Known tools: {known}.")
-        return await self._gates[call.name].call(self._tools[call.name], call.arguments)
+        tool = self._tools[call.name]
+        return await self._gates[call.name].call(tool, typed(call, tool.schema))
 
 
 def readable(text: str) -> str:

@@ -176,3 +176,16 @@ def test_the_environment_decides_whether_the_protocol_is_explained(
         shown[name] = policy.tokenizer.decode(asyncio.run(rollout.prompt_ids(task)))
     assert "Give the result as: answer: ..." in shown["jsonl"]
     assert ("answer: ..." in shown["retry"]) == (call_format == "json")
+
+
+def test_variables_of_the_chat_template_come_from_the_config() -> None:
+    policy = tiny_policy()
+    policy.tokenizer.chat_template += "{% if add_generation_prompt and thinking %}<think>\n{% endif %}"
+    for raw, opens in (({}, False), ({"chat": {"template_kwargs": {"thinking": True}}}, True)):
+        assert make_chat(policy, config_from_dict(raw)).opens_thought is opens
+    with pytest.raises(
+        ValueError, match=r"^chat\.template_kwargs must hold variables of the chat template, got 'think'$"
+    ):
+        make_chat(policy, config_from_dict({"chat": {"template_kwargs": {"think": True}}}))
+    with pytest.raises(ValueError, match=r"unknown config key 'chat\.kwargs'"):
+        config_from_dict({"chat": {"kwargs": {}}})
