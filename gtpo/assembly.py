@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 import torch
 
 from gtpo.chat import Chat
-from gtpo.config import Config, ModelConfig
+from gtpo.config import Config, ModelConfig, RolloutConfig
 from gtpo.config_values import refuse_wrong_plain
 from gtpo.environments import (
     ENVIRONMENTS,
@@ -23,11 +23,13 @@ from gtpo.environments import (
 )
 from gtpo.environments.checked import cut
 from gtpo.loading import load_object
+from gtpo.local_sampler import LocalSampler
 from gtpo.methods import REWARD_TERMS
 from gtpo.policy import Policy, load_policy
 from gtpo.reward_functions import load_reward_function
 from gtpo.rewards import OwnTerms
 from gtpo.rollout import Rollout
+from gtpo.sampler import Sampler
 from gtpo.sandbox import Sandbox, SandboxLimits, SandboxPool
 from gtpo.tools import RunTools, ToolSet
 from gtpo.types import Task
@@ -139,6 +141,18 @@ def make_chat(policy: Policy, config: Config) -> Chat:
         max_calls_per_turn=rollout.max_calls_per_turn,
         reasoning_may_call=rollout.reasoning_may_call,
         template_kwargs=config.chat.template_kwargs,
+    )
+
+
+def make_sampler(policy: Policy, chat: Chat, config: RolloutConfig) -> Sampler:
+    """The sampler of all rollouts and evaluations of a run."""
+    return LocalSampler(
+        policy,
+        num_slots=config.max_concurrent,
+        max_tokens=config.max_trajectory_tokens,
+        stop_ids=chat.stop_ids,
+        join_steps=config.tool_join_steps,
+        prefill_tokens_per_step=config.prefill_tokens_per_step,
     )
 
 

@@ -5,6 +5,8 @@ GPU each sequence is one block of the block-diagonal causal mask, and the blocks
 that of the blocks, where a dense block mask would pay for the whole square.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +34,8 @@ class SlotCache:
 
     One step adds `new_lengths[i]` tokens to the sequence in `slots[i]`. It takes the place of a transformers cache:
     each layer calls `update` with the packed new keys and values, then `attend` with its queries.
-    The buffers grow with what is used, by doubling: never beyond `num_slots` and `max_tokens`.
+    The buffers grow with what is used, by doubling: never beyond `num_slots` and `max_tokens`. Nothing here waits for
+    the device.
     """
 
     num_slots: int
@@ -43,48 +46,69 @@ class SlotCache:
     new_lengths: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     _capacity: tuple[int, int] = (0, 0)
+    _device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def begin_step(self, slots: list[int], *, new_lengths: list[int], lengths: list[int], device: torch.device) -> None:
         """`lengths` are those after the step, the new tokens included."""
-        self.slots, self.new_lengths, self.lengths = slots, new_lengths, lengths
-        self._capacity = (
-            _grown(self._capacity[0], max(slots) + 1, most=self.num_slots),
-            _grown(self._capacity[1], max(lengths), most=self.max_tokens),
-        )
+        self.slots, self.new_lengths, self.lengths, self._device = slots, new_lengths, lengths, device
+        self._grow(max(slots) + 1, max(lengths))
         token_slots: list[int] = []
         positions: list[int] = []
         for slot, new, total in zip(slots, new_lengths, lengths, strict=True):
             token_slots += [slot] * new
             positions += range(total - new, total)
-        self._token_slots = torch.tensor(token_slots, device=device)
-        self.positions = torch.tensor(positions, device=device)
-        starts = torch.tensor([0, *new_lengths], device=device).cumsum(0)
-        self.last_rows = starts[1:] - 1
+        self._token_slots, self.positions = self.on_device(token_slots), self.on_device(positions)
+        ends = list(itertools.accumulate(new_lengths))
+        self.last_rows = self.on_device([end - 1 for end in ends])
         self._decoding = [i for i, new in enumerate(new_lengths) if new == 1]
-        self._filling = [(i, int(starts[i])) for i, new in enumerate(new_lengths) if new > 1]
+        self._filling = [(i, ends[i] - new) for i, new in enumerate(new_lengths) if new > 1]
         if self._decoding:
-            self._decode_slots = torch.tensor([slots[i] for i in self._decoding], device=device)
-            self._decode_rows = starts[:-1][self._decoding]
+            self._decode_slots = self.on_device([slots[i] for i in self._decoding])
+            self._decode_rows = self.on_device([ends[i] - 1 for i in self._decoding])
             self._num_used = max(slots[i] for i in self._decoding) + 1
             self._longest = max(lengths[i] for i in self._decoding)
-            ends = torch.ones(self._num_used, dtype=torch.long, device=device)
-            ends[self._decode_slots] = torch.tensor([lengths[i] for i in self._decoding], device=device)
-            self._visible = (torch.arange(self._longest, device=device) < ends[:, None])[:, None, None, :]
+            seen = [1] * self._num_used
+            for i in self._decoding:
+                seen[slots[i]] = lengths[i]
+            places = torch.arange(self._longest, device=device)
+            self._visible = (places < self.on_device(seen)[:, None])[:, None, None, :]
+
+    def on_device(self, values: Sequence[int] | Sequence[float]) -> Tensor:
+        """A tensor of the step's device, int64 or float64, for which the host does not wait."""
+        tensor = torch.tensor(values, dtype=None if isinstance(values[0], int) else torch.float64)
+        if self._device.type == "cuda":
+            # from other memory than pinned the copy would wait for all that the device has still to do
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.to(self._device)
+
+    def copy(self, sources: list[int], destinations: list[int], *, num_tokens: int) -> None:
+        """Gives the slots `destinations` the first `num_tokens` keys and values of `sources`, slot by slot."""
+        self._grow(max(destinations) + 1, num_tokens)
+        for buffers in (self.keys, self.values):
+            for layer, buffer in buffers.items():
+                buffers[layer] = buffer = self._with_room(buffer, like=buffer)
+                buffer[self.on_device(destinations), :, :num_tokens] = buffer[self.on_device(sources), :, :num_tokens]
+
+    def _grow(self, num_slots: int, num_tokens: int) -> None:
+        self._capacity = (
+            _grown(self._capacity[0], num_slots, most=self.num_slots),
+            _grown(self._capacity[1], num_tokens, most=self.max_tokens),
+        )
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Stores the new keys and values, [1, H_kv, T, d], and returns the whole buffers of the layer."""
         for buffers, new in ((self.keys, key), (self.values, value)):
-            buffers[layer] = self._with_room(buffers.get(layer), new)
+            buffers[layer] = self._with_room(buffers.get(layer), like=new)
         self.keys[layer][self._token_slots, :, self.positions] = key[0].transpose(0, 1)
         self.values[layer][self._token_slots, :, self.positions] = value[0].transpose(0, 1)
         return self.keys[layer], self.values[layer]
 
-    def _with_room(self, buffer: Tensor | None, new: Tensor) -> Tensor:
+    def _with_room(self, buffer: Tensor | None, *, like: Tensor) -> Tensor:
         """`buffer`, or a larger one that holds what it holds, [slots, H_kv, tokens, d] of the present capacity."""
         num_slots, num_tokens = self._capacity
         if buffer is not None and (buffer.shape[0], buffer.shape[2]) == self._capacity:
             return buffer
-        grown = new.new_zeros(num_slots, new.shape[1], num_tokens, new.shape[3])
+        grown = like.new_zeros(num_slots, like.shape[1], num_tokens, like.shape[3])
         if buffer is not None:
             grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer
         return grown

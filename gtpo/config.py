@@ -85,8 +85,9 @@ class TasksConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Rollouts. A tool's result joins its trajectory `tool_join_steps` decoding steps after the call, whenever it came:
-    so the schedule, and with it every bit of the run, does not depend on how fast the tools were. -1 joins at once."""
+    """Rollouts. A tool's result joins its trajectory in the next decoding step, so that what is sampled beside what
+    depends on how fast the tools were, and with it rounding. With `tool_join_steps` of at least 0 it joins that many
+    decoding steps after the call, whenever it came: then the schedule, and every bit of the run, repeats."""
 
     tasks_per_step: Annotated[int, "tasks of one step"] = 16
     group_size: Annotated[int, "trajectories for each task"] = 8
@@ -100,7 +101,8 @@ class RolloutConfig:
     max_calls_per_turn: Annotated[int, "calls that one completion can make; of the rest the model is told"] = 8
     reasoning_may_call: Annotated[bool, "make the calls that stand in a <think> block too"] = False
     tool_role: Annotated[str, "role of tool output in the model's chat template"] = "tool"
-    tool_join_steps: Annotated[int, "decoding steps from a call to its result"] = 4
+    tool_join_steps: Annotated[int, "decoding steps from a call to its result; -1: at once, not repeatable"] = -1
+    prefill_tokens_per_step: Annotated[int, "of prompts and tool output in a decoding step at most"] = 2048
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,8 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
         "model.hidden_size model.num_layers model.num_heads model.num_kv_heads model.head_dim model.intermediate_size "
         "model.vocab_size model.lora_alpha tasks.num_train tasks.num_eval rollout.tasks_per_step rollout.max_turns "
         "rollout.max_calls_per_turn "
-        "rollout.max_completion_tokens rollout.max_trajectory_tokens rollout.max_concurrent sandbox.max_concurrent "
+        "rollout.max_completion_tokens rollout.max_trajectory_tokens rollout.max_concurrent "
+        "rollout.prefill_tokens_per_step sandbox.max_concurrent "
         "sft.batch_size sft.num_demonstrations train.updates_per_rollout train.micro_batch_tokens "
         "train.checkpoint_every eval.samples",
     ),

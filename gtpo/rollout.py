@@ -65,6 +65,7 @@ class Rollout:
         tasks: Sequence[Task],
         *,
         group_size: int,
+        temperature: float,
         seed: Sequence[int],
         on_finished: Callable[[], None] = lambda: None,
     ) -> list[list[Trajectory]]:
@@ -82,7 +83,7 @@ class Rollout:
             return await self.play(tasks[position], sample, write)
 
         seeds = [[*seed, position, sample] for position, sample in attempts]
-        trajectories = await sampler.run(start, seeds=seeds, on_finished=on_finished)
+        trajectories = await sampler.run(start, seeds=seeds, temperature=temperature, on_finished=on_finished)
         return [trajectories[i : i + group_size] for i in range(0, len(trajectories), group_size)]
 
     async def play(self, task: Task, sample: int, write: Writer) -> Trajectory:
@@ -152,5 +153,6 @@ class Rollout:
             rollout_logprobs=completion.logprobs,
             text=self.chat.decode(completion.token_ids),
             seconds=time.perf_counter() - started,
+            policy_version=completion.policy_version,
         )
         return turn, completion.finished

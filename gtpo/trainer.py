@@ -22,6 +22,7 @@ from gtpo.assembly import (
     make_mixture,
     make_own_terms,
     make_run_tools,
+    make_sampler,
     refuse_unusable_model,
     tokenizer_corpus,
 )
@@ -45,7 +46,6 @@ from gtpo.report.signal import SpreadWatch
 from gtpo.rewards import turn_rewards
 from gtpo.rollout import Rollout
 from gtpo.run_folder import RunFolder
-from gtpo.sampler import Sampler
 from gtpo.schedule import places_of_step
 from gtpo.sft import demonstrate, run_sft, to_demonstration_sequence
 from gtpo.tools import RunTools
@@ -137,6 +137,7 @@ class Trainer:
         self.learner = Learner(self.policy, config)
         self.chat = make_chat(self.policy, config)
         self.rollout = Rollout(self.mixture.of, self.chat, tools, config.rollout)
+        self.sampler = make_sampler(self.policy, self.chat, config.rollout)
         lists = {"eval": self.eval_tasks, "demonstration": self.demonstration_tasks}
         if config.train.steps:
             lists["training"] = self.train_tasks
@@ -342,24 +343,23 @@ class Trainer:
         self, tasks: Sequence[Task], *, group_size: int, temperature: float, seed: list[int], label: str
     ) -> list[list[Trajectory]]:
         refuse_non_finite_weights(self.policy)
-        config = self.config.rollout
-        sampler = Sampler(
-            self.policy,
-            num_slots=min(config.max_concurrent, len(tasks) * group_size),
-            max_tokens=config.max_trajectory_tokens,
-            temperature=temperature,
-            stop_ids=self.chat.stop_ids,
-            join_steps=config.tool_join_steps,
-        )
         tool_seconds = self.rollout.tool_seconds
         with self.progress.phase(label, total=len(tasks) * group_size) as advance:
             try:
                 groups = self._loop.run(
-                    self.rollout.sample_groups(sampler, tasks, group_size=group_size, seed=seed, on_finished=advance)
+                    self.rollout.sample_groups(
+                        self.sampler,
+                        tasks,
+                        group_size=group_size,
+                        temperature=temperature,
+                        seed=seed,
+                        on_finished=advance,
+                    )
                 )
             except FloatingPointError as error:
                 raise NonFiniteLoss(f"{error}; the last good weights are in the last checkpoint") from error
-        self.num_tokens["sampled"] += sampler.num_sampled_tokens
+        turns = [turn for group in groups for trajectory in group for turn in trajectory.turns]
+        self.num_tokens["sampled"] += sum(len(turn.completion_ids) for turn in turns)
         self.seconds["tools"] += self.rollout.tool_seconds - tool_seconds
         return groups
 

@@ -116,7 +116,8 @@ class Turn:
     included; empty on the last turn. rollout_logprobs: one for each completion id, after temperature. answer: what the
     turn gives as the answer, None where it gives none. as_expected: whether the tools printed what the task expects;
     None where the task does not say. rewards: the named terms that the episode gave for the turn. said: its text
-    without the reasoning; empty where it was cut short.
+    without the reasoning; empty where it was cut short. policy_version: the number of training steps that the weights
+    which sampled it had taken; None where no policy sampled it.
     """
 
     completion_ids: list[int]
@@ -130,6 +131,7 @@ class Turn:
     answer: str | None = None
     rewards: Mapping[str, float] = field(default_factory=dict)
     said: str = ""
+    policy_version: int | None = None
 
     @property
     def num_invalid_calls(self) -> int:

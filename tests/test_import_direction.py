@@ -10,16 +10,16 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first. A module of gtpo imports only from layers below its own, or from its own package.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "methods", "token_ids", "config_values", "loading", "daemon_thread", "loop_thread"),
+    ("types", "methods", "token_ids", "config_values", "loading", "daemon_thread", "loop_thread", "sampler"),
     ("config", "parsing", "templates"),
     ("sandbox",),
     ("tools", "chat"),
     ("environments",),
-    ("attention", "batch", "reward_functions"),
+    ("attention", "batch", "drawing", "decoding_steps", "reward_functions"),
     ("rewards",),
     ("trial", "models", "lora"),
     ("credit", "loss", "policy"),
-    ("sampler", "schedule"),
+    ("local_sampler", "schedule"),
     ("rollout",),
     ("assembly", "sft", "evaluation", "metrics", "checkpoints", "provenance", "memory", "finite"),
     ("run_folder", "callbacks"),

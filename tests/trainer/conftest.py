@@ -10,6 +10,7 @@ from gtpo.batch import PackedSequence
 from gtpo.chat import Chat
 from gtpo.config import ModelConfig, RolloutConfig, SandboxConfig
 from gtpo.environments import CodeEnvironment, Environment
+from gtpo.local_sampler import LocalSampler
 from gtpo.policy import Policy, load_policy
 from gtpo.rollout import Rollout
 from gtpo.sampler import Completion
@@ -49,6 +50,11 @@ def tiny_policy(**changes: Any) -> Policy:
 def policy() -> Policy:
     """Shared by all tests: none of them may change it."""
     return tiny_policy()
+
+
+def make_sampler(policy: Policy, **changes: Any) -> LocalSampler:
+    options = {"num_slots": 3, "max_tokens": 64, "stop_ids": [], "join_steps": 0, "prefill_tokens_per_step": 2048}
+    return LocalSampler(policy, **(options | changes))
 
 
 def make_turn(

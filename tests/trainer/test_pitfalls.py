@@ -11,12 +11,13 @@ from gtpo.batch import pack, split_by_tokens
 from gtpo.chat import Chat
 from gtpo.config import RolloutConfig, config_from_dict
 from gtpo.credit import Credit, Scored, assign_credit, to_sequence, to_sequences
+from gtpo.drawing import sample_tokens
 from gtpo.evaluation import evaluate_groups
 from gtpo.methods import METHODS, CreditSum, Method, RewardRule, Term
 from gtpo.metrics import rollout_metrics, update_metrics
 from gtpo.policy import Policy
 from gtpo.rewards import turn_rewards
-from gtpo.sampler import Completion, sample_tokens
+from gtpo.sampler import Completion
 from gtpo.sandbox import SandboxPool
 from gtpo.templates import BrokenPrefix
 from gtpo.types import StopReason, ToolStatus, Trajectory

@@ -9,11 +9,21 @@ from gtpo.chat import Chat
 from gtpo.config import RolloutConfig
 from gtpo.environments import EnvironmentFault
 from gtpo.policy import Policy
-from gtpo.sampler import Completion, Sampler
+from gtpo.sampler import Completion
 from gtpo.sandbox import SandboxLimits, SandboxPool, SandboxSession, SandboxUnavailable
 from gtpo.tools import PythonTool, ToolSet
 from gtpo.types import StopReason, Task, ToolStatus, Trajectory
-from tests.trainer.conftest import TASK, SumEnvironment, make_chat, make_rollout, play_all, prompt, python, script
+from tests.trainer.conftest import (
+    TASK,
+    SumEnvironment,
+    make_chat,
+    make_rollout,
+    make_sampler,
+    play_all,
+    prompt,
+    python,
+    script,
+)
 
 QUICK = SandboxLimits(cpu_time_s=0.2, wall_time_s=5.0)
 
@@ -231,11 +241,9 @@ def test_groups_come_in_order_and_repeat(policy: Policy) -> None:
 
     async def run() -> list[list[Trajectory]]:
         async with SandboxPool(min_tier="landlock") as pool:
-            sampler = Sampler(
-                policy, num_slots=4, max_tokens=400, temperature=1.0, stop_ids=chat.stop_ids, join_steps=2
-            )
+            sampler = make_sampler(policy, num_slots=4, max_tokens=400, stop_ids=chat.stop_ids, join_steps=2)
             rollout = make_rollout(SumEnvironment(), chat, pool, config)
-            return await rollout.sample_groups(sampler, tasks, group_size=2, seed=[5])
+            return await rollout.sample_groups(sampler, tasks, group_size=2, temperature=1.0, seed=[5])
 
     groups = asyncio.run(run())
     assert [[(t.task.id, t.sample) for t in group] for group in groups] == [

@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -12,19 +13,23 @@ from torch import Tensor
 
 from gtpo.attention import SlotCache
 from gtpo.batch import pack
+from gtpo.drawing import sample_tokens
+from gtpo.local_sampler import LocalSampler
 from gtpo.policy import Policy
-from gtpo.sampler import SampledSequence, Sampler, sample_tokens
+from gtpo.sampler import SampledSequence
 from gtpo_kernels import linear_token_logprobs
+from tests.trainer import conftest
 from tests.trainer.conftest import make_sequence, tiny_policy
 
 STOP = 2
 Record = tuple[list[int], list[bool], list[float]]
 
 
-def make_sampler(policy: Policy, *, num_slots: int = 3, temperature: float = 0.7, join_steps: int = 2) -> Sampler:
-    return Sampler(
-        policy, num_slots=num_slots, max_tokens=64, temperature=temperature, stop_ids=[STOP], join_steps=join_steps
-    )
+TEMPERATURE = 0.7
+
+
+def make_sampler(policy: Policy, **changes: Any) -> LocalSampler:
+    return conftest.make_sampler(policy, **({"stop_ids": [STOP], "join_steps": 2} | changes))
 
 
 async def converse(sequence: SampledSequence, *, delay: random.Random | None = None) -> Record:
@@ -44,8 +49,9 @@ async def converse(sequence: SampledSequence, *, delay: random.Random | None = N
     return ids, sampled, logprobs
 
 
-def run(sampler: Sampler, num: int = 8, *, delay: random.Random | None = None) -> list[Record]:
-    return asyncio.run(sampler.run(lambda s: converse(s, delay=delay), seeds=[[0, i] for i in range(num)]))
+def run(sampler: LocalSampler, num: int = 8, *, delay: random.Random | None = None) -> list[Record]:
+    seeds = [[0, i] for i in range(num)]
+    return asyncio.run(sampler.run(lambda s: converse(s, delay=delay), seeds=seeds, temperature=TEMPERATURE))
 
 
 @pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"lora_rank": 2}])
@@ -60,10 +66,11 @@ def test_cached_logprobs_equal_a_forward_pass_from_scratch(changes: dict[str, ob
     for ids, sampled, logprobs in records:
         batch = pack([make_sequence(ids)])
         hidden = policy.hidden_states(batch).detach()
-        again = linear_token_logprobs(hidden, policy.head.weight.detach(), batch.targets, temperature=0.7).logprobs
+        again = linear_token_logprobs(
+            hidden, policy.head.weight.detach(), batch.targets, temperature=TEMPERATURE
+        ).logprobs
         rows = torch.tensor(sampled[1:])
         torch.testing.assert_close(torch.tensor(logprobs[1:])[rows], again[rows], atol=1e-4, rtol=0)
-    assert sampler.num_sampled_tokens == sum(sum(sampled) for _, sampled, _ in records)
 
 
 def test_results_do_not_depend_on_slots(policy: Policy) -> None:
@@ -87,7 +94,7 @@ def test_a_completion_stops_at_the_stop_id_or_its_budget() -> None:
         completion = await sequence.sample([5], max_new_tokens=50)
         return completion.token_ids, completion.finished
 
-    completions = asyncio.run(sampler.run(start, seeds=[[i] for i in range(40)]))
+    completions = asyncio.run(sampler.run(start, seeds=[[i] for i in range(40)], temperature=TEMPERATURE))
     for ids, finished in completions:
         assert STOP not in ids[:-1] and finished == (ids[-1] == STOP) and (finished or len(ids) == 50)
     assert {finished for _, finished in completions} == {True, False}
@@ -107,7 +114,9 @@ def test_an_exception_of_one_ends_all(policy: Policy) -> None:
             raise
 
     with pytest.raises(KeyError, match="a fault of ours"):
-        asyncio.run(make_sampler(policy, num_slots=4).run(start, seeds=[[i] for i in range(3)]))
+        asyncio.run(
+            make_sampler(policy, num_slots=4).run(start, seeds=[[i] for i in range(3)], temperature=TEMPERATURE)
+        )
     assert sorted(cancelled) == [0, 2]
 
 
@@ -122,7 +131,9 @@ def test_nan_logits_are_an_error_not_a_token() -> None:
 def test_every_end_is_reported_once(policy: Policy) -> None:
     ends: list[None] = []
     asyncio.run(
-        make_sampler(policy).run(converse, seeds=[[i] for i in range(5)], on_finished=lambda: ends.append(None))
+        make_sampler(policy).run(
+            converse, seeds=[[i] for i in range(5)], temperature=TEMPERATURE, on_finished=lambda: ends.append(None)
+        )
     )
     assert len(ends) == 5
 
@@ -144,14 +155,14 @@ def test_bad_requests_are_refused(policy: Policy, new_ids: list[int], max_new_to
         await sequence.sample(new_ids, max_new_tokens=max_new_tokens)
 
     with pytest.raises(ValueError, match=message):
-        asyncio.run(make_sampler(policy).run(start, seeds=[[0]]))
+        asyncio.run(make_sampler(policy).run(start, seeds=[[0]], temperature=TEMPERATURE))
 
 
 def test_a_sequence_can_fill_its_slot(policy: Policy) -> None:
     async def start(sequence: SampledSequence) -> int:
         return len((await sequence.sample([5] * 60, max_new_tokens=4)).token_ids)
 
-    (length,) = asyncio.run(make_sampler(policy).run(start, seeds=[[1]]))
+    (length,) = asyncio.run(make_sampler(policy).run(start, seeds=[[1]], temperature=TEMPERATURE))
     assert 1 <= length <= 4
 
 
@@ -192,9 +203,7 @@ def test_the_cache_grows_with_what_is_used_and_changes_no_bit(policy: Policy, mo
         return buffers
 
     def records(most: int) -> list[Record]:
-        sampler = make_sampler(policy, num_slots=128)
-        sampler.max_tokens = most
-        return run(sampler)
+        return run(make_sampler(policy, num_slots=128, max_tokens=most))
 
     monkeypatch.setattr(SlotCache, "update", seen)
     grown = records(500)

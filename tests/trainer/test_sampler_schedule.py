@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gtpo.attention import SlotCache
 from gtpo.policy import Policy
-from gtpo.sampler import SampledSequence, Sampler
+from gtpo.sampler import SampledSequence
+from tests.trainer.conftest import make_sampler
 
 # of each trajectory, for each of its turns: sampled tokens, and decoding steps for which its tool is away
 Plan = list[list[tuple[int, float]]]
@@ -79,14 +80,7 @@ def play(
 ) -> tuple[float, float, list[list[int]]]:
     """The steps until all have ended, the longest that a timer was late, and the slots of each step."""
     policy = Steps()
-    sampler = Sampler(
-        cast(Policy, policy),
-        num_slots=num_slots,
-        max_tokens=64,
-        temperature=1.0,
-        stop_ids=[],
-        join_steps=join_steps,
-    )
+    sampler = make_sampler(cast(Policy, policy), num_slots=num_slots, join_steps=join_steps)
     late = 0.0
 
     async def start(sequence: SampledSequence) -> None:
@@ -99,7 +93,7 @@ def play(
             late = max(late, loop.time() - due)
 
     with asyncio.Runner(loop_factory=StepClock) as runner:
-        runner.run(sampler.run(start, seeds=[[i] for i in range(len(plan))]))
+        runner.run(sampler.run(start, seeds=[[i] for i in range(len(plan))], temperature=1.0))
         took = runner.get_loop().time()
     return took, late, policy.slots
 
@@ -158,8 +152,8 @@ def test_the_event_loop_runs_while_the_model_decodes(policy: Policy, monkeypatch
                 await asyncio.sleep(0)
             answered.set()
 
-    sampler = Sampler(policy, num_slots=2, max_tokens=64, temperature=1.0, stop_ids=[], join_steps=-1)
-    asyncio.run(sampler.run(start, seeds=[[0], [1]]))
+    sampler = make_sampler(policy, num_slots=2, join_steps=-1)
+    asyncio.run(sampler.run(start, seeds=[[0], [1]], temperature=1.0))
 
 
 def test_a_cancelled_run_waits_for_its_step(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,8 +174,8 @@ def test_a_cancelled_run_waits_for_its_step(policy: Policy, monkeypatch: pytest.
         await sequence.sample([5, 6], max_new_tokens=20)
 
     async def run() -> None:
-        sampler = Sampler(policy, num_slots=1, max_tokens=64, temperature=1.0, stop_ids=[], join_steps=0)
-        running = asyncio.create_task(sampler.run(start, seeds=[[0]]))
+        sampler = make_sampler(policy, num_slots=1, join_steps=0)
+        running = asyncio.create_task(sampler.run(start, seeds=[[0]], temperature=1.0))
         with ThreadPoolExecutor(1) as pool:
             await asyncio.get_running_loop().run_in_executor(pool, begun.wait)
         running.cancel()

@@ -15,9 +15,9 @@ from gtpo.batch import Batch, PackedSequence, pack
 from gtpo.config import load_config
 from gtpo.environments import RetryEnvironment, Split
 from gtpo.finite import NonFiniteLoss
+from gtpo.local_sampler import LocalSampler
 from gtpo.report.compare import without_timing
 from gtpo.run_folder import read_rows
-from gtpo.sampler import Sampler
 from gtpo.trainer import Trainer
 from gtpo.types import StopReason, Task, ToolStatus
 from gtpo_kernels import LossMetrics, linear_token_logprobs
@@ -45,6 +45,8 @@ group_size = 2
 max_turns = 3
 max_completion_tokens = 32
 max_trajectory_tokens = 256
+# a fixed schedule: several tests repeat the run bit for bit
+tool_join_steps = 4
 [sft]
 steps = 30
 learning_rate = 0.01
@@ -284,12 +286,13 @@ def test_evaluation_has_its_own_temperature(
 ) -> None:
     seen = []
 
-    class Recorded(Sampler):
-        def __init__(self, *args: Any, temperature: float, **kwargs: Any) -> None:
-            seen.append(temperature)
-            super().__init__(*args, temperature=temperature, **kwargs)
+    run = LocalSampler.run
 
-    monkeypatch.setattr("gtpo.trainer.Sampler", Recorded)
+    async def recorded(self: LocalSampler, *args: Any, temperature: float, **kwargs: Any) -> Any:
+        seen.append(temperature)
+        return await run(self, *args, temperature=temperature, **kwargs)
+
+    monkeypatch.setattr(LocalSampler, "run", recorded)
     overrides = ["--rollout.temperature", "1.3", "--eval.samples", "2"]
     with make_trainer(tmp_path, *overrides, *(["--eval.temperature", temperature] if temperature else [])) as trainer:
         evaluation = trainer.evaluate(step=0)

@@ -15,10 +15,10 @@ from gtpo.batch import pack
 from gtpo.config import Config, ModelConfig, RolloutConfig, config_from_dict
 from gtpo.learner import Learner
 from gtpo.policy import Policy, load_policy
-from gtpo.sampler import SampledSequence, Sampler
+from gtpo.sampler import SampledSequence
 from gtpo.sft import accumulate_sft_gradient
 from gtpo.trainer import Trainer
-from tests.trainer.conftest import make_sequence, tiny_policy
+from tests.trainer.conftest import make_sampler, make_sequence, tiny_policy
 
 SMALL = {
     "vocab_size": 64,
@@ -68,16 +68,14 @@ def load(config: Any, *, max_tokens: int, tokenizer: Any = None) -> Policy:
 def largest_gap(policy: Policy, prompts: list[list[int]], *, num_tokens: int, temperature: float = 1.0) -> float:
     """Of the log-probs that the sampler reports, from those of all sequences packed together."""
     max_tokens = max(map(len, prompts)) + num_tokens
-    sampler = Sampler(
-        policy, num_slots=len(prompts), max_tokens=max_tokens, temperature=temperature, stop_ids=[], join_steps=0
-    )
+    sampler = make_sampler(policy, num_slots=len(prompts), max_tokens=max_tokens)
 
     async def start(sequence: SampledSequence) -> tuple[list[int], list[float]]:
         prompt = prompts[sequence.number]
         completion = await sequence.sample(prompt, max_new_tokens=num_tokens)
         return [*prompt, *completion.token_ids], completion.logprobs
 
-    played = asyncio.run(sampler.run(start, seeds=[[i] for i in range(len(prompts))]))
+    played = asyncio.run(sampler.run(start, seeds=[[i] for i in range(len(prompts))], temperature=temperature))
     batch = pack([make_sequence(ids) for ids, _ in played])
     rows = Learner(policy, Config(rollout=RolloutConfig(temperature=temperature)))._logprobs(
         policy.hidden_states(batch).detach(), batch.targets
@@ -202,12 +200,13 @@ def test_ids_without_a_token_are_neither_sampled_nor_trained(policy: Policy, bia
     num_tokens = len(policy.tokenizer)
     wide = padded(policy, 512, bias=bias)
     assert wide.head.weight.shape[0] == 512 and num_tokens == 300
-    sampler = Sampler(wide, num_slots=8, max_tokens=64, temperature=1.5, stop_ids=[], join_steps=0)
+    sampler = make_sampler(wide, num_slots=8)
 
     async def start(sequence: SampledSequence) -> list[int]:
         return (await sequence.sample([5, 6, 7], max_new_tokens=50)).token_ids
 
-    sampled = [token for ids in asyncio.run(sampler.run(start, seeds=[[i] for i in range(8)])) for token in ids]
+    played = asyncio.run(sampler.run(start, seeds=[[i] for i in range(8)], temperature=1.5))
+    sampled = [token for ids in played for token in ids]
     assert len(set(sampled)) > 100 and max(sampled) < num_tokens
     assert largest_gap(wide, [[5, 6, 7], [8, 9]], num_tokens=40, temperature=1.5) < 1e-4
     sequence = make_sequence([5, 6, 7, *sampled[:20]])
