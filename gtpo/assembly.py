@@ -41,10 +41,13 @@ _PROTOCOL_WORDS = ("system\n", "user\n", "assistant\n", "tool\n", "LookupError: 
 def refuse_unusable_model(config: Config) -> None:
     """Raises ValueError where `[model]` asks for what is not here, or for training whose updates would round away."""
     model = config.model
+    if model.dtype == "bfloat16" and model.compute_dtype == "float32":
+        raise ValueError('model.compute_dtype must be "bfloat16" with model.dtype = "bfloat16", got "float32"')
     if model.dtype == "bfloat16" and not model.lora_rank and (config.sft.steps or config.train.steps):
         raise ValueError(
             'model.dtype = "bfloat16" can train adapters only (model.lora_rank of at least 1; they are float32): '
-            'most updates of a bfloat16 weight would round to nothing. Use "float32" to train all weights'
+            'most updates of a bfloat16 weight would round to nothing. Use "float32" to train all weights, with '
+            'model.compute_dtype = "bfloat16" to compute in it'
         )
     try:
         device = torch.empty(0, device=None if model.device == "auto" else model.device).device
@@ -52,8 +55,8 @@ def refuse_unusable_model(config: Config) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"model.device must be one that PyTorch has here, got {model.device!r}: {reason}") from error
-    if model.attention == "flash" and model.dtype != "bfloat16":
-        raise ValueError(f'model.attention = "flash" needs model.dtype = "bfloat16", got "{model.dtype}"')
+    if model.attention == "flash" and model.computes_in != "bfloat16":
+        raise ValueError(f'model.attention = "flash" needs model.compute_dtype = "bfloat16", got "{model.computes_in}"')
     has_gpu = device.type == "cuda" or (model.device == "auto" and torch.cuda.is_available())
     if model.attention == "flash" and not (has_gpu and importlib.util.find_spec("flash_attn")):
         raise ValueError('model.attention = "flash" needs a GPU and the package flash-attn; "auto" takes what is here')

@@ -33,6 +33,6 @@ def refuse_non_finite_loss(
 
 def refuse_non_finite_weights(policy: Policy) -> None:
     """Raises NonFiniteLoss before sampling: from such weights the sampler would draw ids that do not exist."""
-    bad = [name for name, value in policy.model.named_parameters() if not bool(value.isfinite().all())]
+    bad = [name for name, value in policy.weights().items() if not bool(value.isfinite().all())]
     if bad:
         raise NonFiniteLoss(f"{len(bad)} weights are not finite, the first is {bad[0]}; nothing was sampled")

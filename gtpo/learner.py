@@ -41,7 +41,7 @@ class Learner:
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             policy.trainable().values(), betas=(0.9, 0.95), weight_decay=config.train.weight_decay
         )
-        # of the policy that a KL term holds on to
+        # weights of the policy that a KL term holds on to; none where that is the model without its adapters
         self.reference: Mapping[str, Tensor] = {}
 
     @property
@@ -49,9 +49,14 @@ class Learner:
         """Whether a KL term holds on to the policy that training began with, so that its weights are kept."""
         return self.rule.kl != "none" and self.config.loss.kl_reference == "start"
 
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether training begins with adapters that add nothing, since no warm-up has moved them."""
+        return bool(self.config.model.lora_rank) and not self.config.sft.steps
+
     def keep_reference(self) -> None:
         """From now on a KL term holds on to the policy as it is at this moment."""
-        if self.has_reference:
+        if self.has_reference and not self.reference_is_base:
             self.reference = self.policy.reference_weights()
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,7 +65,7 @@ class Learner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        self.reference = {name: value.to(self.policy.device) for name, value in state["reference"].items()}
+        self.reference = {name: value.to(self.policy.reference_device) for name, value in state["reference"].items()}
 
     def update(self, sequences: Sequence[PackedSequence], *, step: int, check: Check) -> dict[str, float]:
         """`updates_per_rollout` optimizer steps on one rollout; returns their metrics."""
@@ -165,7 +170,8 @@ class Learner:
 
     @torch.no_grad()
     def with_ref_logprobs(self, batch: Batch) -> Batch:
-        with self.policy.as_reference(self.reference):
+        policy = self.policy
+        with policy.without_adapters() if self.reference_is_base else policy.as_reference(self.reference):
             logprobs = self._loss_logprobs(batch)
         return dataclasses.replace(batch, ref_logprobs=logprobs)
 

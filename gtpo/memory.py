@@ -38,7 +38,7 @@ def refuse_unaffordable_cache(config: Config, policy: Policy) -> None:
     text = policy.model.config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    of_token = 2 * text.num_hidden_layers * heads * head_dim * _DTYPE_BYTES[config.model.dtype]
+    of_token = 2 * text.num_hidden_layers * heads * head_dim * _DTYPE_BYTES[config.model.computes_in]
     rollout = config.rollout
     slots = min(rollout.max_concurrent, rollout.tasks_per_step * rollout.group_size)
     is_gpu = policy.device.type == "cuda"
@@ -75,7 +75,10 @@ def _tiny_weights(config: Config) -> int:
 def _trained_bytes(config: Config, num_weights: int, *, trains: bool) -> int:
     # in training, gradients and AdamW's two moments stand beside the weights
     copies = 4 if trains and (config.sft.steps or config.train.steps) else 1
-    return _DTYPE_BYTES[config.model.dtype] * copies * num_weights
+    of_weight = _DTYPE_BYTES[config.model.dtype] * copies
+    if config.model.computes_in != config.model.dtype:
+        of_weight += _DTYPE_BYTES[config.model.computes_in]
+    return of_weight * num_weights
 
 
 def _refuse(config: Config, keys: str, num_bytes: int, available: int) -> None:

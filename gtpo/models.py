@@ -36,7 +36,9 @@ def load_model_and_tokenizer(
         return _load_gguf_package(config.source.removeprefix("package:"))
     if not Path(config.source).is_dir():
         raise ValueError(f'model.source must be "tiny", "package:NAME" or a folder, got {config.source!r}')
-    model = transformers.AutoModelForCausalLM.from_pretrained(config.source, dtype=getattr(torch, config.dtype))
+    # a head that is to be float32 must not be rounded on the way
+    dtype = torch.float32 if config.head_dtype == "float32" else getattr(torch, config.dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(config.source, dtype=dtype)
     return model, transformers.AutoTokenizer.from_pretrained(config.source)
 
 

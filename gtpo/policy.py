@@ -18,9 +18,13 @@ from transformers.modeling_utils import AttentionInterface
 from gtpo.attention import SlotCache, block_causal_attention, flash_varlen_attention
 from gtpo.batch import Batch
 from gtpo.config import ModelConfig, RolloutConfig
+from gtpo.masters import Masters, cast_weights, meet_bfloat16
 from gtpo.models import load_model_and_tokenizer
 from gtpo.trial import refuse_unknown_ids, refuse_unsupported, refuse_wrong_logits
+from gtpo_kernels.token_logprobs.kernel_torch import Head
 
+# the folder, in that of a model, which holds the adapters alone
+_ADAPTER = "adapter"
 # of a policy for which nothing else is said
 _MAX_TOKENS = RolloutConfig().max_trajectory_tokens
 
@@ -77,20 +81,28 @@ class Policy:
         refuse_unsupported(model.config.get_text_config(), max_tokens=max_tokens)
         self.config = config
         self.max_tokens = max_tokens
-        self.bfloat16 = config.dtype == "bfloat16"
+        self.bfloat16 = config.computes_in == "bfloat16"
         self.tokenizer = tokenizer
         self.device = torch.device(
             ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         )
-        self.model = model.to(device=self.device, dtype=getattr(torch, config.dtype))
+        self.reference_device = self.device if config.reference_device == "auto" else torch.device("cpu")
+        self.model = model.to(self.device)
         self.model.set_attn_implementation("gtpo_packed")
         self.decoder = model.get_decoder()
         self.head: nn.Linear = model.get_output_embeddings()
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        # what embeds and what projects, where two modules may have one weight
+        self.edges: tuple[nn.Parameter, nn.Parameter] = (model.get_input_embeddings().weight, self.head.weight)
+        wide_head = [module for module in model.modules() if getattr(module, "weight", None) is self.head.weight]
+        if config.head_dtype == "auto":
+            wide_head = []
+        cast_weights(model, getattr(torch, config.dtype), kept=wide_head)
         self._without_token = self._ids_without_token()
         self.use_flash = config.attention == "flash" or (
             config.attention == "auto"
             and self.device.type == "cuda"
-            and config.dtype == "bfloat16"
+            and self.bfloat16
             and importlib.util.find_spec("flash_attn") is not None
         )
         self._adapted: Any = None
@@ -100,11 +112,18 @@ class Policy:
 
             self._adapted = with_adapters(model, config)
         if config.freeze_head:
-            if self.head.weight is model.get_input_embeddings().weight:
+            if self.edges[0] is self.edges[1]:
                 raise ValueError(
                     "model.freeze_head needs a head of its own; this model ties it to the input embeddings"
                 )
             self.head.requires_grad_(False)
+        self._masters: Masters | None = None
+        if config.dtype != config.computes_in:
+            # looking up is no arithmetic: embeddings need no copies, and their gradients are added up in float32
+            wide = [*wide_head, *(module for module in model.modules() if isinstance(module, nn.Embedding))]
+            self._masters = Masters(model, torch.bfloat16, kept=wide)
+        if self.bfloat16:
+            meet_bfloat16(model, self.head)
         if config.gradient_checkpointing:
             _checkpoint_activations(self.model)
             # frozen embeddings would otherwise cut the graph in front of the first checkpointed layer
@@ -112,10 +131,6 @@ class Policy:
         # dropout is off in training too: the policy that samples and the one that is trained must be the same function
         self._dropout_off()
         refuse_wrong_logits(self, max_tokens=max_tokens)
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def logit_bias(self) -> Tensor | None:
@@ -135,24 +150,48 @@ class Policy:
         return frozenset(() if found is None else [found] if isinstance(found, int) else found)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        """The weights that an optimizer moves, by name; float32 where training is allowed at all."""
+        weights = self.model.named_parameters() if self._masters is None else self._masters.weights.items()
+        return {name: weight for name, weight in weights if weight.requires_grad}
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """All weights that a forward pass reads, as they are now."""
+        self._refresh()
+        return dict(self.model.named_parameters())
 
     @contextlib.contextmanager
     def as_reference(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within it the trainable weights, under LoRA the adapters, are these. Nothing may be trained within it."""
-        trainable = self.trainable()
-        kept = {name: parameter.data for name, parameter in trainable.items()}
+        """Within it the weights that train, under LoRA the adapters, are these. Nothing may be trained within it."""
+        moving = self._moving()
+        kept = {name: weight.data for name, weight in moving.items()}
         try:
-            for name, parameter in trainable.items():
-                parameter.data = weights[name]
+            for name, weight in moving.items():
+                weight.data = weights[name].to(self.device)
             yield
         finally:
-            for name, parameter in trainable.items():
-                parameter.data = kept[name]
+            for name, weight in moving.items():
+                weight.data = kept[name]
+
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Within it a policy with adapters is the model that they were put into."""
+        with self._adapted.disable_adapter():
+            yield
 
     def reference_weights(self) -> dict[str, Tensor]:
-        """A copy of the trainable weights as they are now, for `as_reference`."""
-        return {name: parameter.detach().clone() for name, parameter in self.trainable().items()}
+        """A copy of the weights that train as the forward pass reads them now, for `as_reference`.
+
+        It lies on `reference_device`.
+        """
+        return {name: weight.detach().to(self.reference_device, copy=True) for name, weight in self._moving().items()}
+
+    def _moving(self) -> dict[str, nn.Parameter]:
+        """Of the weights that a forward pass reads those that training changes; not the masters, but their copies."""
+        return {name: weight for name, weight in self.weights().items() if weight.requires_grad}
+
+    def _refresh(self) -> None:
+        if self._masters is not None:
+            self._masters.refresh()
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]; row i predicts `batch.targets[i]`.
@@ -161,6 +200,7 @@ class Policy:
         """
         if (longest := max(batch.lengths) + 1) > self.max_tokens:
             raise ValueError(f"a sequence must have at most the policy's {self.max_tokens} tokens, got {longest}")
+        self._refresh()
         # transformers checkpoints in training mode only, and drops the cache that `extend` needs while it does
         self.model.train(self.config.gradient_checkpointing)
         output = self.decoder(
@@ -176,6 +216,7 @@ class Policy:
     @torch.no_grad()
     def extend(self, input_ids: Tensor, cache: SlotCache) -> Tensor:
         """Logits after the last new token of every sequence of the cache's current step, [num_sequences, V] float32."""
+        self._refresh()
         if self.model.training:
             self.model.eval()
         output = self.decoder(
@@ -187,19 +228,40 @@ class Policy:
         )
         return self.project(output.last_hidden_state[0][cache.last_rows]).float()
 
+    @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:
-        """The logits of hidden states, [rows, D] to [rows, V], as the losses compute them."""
-        return F.linear(hidden, self.head.weight, self.logit_bias)
+        """The logits of hidden states, [rows, D] to [rows, V], by the arithmetic of the losses; for sampling only.
+
+        Of bfloat16 states they are float32 too: log-probs from logits of 8 bits would not be those of the losses.
+        """
+        if hidden.dtype != torch.bfloat16:
+            return F.linear(hidden, self.head.weight, self.logit_bias)
+        head = Head(hidden, self.head.weight, self.logit_bias, chunk_rows=len(hidden))
+        _, _, logits = next(head.chunks(torch.arange(len(hidden), device=hidden.device)))
+        return logits
 
     def save_model(self, folder: Path) -> None:
-        """Writes a plain Hugging Face model and tokenizer; LoRA weights are merged into a copy first."""
-        model = self.model
-        if self._adapted is not None:
-            from gtpo.lora import merged
+        """Writes a plain Hugging Face model and tokenizer; LoRA weights are merged into a copy first.
 
-            model = merged(self._adapted)
-        model.save_pretrained(folder)
+        The adapters alone, as peft writes them, go to `folder`/adapter: beside the model's own files transformers would
+        take them for what is to be loaded.
+        """
+        with contextlib.nullcontext() if self._masters is None else self._masters.in_place():
+            if self._adapted is None:
+                self.model.save_pretrained(folder)
+            else:
+                from gtpo.lora import merged, save_adapters
+
+                merged(self._adapted).save_pretrained(folder)
+                save_adapters(self._adapted, folder / _ADAPTER)
         self.tokenizer.save_pretrained(folder)
+
+    def load_adapters(self, folder: Path) -> None:
+        """The adapters become those that `save_model` wrote to `folder`; nothing is done to a policy without any."""
+        if self._adapted is not None:
+            from gtpo.lora import load_adapters
+
+            load_adapters(self._adapted, folder / _ADAPTER)
 
     def _ids_without_token(self) -> Tensor | None:
         """[V] of the head's dtype: -inf at ids for which the tokenizer has no token, else 0; None where it has all."""

@@ -104,7 +104,7 @@ def make_optimizers(policy: Policy, kind: Literal["adamw", "muon"]) -> list[torc
     trainable = list(policy.trainable().values())
     matrices: list[torch.nn.Parameter] = []
     if kind == "muon":
-        edges = {id(policy.model.get_input_embeddings().weight), id(policy.head.weight)}
+        edges = {id(weight) for weight in policy.edges}
         matrices = [weight for weight in trainable if weight.ndim == 2 and id(weight) not in edges]
     chosen = {id(weight) for weight in matrices}
     rest = [weight for weight in trainable if id(weight) not in chosen]

@@ -125,7 +125,7 @@ class Trainer:
         config = self.config
         model, corpus = config.model, list[str]()
         if self.run.checkpoint is not None and not model.lora_rank:
-            # a checkpoint's model holds all weights; where adapters train, they are in its state
+            # a checkpoint's model holds all weights; where adapters train, they are beside it
             model = dataclasses.replace(model, source=str(self.run.checkpoint))
         if model.source == "tiny":
             with LoopThread() as loop:
@@ -418,13 +418,11 @@ class Trainer:
             self._checkpoint(step, best=is_best)
 
     def _checkpoint(self, step: int, *, best: bool = False) -> None:
-        # without adapters all weights are in the model beside it
-        adapters = self.policy.trainable() if self.config.model.lora_rank else {}
+        # all weights, adapters too, are in the model beside it
         state = {
             "step": step,
             "before": dataclasses.asdict(self.before),
             "best_success": self.best_success,
-            "adapters": {name: weight.detach() for name, weight in adapters.items()},
             **self.learner.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "seconds": self.seconds,
@@ -445,11 +443,8 @@ class Trainer:
     def _restore(self) -> None:
         """The state of the checkpoint. Nothing else of it is kept: it would be weights and moments twice."""
         state = self.run.load_state()
-        assert state is not None
-        trainable = self.policy.trainable()
-        with torch.no_grad():
-            for name, value in state["adapters"].items():
-                trainable[name].copy_(value)
+        assert state is not None and self.run.checkpoint is not None
+        self.policy.load_adapters(self.run.checkpoint)
         self.learner.load_state_dict(state)
         torch.set_rng_state(state["torch_rng"])
         self.before, self.num_steps = Evaluation(**state["before"]), int(state["step"])

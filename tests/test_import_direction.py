@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("environments",),
     ("attention", "batch", "drawing", "decoding_steps", "reward_functions"),
     ("rewards",),
-    ("trial", "models", "lora"),
+    ("trial", "models", "lora", "masters"),
     ("credit", "loss", "policy"),
     ("local_sampler", "schedule"),
     ("rollout",),

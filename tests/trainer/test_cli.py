@@ -115,7 +115,11 @@ def test_a_reader_that_has_read_enough_is_no_fault() -> None:
             ["--model.attention=flash", "--model.device=meta", "--model.dtype=bfloat16", "--model.lora_rank=1"],
             'model.attention = "flash" needs a GPU and',
         ),
-        (["--model.attention", "flash"], 'model.attention = "flash" needs model.dtype = "bfloat16", got "float32"'),
+        (
+            ["--model.attention=flash", "--model.device=meta", "--model.compute_dtype=bfloat16"],
+            '"flash" needs a GPU and',
+        ),
+        (["--model.attention", "flash"], '"flash" needs model.compute_dtype = "bfloat16", got "float32"'),
         (["--model.dtype", "bfloat16"], 'model.dtype = "bfloat16" can train adapters only'),
         (["--sandbox.output_bytes", "1"], "sandbox.output_bytes must be from 512 to 16384, got 1"),
         (["--rollout.max_trajectory_tokens", "9"], "4 of 4 eval tasks have prompts too long for rollout.max_t"),

@@ -24,11 +24,13 @@ def loss_of(policy: Policy, batch: Batch) -> Tensor:
 
 
 def gradients(policy: Policy, batches: list[Batch]) -> dict[str, Tensor]:
-    policy.model.zero_grad(set_to_none=True)
+    for weight in policy.trainable().values():
+        weight.grad = None
     for batch in batches:
         loss_of(policy, batch).backward()
-    found = {name: parameter.grad for name, parameter in policy.trainable().items() if parameter.grad is not None}
-    policy.model.zero_grad(set_to_none=True)
+    found = {name: weight.grad for name, weight in policy.trainable().items() if weight.grad is not None}
+    for weight in policy.trainable().values():
+        weight.grad = None
     return found
 
 

@@ -383,7 +383,7 @@ def test_a_resumed_run_holds_its_weights_once(tmp_path: Path) -> None:
         trainer.train()
         state = torch.load(trainer.run.path / "checkpoints" / "last" / "trainer.pt", weights_only=True)
         shapes = [tuple(weight.shape) for weight in trainer.policy.trainable().values()]
-    assert state["adapters"] == {} and state["reference"] == {}
+    assert state["reference"] == {}
     # AdamW's two moments of each weight, and the weights themselves in the model beside it only
     moments = [value for entry in state["optimizer"]["state"].values() for value in entry.values() if value.ndim]
     assert sorted(tuple(value.shape) for value in moments) == sorted(shapes * 2)

@@ -120,14 +120,15 @@ def assert_same_records(whole: Path, resumed: Path) -> None:
     assert names[0] == names[1]
     one, two = (torch.load(path / "checkpoints/last/trainer.pt", weights_only=True) for path in (whole, resumed))
     assert one["num_tokens"] == two["num_tokens"] and one["best_success"] == two["best_success"]
-    assert one["adapters"].keys() == two["adapters"].keys()
-    for name, value in one["adapters"].items():
-        assert torch.equal(value, two["adapters"][name]), name
-    assert str(one["optimizer"]) == str(two["optimizer"])
-    models = [load_file(path / "checkpoints/last/model.safetensors") for path in (whole, resumed)]
-    assert models[0].keys() == models[1].keys() and len(models[0]) > 10
-    for name, value in models[0].items():
-        assert torch.equal(value, models[1][name]), name
+    assert str(one["optimizer"]) == str(two["optimizer"]) and str(one["reference"]) == str(two["reference"])
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        paths = [path / "checkpoints/last" / file for path in (whole, resumed)]
+        assert paths[0].exists() == paths[1].exists()
+        if paths[0].exists():
+            models = [load_file(path) for path in paths]
+            assert models[0].keys() == models[1].keys() and len(models[0]) > 10
+            for name, value in models[0].items():
+                assert torch.equal(value, models[1][name]), name
 
 
 # in one process: what a kill adds is tested above
@@ -143,8 +144,23 @@ def assert_same_records(whole: Path, resumed: Path) -> None:
             "--loss.kl_coef=0.1",
         ),
         ("--model.lora_rank=2", "--model.dtype=bfloat16", "--sft.optimizer=muon"),
+        (
+            "--model.compute_dtype=bfloat16",
+            "--sft.optimizer=muon",
+            "--train.updates_per_rollout=2",
+            "--model.reference_device=cpu",
+            "--loss.kl=k3",
+            "--loss.kl_coef=0.1",
+        ),
+        ("--model.compute_dtype=bfloat16", "--model.lora_rank=2", "--loss.kl=k3", "--loss.kl_coef=0.1"),
     ],
-    ids=["adapters and checkpointing", "frozen head, two updates, a reference policy", "adapters of a bfloat16 model"],
+    ids=[
+        "adapters and checkpointing",
+        "frozen head, two updates, a reference policy",
+        "adapters of a bfloat16 model",
+        "bfloat16 passes over float32 weights, a reference policy",
+        "adapters in bfloat16 passes, a reference policy",
+    ],
 )
 def test_an_interrupted_run_of_other_options_equals_an_uninterrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
