@@ -6,15 +6,32 @@ rewrites earlier turns (and would thus break the prefix) is refused at the start
 """
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gtpo.parsing import CallFormat, ParsedTurn, opens_thought, parse_turn
-from gtpo.templates import ChatTemplate, TemplateFault, split_at
+from gtpo.templates import ChatTemplate, TemplateFault
 from gtpo.token_ids import TokenIds
 from gtpo.types import Message, ToolCall, ToolSchema
 
 _ANSWER_PROTOCOL = "Give the result as: answer: ..."
+_PROBE_CALL = ToolCall("probe_tool", {"city": "Rome", "days": 3})
+_PROBE = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "Says what the weather will be.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "description": "where"},
+                "days": {"type": "integer", "description": "how long"},
+            },
+            "required": ["city", "days"],
+        },
+    },
+}
 # ids in which a generation prompt opens a thought: of a tokenizer of bytes, at most
 _MAX_OPENING = 64
 _CODE_PROTOCOL = (
@@ -47,7 +64,8 @@ class Chat:
     max_calls_per_turn, reasoning_may_call: as `parse_turn` takes them. template_kwargs: variables of the template.
     end_of_turn_id: what a demonstration writes at the end of a turn: `eos_token` if the template does, else the token
     that it writes there. opens_thought: whether a completion begins in a thought, which the generation prompt opened.
-    The template must keep earlier turns; docs/models.md lists families of which that is known.
+    offers_tools: whether the template itself tells the model of tools, in the format "json"; it does if a call that it
+    writes is read back. The template must keep earlier turns; docs/models.md lists families of which that is known.
     Raises ValueError, in one line, where it does not.
     """
 
@@ -73,6 +91,9 @@ class Chat:
         seam = self.template.seam((tool_role,))
         self.end_of_turn_id: int = tokenizer.convert_tokens_to_ids(seam.end)
         self.stop_ids = frozenset({self.end_of_turn_id, tokenizer.eos_token_id, *stop_ids})
+        self.offers_tools = (
+            call_format == "json" and self.template.offers(_PROBE) and self._in_own_form(_PROBE_CALL) is not None
+        )
         generation = self.template.prompt([Message("user", "question")])
         self.opens_thought = opens_thought(generation)
         # DeepSeek's template goes on behind tool output, without the thought that its prompt opens
@@ -92,14 +113,32 @@ class Chat:
             has_system = messages[0].role == "system"
             system = (messages[0].content if has_system else "") + protocol
             messages = [Message("system", system if has_system else system.lstrip()), *messages[has_system:]]
-        contents = [message.content for message in messages]
-        if not any(map(self.tokens.has_control, contents)):
-            return self.tokens.whole(self.template.prompt(messages))
-        marks = [f"\x00message {number}\x00" for number in range(len(messages))]
-        marked = [Message(message.role, mark) for message, mark in zip(messages, marks, strict=True)]
-        pieces = split_at(self.template.prompt(marked), marks)
-        assert pieces is not None, "the template was seen to keep every message"
-        return self.tokens.whole(pieces[0]) + self._interleaved(contents, pieces[1:])
+        offered = [_without_return(tool) for tool in tools] if self.offers_tools else []
+        hidden: dict[str, str] = {}
+        if self.tokens.has_control(json.dumps(offered, ensure_ascii=False)):
+            offered = [self._hidden(tool, hidden) for tool in offered]
+        if any(self.tokens.has_control(message.content) for message in messages):
+            marks = {f"\x00message {number}\x00": message for number, message in enumerate(messages)}
+            hidden |= {mark: message.content for mark, message in marks.items()}
+            messages = [Message(message.role, mark) for mark, message in marks.items()]
+        rendered = self.template.prompt(messages, offered)
+        if not hidden:
+            return self.tokens.whole(rendered)
+        first, *rest = re.split(f"({'|'.join(map(re.escape, hidden))})", rendered)
+        return self.tokens.whole(first) + self._interleaved([hidden[mark] for mark in rest[::2]], rest[1::2])
+
+    def _hidden(self, value: Any, hidden: dict[str, str]) -> Any:
+        """A schema with a mark for each of its texts that hold a control token; `hidden` gets these, by their mark."""
+        if isinstance(value, Mapping):
+            return {self._hidden(key, hidden): self._hidden(item, hidden) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._hidden(item, hidden) for item in value]
+        if not isinstance(value, str) or not self.tokens.has_control(value):
+            return value
+        # letters and digits: whatever a template makes of a text, it leaves them
+        mark = f"HiddenText{len(hidden)}End"
+        hidden[mark] = json.dumps(value, ensure_ascii=False)[1:-1]
+        return mark
 
     def reply_ids(
         self, outputs: Sequence[str], messages: Sequence[Message] = (), tools: Sequence[ToolSchema] = ()
@@ -129,6 +168,8 @@ class Chat:
         return ids
 
     def _protocol(self, tools: Sequence[ToolSchema], *, explain: bool) -> str:
+        if self.call_format == "json" and self.offers_tools and tools:
+            return f"\n\n{_ANSWER_PROTOCOL}"
         if self.call_format == "json":
             offered = f"\n\nTools, as JSON schemas:{self._tool_lines(tools)}" if tools else ""
             how = (
@@ -155,6 +196,19 @@ class Chat:
         behind: the ids that it follows, the prompt or those of a reply; left out: those of a prompt."""
         text = f"</think>\n\n{text}" if self._is_thinking(behind) else text
         return [*self.tokens.part(text, control=False), self.end_of_turn_id]
+
+    def written_call(self, call: ToolCall) -> str:
+        """The text with which a demonstration makes `call`: in the model's own form where the template offers tools."""
+        own = self._in_own_form(call) if self.offers_tools else None
+        return written_call(call, self.call_format) if own is None else own
+
+    def _in_own_form(self, call: ToolCall) -> str | None:
+        """The call as the template writes it; None unless it is read back as it is."""
+        function = {"name": call.name, "description": "", "parameters": {"type": "object", "properties": {}}}
+        text = self.template.written_call({"type": "function", "function": function}, call.arguments)
+        turn = parse_turn(text or "", call_format="json", max_calls=2)
+        read = [(found.name, _texts(found.arguments)) for found in turn.calls]
+        return turn.said.strip() if read == [(call.name, _texts(call.arguments))] else None
 
     def decode(self, completion_ids: Sequence[int]) -> str:
         ids = [token for token in completion_ids if token not in self.stop_ids]
@@ -200,6 +254,11 @@ class Chat:
 def _replies(tool_role: str) -> tuple[tuple[str, ...], ...]:
     """Roles of messages that may follow a turn; others are fitted to these."""
     return (tool_role,), (tool_role, tool_role), (tool_role, "user"), ("user",), ("user", "user")
+
+
+def _texts(arguments: Mapping[str, Any]) -> dict[str, str]:
+    # some forms write every value as text
+    return {name: str(value) for name, value in arguments.items()}
 
 
 def _without_return(schema: Mapping[str, Any]) -> dict[str, Any]:

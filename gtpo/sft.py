@@ -51,7 +51,8 @@ async def demonstrate_one(rollout: Rollout, oracle: Demonstration, task: Task) -
         except StopIteration:
             raise ValueError(f"the oracle of task {task.id!r} ended before its episode") from None
         started = True
-        ids = rollout.chat.completion_ids(written(step, rollout.chat.call_format), behind=new_ids)
+        chat = rollout.chat
+        ids = chat.completion_ids(written(step, chat.call_format, chat.written_call), behind=new_ids)
         return Completion(
             ids[:max_new_tokens], [0.0] * min(len(ids), max_new_tokens), finished=len(ids) <= max_new_tokens
         )

@@ -60,7 +60,7 @@ class ChatTemplate:
         special |= {*tokenizer.all_special_tokens, *self._stops}
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)))
-        self._fits: dict[tuple[str, ...], int] = {}
+        self._fits: dict[tuple[str | bool, ...], int] = {}
         self._seams: dict[tuple[str, ...], Seam] = {}
         self._in_parts = False
         self._in_parts = not self._takes_text()
@@ -72,10 +72,10 @@ class ChatTemplate:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> str:
         """The text before the first sampled token. Raises TemplateFault where no way shows the messages as text."""
-        roles = tuple(message.role for message in messages)
-        if roles not in self._fits:
-            self._fits[roles] = self._find_fit(messages)
-        return self.render(list(_prompt_fits(messages))[self._fits[roles]], add_generation_prompt=True, tools=tools)
+        kind = (bool(tools), *(message.role for message in messages))
+        if kind not in self._fits:
+            self._fits[kind] = self._find_fit(messages, tools)
+        return self.render(list(_prompt_fits(messages))[self._fits[kind]], add_generation_prompt=True, tools=tools)
 
     def seam(self, roles: tuple[str, ...]) -> Seam:
         """What stands around messages of `roles` that follow a completion. Raises TemplateFault where there is none."""
@@ -86,18 +86,57 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[ToolSchema] = ()
     ) -> str:
-        plain = [{"role": message.role, "content": self._content(message.content)} for message in messages]
+        return self._apply(
+            [{"role": message.role, "content": self._content(message.content)} for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+        )
+
+    def offers(self, tool: ToolSchema) -> bool:
+        """Whether the template tells the model of `tool` when it gets its schema."""
+        name, question = tool["function"]["name"], self._opening[:1]
+        try:
+            return name in self.prompt(question, [tool]) and name not in self.prompt(question)
+        except TemplateFault:
+            return False
+
+    def written_call(self, tool: ToolSchema, arguments: Mapping[str, Any]) -> str | None:
+        """What the template writes in a turn that calls `tool`, without the token that ends it; None where it writes no
+        such turn, or ends it with a token that is not known to end one."""
+        call = {"name": tool["function"]["name"], "arguments": dict(arguments)}
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": self._content(_QUESTION)},
+            {
+                "role": "assistant",
+                "content": self._content(""),
+                "tool_calls": [{"id": "call00000", "type": "function", "function": call}],
+            },
+        ]
+        try:
+            before = self.prompt(self._opening[:1], [tool])
+            whole = self._apply(messages, add_generation_prompt=False, tools=[tool])
+        except TemplateFault:
+            return None
+        num_alike = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        text = whole[min(num_alike, len(whole)) :]
+        ends = {self._tokenizer.eos_token, *self._stops} | {seam.end for seam in self._seams.values()}
+        cut = min((place for end in ends if (place := text.rfind(end)) >= 0), default=len(text))
+        return None if cut == len(text) and self._special.search(text, text.rfind(call["name"])) else text[:cut]
+
+    def _apply(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, tools: Sequence[ToolSchema]
+    ) -> str:
         offered = {"tools": [dict(tool) for tool in tools]} if tools else {}
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    plain, tokenize=False, add_generation_prompt=add_generation_prompt, **offered, **self._kwargs
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt, **offered, **self._kwargs
                 )
             )
         # a template is a program of its own: it raises what it likes
         except Exception as error:
             reason = " ".join(str(error).split())[:_MAX_SHOWN] or type(error).__name__
-            roles = ", ".join(message.role for message in messages)
+            roles = ", ".join(message["role"] for message in messages)
             raise TemplateFault(f"the chat template raises {reason!r} for messages of roles {roles}") from error
 
     def _content(self, text: str) -> Any:
@@ -119,14 +158,14 @@ class ChatTemplate:
             if name not in known:
                 raise ValueError(f"chat.template_kwargs must hold variables of the chat template, got {name!r}")
 
-    def _find_fit(self, messages: Sequence[Message]) -> int:
+    def _find_fit(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> int:
         """The number of the first of `_prompt_fits` that the template takes, keeping every message."""
         marks = [f"\x00message {number}\x00" for number in range(len(messages))]
         marked = [Message(message.role, mark) for message, mark in zip(messages, marks, strict=True)]
         fault = TemplateFault("the chat template must keep every message of the prompt, got none")
         for number, fitted in enumerate(_prompt_fits(marked)):
             try:
-                rendered = self.render(fitted, add_generation_prompt=True)
+                rendered = self.render(fitted, add_generation_prompt=True, tools=tools)
             except TemplateFault as raised:
                 fault = raised if number == 0 else fault
                 continue

@@ -3,11 +3,12 @@
 An environment never runs a model. It says what is asked; its episodes answer what the model writes (see `episode`).
 """
 
+import functools
 import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -60,15 +61,18 @@ class Answer:
 Demonstration = Generator[Call | Use | Say | Answer, str, None]
 
 
-def written(step: Call | Use | Say | Answer, call_format: CallFormat) -> str:
-    """What a demonstrator's turn reads."""
+def written(
+    step: Call | Use | Say | Answer, call_format: CallFormat, write_call: Callable[[ToolCall], str] | None = None
+) -> str:
+    """What a demonstrator's turn reads. write_call: how a call is written, if not as `call_format` says."""
+    write_call = write_call or functools.partial(written_call, call_format=call_format)
     match step:
         case Answer(text=text):
             return written_answer(text)
         case Call(code=code):
-            return written_call(ToolCall("python", {"code": code}), call_format)
+            return write_call(ToolCall("python", {"code": code}))
         case Use(name=name, arguments=arguments):
-            return written_call(ToolCall(name, arguments), call_format)
+            return write_call(ToolCall(name, arguments))
         case Say(text=text):
             return text
 

@@ -53,26 +53,27 @@ def chat_of(name: str, template: str, **options: Any) -> Chat:
 
 
 @functools.cache
-def use_of(name: str, template: str) -> tuple[str, str]:
-    """The setting of rollout.tool_role with which a template trains, and its end of a turn; or "refused", and why."""
+def use_of(name: str, template: str) -> tuple[str, str, bool]:
+    """The setting of rollout.tool_role with which a template trains, its end of a turn, and whether it offers tools in
+    its own way; or "refused", why, and False."""
     reason = ""
     for role in ("tool", "user"):
         try:
             chat = chat_of(name, template, tool_role=role, call_format="json")
         except ValueError as error:
-            reason = reason if role == "user" and reason else str(error)
+            reason = reason or str(error)
             continue
-        return role, str(chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn_id))
-    return "refused", reason
+        return role, str(chat.tokenizer.convert_ids_to_tokens(chat.end_of_turn_id)), chat.offers_tools
+    return "refused", reason, False
 
 
 def rows() -> Iterator[str]:
-    yield "| template | `rollout.tool_role` | a turn ends with, or why it is refused |\n|---|---|---|\n"
+    yield "| template | `tool_role` | tools | a turn ends with, or why it is refused |\n|---|---|---|---|\n"
     for name, template in families().items():
-        use, why = use_of(name, template)
-        yield f"| {name} | {use} | {why if use == 'refused' else f'`{why}`'} |\n".replace("<|", "<\\|").replace(
-            "|>", "\\|>"
-        )
+        use, why, offers = use_of(name, template)
+        tools = "" if use == "refused" else "by the template" if offers else "by the protocol"
+        row = f"| {name} | {use} | {tools} | {why if use == 'refused' else f'`{why}`'} |\n"
+        yield row.replace("<|", "<\\|").replace("|>", "\\|>")
 
 
 def written(page: str) -> str:

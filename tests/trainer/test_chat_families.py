@@ -21,7 +21,7 @@ def test_the_page_of_models_is_what_the_templates_do() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_trains_or_is_refused_in_one_line(name: str) -> None:
-    role, why = use_of(name, FAMILIES[name])
+    role, why, _ = use_of(name, FAMILIES[name])
     assert "\n" not in why and "Traceback" not in why
     if role == "refused":
         assert why.startswith("the chat template") and len(why) < 900
