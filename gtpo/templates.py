@@ -55,8 +55,10 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._kwargs = dict(kwargs or {})
         self._refuse_unknown(self._kwargs)
-        self._stops = set(tokenizer.convert_ids_to_tokens(sorted(stop_ids)))
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        added = tokenizer.added_tokens_decoder
+        # an id of the vocabulary that stops the sampling is a piece of text, and marks no turn
+        self._stops = {token.content for number, token in added.items() if number in stop_ids}
+        special = {token.content for token in added.values() if token.special}
         special |= {*tokenizer.all_special_tokens, *self._stops}
         longest_first = sorted(special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)))

@@ -126,3 +126,57 @@ def test_a_prompt_is_the_templates_own() -> None:
     ]
     whole = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(chat.prompt_ids(prompt("S", "Q"), tools)) == whole
+
+
+# written after what Mistral's own do: the system text and the tools stand in the last user message, tool output needs
+# the id of its call
+MISTRAL = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else none %}"
+    "{% set turns = messages[1:] if system else messages %}"
+    "{% for m in turns if m.role != 'tool' and not m.tool_calls %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}{{ bos_token }}"
+    "{% set last = (turns | selectattr('role', 'equalto', 'user') | list)[-1] %}"
+    "{% for m in turns %}{% if m.role == 'user' %}"
+    "{% if tools and m == last %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}"
+    "[INST] {% if loop.last and system %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.tool_calls %}[TOOL_CALLS]CALLS{{ eos_token }}"
+    "{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}"
+    "{% elif m.tool_call_id is not defined or m.tool_call_id | length != 9 %}{{ raise_exception('no id') }}"
+    "{% else %}[TOOL_RESULTS]{{ m.content }}[/TOOL_RESULTS]{% endif %}{% endfor %}"
+)
+CONTROL = ("[INST]", "[/INST]", "[TOOL_CALLS]", "[ARGS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (
+            "[{% for c in m.tool_calls %}{{ c.function | tojson }}{{ ', ' if not loop.last }}{% endfor %}]",
+            '[TOOL_CALLS][{"name": "f", "arguments": {"a": "\u00e9"}}]',
+        ),
+        (
+            "{% for c in m.tool_calls %}{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}{% endfor %}",
+            '[TOOL_CALLS]f[ARGS]{"a": "\u00e9"}',
+        ),
+    ],
+)
+def test_templates_like_mistrals(form: str, expected: str) -> None:
+    tokenizer = tokenizer_of(MISTRAL.replace("CALLS{{", f"{form}{{{{", 1), eos="</s>", control=CONTROL)
+    with pytest.raises(ValueError, match=r"raises 'no id' for messages .*; set rollout\.tool_role = \"user\"$"):
+        Chat(tokenizer, call_format="json")
+    chat = Chat(tokenizer, call_format="json", tool_role="user")
+    assert chat.offers_tools and chat.written_call(ToolCall("f", {"a": "\u00e9"})) == expected
+    ids = chat.prompt_ids(prompt("S", "Q"), SCHEMAS)
+    text = tokenizer.decode(ids)
+    assert text.startswith("<s>[AVAILABLE_TOOLS][{") and text.endswith(
+        "S\n\nGive the result as: answer: ...\n\nQ[/INST]"
+    )
+    (call,) = chat.parse(chat.decode(chat.completion_ids(expected, ids)), ids).calls
+    assert call.name == "f" and tokenizer.decode(chat.reply_ids(["1", "2"])) == "[INST] 1\n\n2[/INST]"
+
+
+def test_a_stop_id_that_is_text_or_nothing_marks_no_turn() -> None:
+    tokenizer = tokenizer_of(FAMILIES["phi3_5"])
+    user = tokenizer.convert_tokens_to_ids("u")
+    chat = Chat(tokenizer, tool_role="user", stop_ids=[user, 100_000])
+    assert tokenizer.convert_ids_to_tokens(chat.end_of_turn_id) == "<|end|>" and {user, 100_000} <= chat.stop_ids
