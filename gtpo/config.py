@@ -121,9 +121,7 @@ class RolloutConfig:
 class ChatConfig:
     """How conversations are rendered; docs/models.md says what is found of a chat template without being told."""
 
-    template_kwargs: Annotated[Mapping[str, Any], "variables of the chat template: enable_thinking = false"] = field(
-        default_factory=dict
-    )
+    template_kwargs: Annotated[Mapping[str, Any], "variables of the chat template"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
