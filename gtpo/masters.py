@@ -64,7 +64,7 @@ def cast_weights(model: nn.Module, dtype: torch.dtype, *, kept: Collection[nn.Mo
     """Gives the weights of all modules but `kept` this dtype, in place.
 
     What a model computes for itself, and does not save, stays as transformers makes it: `model.to(torch.bfloat16)`
-    would round the frequencies of rotary positions, which are off by radians after a few hundred tokens then.
+    would round the frequencies of rotary positions, whose angles are off by a radian at token 1,000 then.
     """
     for module in model.modules():
         if module in kept:

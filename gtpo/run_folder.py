@@ -27,6 +27,7 @@ _FREE_KEYS = frozenset(
     {
         "output_dir",
         "model.device",
+        "model.reference_device",
         "tasks.num_eval",
         "train.steps",
         "train.eval_every",

@@ -146,6 +146,8 @@ def test_a_package_that_is_missing_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
+    # its importer may have been imported by another test
+    monkeypatch.delitem(sys.modules, "gtpo.lora", raising=False)
     write_config(tmp_path)
     assert "peft" in refused(tmp_path, capsys, "--model.lora_rank", "2")
 
