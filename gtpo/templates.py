@@ -15,7 +15,9 @@ _MARK = "\x00tool-output\x00"
 _QUESTION, _REPLY = "the-question", "the-reply"
 _JOINT = "\n\n"
 # a thought at the end of what stands before a reply: templates open one, or write an empty one, for the last turn only
-_THOUGHT = re.compile(r"<(?P<name>\w*think|\|channel)>(?:thought)?\s*+(?:(?:</(?P=name)>|<channel\|>)\s*+)?\Z")
+_THOUGHT = re.compile(
+    r"<(?P<name>(?:\w+:)?(?:think|thinking|thought)|\|channel)>(?:thought)?\s*+(?:(?:</(?P=name)>|<channel\|>)\s*+)?\Z"
+)
 _MAX_SHOWN = 200
 _OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize")
 

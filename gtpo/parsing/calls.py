@@ -6,17 +6,20 @@ The protocol asks for a JSON object in <tool_call> tags. Models that learned ano
 
 import json
 import re
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 from gtpo.types import ToolCall
 
-# where a call in a model's own form may begin; an object of JSON only at the start of a line or behind a thought
+# where a call in a model's own form may begin; an object of JSON at the start of a line, behind a thought or a tag
 OWN_OPENING = (
     r"\[TOOL_CALLS\]|<function=(?=[^<>\n]{1,200}>)"
-    r"|(?:^|(?<=[kgt]>))[ \t]*+(?:<\|python_tag\|>\s*+)?(?:\[\s*+)?\{\s*+\"(?:name|type|function)\"\s*+:"
+    r"|(?:^|(?<=[kgt]>)|<\|(?:python_tag|tool_call)\|>\s*+)[ \t]*+(?:\[\s*+)?"
+    r"\{\s*+\"(?:name|type|function|id|arguments|parameters)\"\s*+:"
 )
 # tags of forms that are not read, and of the protocol's where nothing opened them
-FOREIGN = re.compile(
+_FOREIGN = re.compile(
     r"<\|tool_calls?(?:_start|_begin|_section_begin)?\|?>|<｜tool▁calls?▁begin｜>|<\|python_tag\|>|<tool_calls>"
     r"|<function_calls?>|<tool_code>|<(?:\w+:)?invoke name=|</tool_call>|</function>"
 )
@@ -29,7 +32,10 @@ _DECODER = json.JSONDecoder(strict=False)
 _BRACKET = re.compile(r"[\[{]")
 _BLANK = re.compile(r"\s*+")
 _MORE = re.compile(r"\s*+;\s*+(?=\{)")
-_ATTEMPT = re.compile(r'"name"\s*+:\s*+"[^"]{0,200}+"[\s\S]{0,200}?"(?:arguments|parameters)"')
+_HAS_NAME, _HAS_ARGUMENTS = re.compile(r'"name"\s*+:'), re.compile(r'"(?:arguments|parameters)"\s*+:')
+_MAX_HEAD = 600
+_INLINE = re.compile(r'\{\s*+"(?:name|arguments|parameters)"\s*+:')
+_MAX_INLINE = 64
 _MISTRAL_NAME = re.compile(r"\s*+([\w.:-]{1,200}+)(?:\[CALL_ID\][\w-]{1,200}+)?(?:\[ARGS\])?\s*+(?=\{)")
 _FUNCTION = re.compile(r"\s*+<function=([^<>\n]{1,200})>")
 _FUNCTION_END = re.compile(r"\s*+</function>")
@@ -89,7 +95,7 @@ def _json_calls(text: str, start: int) -> OwnCalls | None:
         try:
             value, end = _DECODER.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
-            if not _ATTEMPT.search(text, start, start + 600):
+            if not _is_attempt(text, start):
                 return OwnCalls(tuple(calls), start) if calls else None
             line_end = text.find("\n", start)
             return OwnCalls((*calls, malformed(_flaw(error, start))), line_end if line_end >= 0 else len(text))
@@ -155,6 +161,20 @@ def _keyed_call(body: str, name: re.Match[str]) -> ToolCall:
     if body[position:].strip():
         return malformed("a call must have <arg_key>name</arg_key><arg_value>value</arg_value> for each argument")
     return ToolCall(name[1], arguments, is_text=True)
+
+
+def is_unread(text: str) -> bool:
+    """Whether a text that made no call was meant to make one."""
+    return _FOREIGN.search(text) is not None or any(_is_attempt(text, found.start()) for found in _inline_objects(text))
+
+
+def _inline_objects(text: str) -> Iterator[re.Match[str]]:
+    return islice(_INLINE.finditer(text), _MAX_INLINE)
+
+
+def _is_attempt(text: str, start: int) -> bool:
+    end = start + _MAX_HEAD
+    return bool(_HAS_NAME.search(text, start, end) and _HAS_ARGUMENTS.search(text, start, end))
 
 
 def _is_call(value: Any) -> bool:

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Literal
 
 from gtpo.parsing.answers import answer_line, has_answer, last_answer
-from gtpo.parsing.calls import CALL_BLOCKS, FOREIGN, USE_TAGS, block_calls, call_in_tags, malformed
+from gtpo.parsing.calls import CALL_BLOCKS, USE_TAGS, block_calls, call_in_tags, is_unread, malformed
 from gtpo.parsing.fences import is_python, is_quote
 from gtpo.parsing.pieces import Kind, Piece, cut
 from gtpo.types import ToolCall, ToolStatus
@@ -76,8 +76,9 @@ def _fault(said: Sequence[Piece], call_format: CallFormat, *, has_calls: bool, a
     if call_format == "json":
         if any(piece.kind is Kind.CALL and not piece.is_closed for piece in said):
             return _UNCLOSED_CALL
-        is_foreign = any(FOREIGN.search(piece.text) for piece in said if piece.kind is Kind.PROSE)
-        return USE_TAGS if is_foreign and not has_calls and not answers else None
+        if has_calls or answers:
+            return None
+        return USE_TAGS if any(is_unread(piece.text) for piece in said if piece.kind is not Kind.CALL) else None
     blocks = [piece for piece in said if piece.kind is Kind.BLOCK]
     if any(is_python(block.tag) and not block.is_closed for block in blocks):
         return _BAD_BLOCK
