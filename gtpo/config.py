@@ -115,6 +115,9 @@ class RolloutConfig:
     tool_role: Annotated[str, "role of tool output in the model's chat template"] = "tool"
     tool_join_steps: Annotated[int, "decoding steps from a call to its result; -1: at once, not repeatable"] = -1
     prefill_tokens_per_step: Annotated[int, "of prompts and tool output in a decoding step at most"] = 2048
+    max_logprob_gap: Annotated[
+        float | None, "nats a token between sampler and trainer, in the mean; left out: 1e-3, in bfloat16 0.1"
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -245,8 +248,8 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
         "above 0",
         _LEAST_ABOVE_0,
         _GREATEST,
-        "model.initializer_range rollout.temperature eval.temperature train.max_grad_norm sandbox.cpu_time_s "
-        "sandbox.wall_time_s sandbox.memory_bytes sandbox.output_bytes",
+        "model.initializer_range rollout.temperature rollout.max_logprob_gap eval.temperature train.max_grad_norm "
+        "sandbox.cpu_time_s sandbox.wall_time_s sandbox.memory_bytes sandbox.output_bytes",
     ),
     (
         "at least 0",

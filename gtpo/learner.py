@@ -13,6 +13,7 @@ from gtpo.loss import loss_rule
 from gtpo.metrics import update_metrics
 from gtpo.policy import Policy
 from gtpo.schedule import learning_rate, split_evenly
+from gtpo.staleness import refuse_logprob_gap
 from gtpo_kernels import (
     LossMean,
     LossMetrics,
@@ -68,7 +69,10 @@ class Learner:
         self.reference = {name: value.to(self.policy.reference_device) for name, value in state["reference"].items()}
 
     def update(self, sequences: Sequence[PackedSequence], *, step: int, check: Check) -> dict[str, float]:
-        """`updates_per_rollout` optimizer steps on one rollout; returns their metrics."""
+        """`updates_per_rollout` optimizer steps on one rollout; returns their metrics.
+
+        Raises StaleSampler, before a step is taken, where the log-probs in `sequences` are not those of the policy.
+        """
         config = self.config.train
         parts = split_evenly(sequences, config.updates_per_rollout)
         batches = [self.micro_batches(part) for part in parts]
@@ -96,6 +100,9 @@ class Learner:
                 gaps.append(gap)
             norm = float(torch.nn.utils.clip_grad_norm_(self.policy.trainable().values(), config.max_grad_norm))
             check(loss, norm, part)
+            refuse_logprob_gap(
+                gaps[-len(part) :], bound=self.config.rollout.max_logprob_gap, bfloat16=self.policy.bfloat16, step=step
+            )
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             losses.append(loss)

@@ -75,7 +75,7 @@ class LocalSampler:
 
         Raises ValueError for weights that are not the policy's own, which would be ignored.
         """
-        own = dict(self.policy.model.named_parameters())
+        own = self.policy.weights()
         for name, weight in weights:
             if name not in own or own[name].data_ptr() != weight.data_ptr():
                 raise ValueError(

@@ -209,6 +209,7 @@ def _turn_row(
         "stop": trajectory.stop.value,
         "expected_answer": trajectory.task.answer,
         "given_answer": trajectory.answer,
+        "policy_version": turn.policy_version,
         "seconds": turn.seconds,
     }
 

@@ -29,6 +29,7 @@ _FREE_KEYS = frozenset(
         "model.device",
         "model.reference_device",
         "tasks.num_eval",
+        "rollout.max_logprob_gap",
         "train.steps",
         "train.eval_every",
         "train.checkpoint_every",

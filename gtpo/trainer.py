@@ -48,6 +48,7 @@ from gtpo.rollout import Rollout
 from gtpo.run_folder import RunFolder
 from gtpo.schedule import places_of_step
 from gtpo.sft import demonstrate, run_sft, to_demonstration_sequence
+from gtpo.staleness import refuse_other_version
 from gtpo.tools import RunTools
 from gtpo.types import RunFault, StopReason, Task, Trajectory
 from gtpo_kernels.backend import select_backend
@@ -149,6 +150,7 @@ class Trainer:
         with contextlib.ExitStack() as resources:
             resources.callback(self.run.close)
             self._loop = resources.enter_context(LoopThread())
+            resources.callback(lambda: self._loop.run(self.sampler.close()))
             resources.callback(self._close_tools)
             if self.sandbox is not None:
                 self._loop.run(self.sandbox.start())
@@ -346,6 +348,7 @@ class Trainer:
         tool_seconds = self.rollout.tool_seconds
         with self.progress.phase(label, total=len(tasks) * group_size) as advance:
             try:
+                self._loop.run(self.sampler.load(self.policy.weights().items(), version=self.num_steps))
                 groups = self._loop.run(
                     self.rollout.sample_groups(
                         self.sampler,
@@ -358,6 +361,7 @@ class Trainer:
                 )
             except FloatingPointError as error:
                 raise NonFiniteLoss(f"{error}; the last good weights are in the last checkpoint") from error
+        refuse_other_version(groups, version=self.num_steps)
         turns = [turn for group in groups for trajectory in group for turn in trajectory.turns]
         self.num_tokens["sampled"] += sum(len(turn.completion_ids) for turn in turns)
         self.seconds["tools"] += self.rollout.tool_seconds - tool_seconds

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("credit", "loss", "policy"),
     ("local_sampler", "schedule"),
     ("rollout",),
-    ("assembly", "sft", "evaluation", "metrics", "checkpoints", "provenance", "memory", "finite"),
+    ("assembly", "sft", "evaluation", "metrics", "checkpoints", "provenance", "memory", "staleness", "finite"),
     ("run_folder", "callbacks"),
     ("learner", "report", "starter"),
     ("trainer",),

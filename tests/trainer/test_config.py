@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gtpo.config import METHODS, Method, config_from_dict, config_to_dict, load_config
+from gtpo.config import METHODS, Method, RolloutConfig, config_from_dict, config_to_dict, load_config
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -216,3 +216,10 @@ def test_a_rollout_correction_has_a_name(tmp_path: Path, name: str, kind: str, l
     assert load_config(path, ["--loss.rollout_correction", name]).loss.rollout_correction_high == 9.0
     with pytest.raises(ValueError, match=r"'loss\.rollout_correction': Input should be .*, got 'tiss'"):
         load_config(path, ["--loss.rollout_correction", "tiss"])
+
+
+@pytest.mark.parametrize("path", ["examples/demo.toml", ".ci/repeat.toml"])
+def test_what_is_run_twice_and_compared_has_a_schedule_of_its_own(path: str) -> None:
+    """By default a tool's result joins at once, and rounding depends on how fast the tools were."""
+    assert RolloutConfig().tool_join_steps == -1
+    assert load_config(Path(__file__).parents[2] / path).rollout.tool_join_steps == 4

@@ -13,8 +13,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gtpo.attention import SlotCache
+from gtpo.local_sampler import _Run
 from gtpo.policy import Policy
 from gtpo.sampler import SampledSequence
 from tests.trainer.conftest import make_sampler
@@ -184,3 +186,55 @@ def test_a_cancelled_run_waits_for_its_step(policy: Policy, monkeypatch: pytest.
         assert ended.is_set()
 
     asyncio.run(run())
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations for which the host waits until the device has a value."""
+
+    OPS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in self.OPS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("budget", [2048, 5])
+def test_the_host_waits_for_the_device_once_a_step(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    reads: list[int] = []
+    decode, tolist = _Run._decode, Tensor.tolist
+    with HostReads() as counting:
+        assert int(torch.ones(1)) == 1 and counting.count == 1
+
+    def counted(self: Any, parts: Any) -> Any:
+        with HostReads() as counting:
+
+            def read(tensor: Tensor) -> Any:
+                counting.count += 1
+                return tolist(tensor)
+
+            for name in ("tolist", "cpu", "numpy"):
+                monkeypatch.setattr(Tensor, name, read)
+            sampled = decode(self, parts)
+        monkeypatch.undo()
+        reads.append(counting.count)
+        return sampled
+
+    async def start(sequence: SampledSequence) -> None:
+        # prompts that are shared, prompts that are not, tool output
+        await sequence.sample([5, 6, 7, 8, 9, 10, 11 + sequence.number // 3], max_new_tokens=3)
+        await sequence.sample([7] * 9, max_new_tokens=2)
+
+    patched = pytest.MonkeyPatch()
+    patched.setattr(_Run, "_decode", counted)
+    sampler = make_sampler(policy, num_slots=5, prefill_tokens_per_step=budget)
+    try:
+        asyncio.run(sampler.run(start, seeds=[[i] for i in range(7)], temperature=1.0))
+    finally:
+        patched.undo()
+    assert len(reads) > 10 and set(reads) == {1}

@@ -47,6 +47,8 @@ max_completion_tokens = 32
 max_trajectory_tokens = 256
 # a fixed schedule: several tests repeat the run bit for bit
 tool_join_steps = 4
+# log-probs that a test makes up are nowhere near
+max_logprob_gap = 100.0
 [sft]
 steps = 30
 learning_rate = 0.01
@@ -268,7 +270,8 @@ def test_the_turn_table_agrees_with_the_metrics(finished: Trainer) -> None:
     for row in turns:
         assert list(row) == [
             "step", "task", "trajectory", "turn", "text", "tools", "results", "tokens", "reward",
-            "reward_terms", "return", "advantage", "outcome", "stop", "expected_answer", "given_answer", "seconds",
+            "reward_terms", "return", "advantage", "outcome", "stop", "expected_answer", "given_answer",
+            "policy_version", "seconds",
         ]  # fmt: skip
         assert len(row["tools"]) == len(row["results"])
     for metrics in (row for row in read_rows(finished.run.path / "metrics.jsonl") if row["phase"] == "train"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gtpo.assembly import make_chat, make_mixture
+from gtpo.assembly import make_chat, make_mixture, make_sampler
 from gtpo.batch import pack
 from gtpo.config import METHODS, SftConfig, config_from_dict
 from gtpo.credit import assign_credit
@@ -151,6 +151,7 @@ def test_the_ids_of_the_generation_config_end_a_turn_too(tmp_path: Path) -> None
     with make_trainer(tmp_path) as trainer:
         trainer.policy.model.generation_config.eos_token_id = [trainer.chat.end_of_turn_id, other]
         trainer.chat = make_chat(trainer.policy, trainer.config)
+        trainer.sampler = make_sampler(trainer.policy, trainer.chat, trainer.config.rollout)
         trainer.policy.head.weight.data.zero_()
         (group,) = trainer._sample(trainer.train_tasks[:1], group_size=300, temperature=1.0, seed=[0], label="sampling")
     completions = [turn.completion_ids for trajectory in group for turn in trajectory.turns]
