@@ -80,7 +80,9 @@ class Chat:
         reasoning_may_call: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.template = ChatTemplate(tokenizer, stop_ids=stop_ids, kwargs=template_kwargs)
+        self.template = ChatTemplate(
+            tokenizer, stop_ids=stop_ids, kwargs=template_kwargs, with_tools=call_format == "json"
+        )
         self.tokenizer = tokenizer
         self.tokens = TokenIds(tokenizer)
         self.call_format = call_format

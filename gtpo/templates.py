@@ -4,6 +4,7 @@ Templates differ in which roles they take, whether two messages of one role may 
 What one does not take is fitted to it: system text goes into the first user message, neighbours join in one message.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,12 +42,18 @@ class Seam:
 
 class ChatTemplate:
     """The chat template of one tokenizer. stop_ids: those that end a turn beside eos_token. kwargs: its own variables.
+    with_tools: of several templates take the one for tools.
 
     Raises ValueError where the template takes no conversation at all, or does not know one of `kwargs`.
     """
 
     def __init__(
-        self, tokenizer: Any, *, stop_ids: Collection[int] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        *,
+        stop_ids: Collection[int] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        with_tools: bool = False,
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
@@ -55,6 +62,10 @@ class ChatTemplate:
         if tokenizer.eos_token_id is None:
             raise ValueError("the model's tokenizer must have an end-of-turn token (eos_token), got none")
         self._tokenizer = tokenizer
+        try:
+            self._template = str(tokenizer.get_chat_template(tools=[] if with_tools else None))
+        except ValueError as error:
+            raise TemplateFault(f"the chat template must be one: {' '.join(str(error).split())}") from error
         self._kwargs = dict(kwargs or {})
         self._refuse_unknown(self._kwargs)
         added = tokenizer.added_tokens_decoder
@@ -134,7 +145,12 @@ class ChatTemplate:
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt, **offered, **self._kwargs
+                    messages,
+                    chat_template=self._template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **offered,
+                    **self._kwargs,
                 )
             )
         # a template is a program of its own: it raises what it likes
@@ -157,10 +173,17 @@ class ChatTemplate:
         return True
 
     def _refuse_unknown(self, kwargs: Mapping[str, Any]) -> None:
-        known = _names_in(self._tokenizer.get_chat_template()) - set(_OWN_VARIABLES) if kwargs else set()
-        for name in kwargs:
+        known = _names_in(self._template) - set(_OWN_VARIABLES) if kwargs else set()
+        for name, value in kwargs.items():
             if name not in known:
                 raise ValueError(f"chat.template_kwargs must hold variables of the chat template, got {name!r}")
+            try:
+                json.dumps(value)
+            except TypeError:
+                kind = type(value).__name__
+                raise ValueError(
+                    f"chat.template_kwargs.{name} must be a text, number, true, false, list or table, got a {kind}"
+                ) from None
 
     def _find_fit(self, messages: Sequence[Message], tools: Sequence[ToolSchema] = ()) -> int:
         """The number of the first of `_prompt_fits` that the template takes, keeping every message."""

@@ -1,5 +1,6 @@
 """Chat templates of model families: each trains, or is refused in one line, and the page of models says which."""
 
+import datetime
 import json
 from typing import Any, Literal
 
@@ -55,6 +56,10 @@ def conversation(chat: Chat, *contents: str) -> str:
     return str(chat.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 # written after what Mistral's own do: strict turns, no role for tools without their ids, arguments in the last turn
 STRICT = (
     "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -145,4 +150,19 @@ def test_variables_of_the_template_are_handed_on() -> None:
     for kwargs in names:
         name = json.dumps(next(iter(kwargs))).replace('"', "'")
         with pytest.raises(ValueError, match=rf"chat\.template_kwargs must .* got {name}$"):
+            Chat(tokenizer, template_kwargs=kwargs)
+    with pytest.raises(ValueError, match=r"chat\.template_kwargs\.enable_thinking must be a text, .* got a date$"):
+        Chat(tokenizer, template_kwargs={"enable_thinking": datetime.date(2026, 12, 1)})
+
+
+def test_a_tokenizer_with_several_templates() -> None:
+    tokenizer = tokenizer_of(FAMILIES["qwen2_5"])
+    plain = Chat(tokenizer, call_format="json")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": FAMILIES["qwen2_5"]}
+    chat = Chat(tokenizer, call_format="json")
+    assert chat.offers_tools and chat.reply_ids(["1"]) == plain.reply_ids(["1"])
+    assert Chat(tokenizer).reply_ids(["1"]) == Chat(tokenizer_of(CHATML)).reply_ids(["1"]) != plain.reply_ids(["1"])
+    tokenizer.chat_template = {"rag": FAMILIES["qwen2_5"]}
+    for kwargs in ({}, {"enable_thinking": True}):
+        with pytest.raises(ValueError, match=r"^the chat template must be one: .*default.*$"):
             Chat(tokenizer, template_kwargs=kwargs)
