@@ -8,10 +8,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from gtpo.environments import FunctionEpisode, Grade
 from gtpo.parsing import ParsedTurn, parse_turn
 from gtpo.parsing.pieces import cut
 from gtpo.tools import FunctionTool, Toolbox
-from gtpo.types import ToolStatus
+from gtpo.types import ToolStatus, Trajectory, Turn
 from tests.trainer.chat_families import families, tokenizer_of
 
 FENCE = "`" * 3
@@ -183,6 +184,29 @@ def test_values_that_came_as_text_get_the_types_of_the_tool() -> None:
     # a value that came typed stays what it is
     (result,) = asyncio.run(toolbox.execute(read('{"name": "count", "arguments": {"n": "4"}}').calls))
     assert "valid integer" in result.text
+
+
+class Adder(FunctionEpisode):
+    def __init__(self) -> None:
+        super().__init__("Add.", functions=[self.add])
+
+    def add(self, by: int | None) -> str:
+        """Adds.
+
+        Args:
+            by: How much.
+        """
+        return repr(by)
+
+    def grade(self, trajectory: Trajectory) -> Grade:
+        return Grade(1.0)
+
+
+def test_an_episode_of_functions_gets_the_types_too() -> None:
+    for value, shown in (("4", "4"), ("None", "None"), ("null", "None"), ("x", "add: argument 'by': ")):
+        calls = read(f"<function=add><parameter=by>{value}</parameter></function>").calls
+        (result,) = Adder().step(Turn([], [], "", calls=list(calls))).results
+        assert result.text.startswith(shown)
 
 
 READABLE = ("glm4moe", "llama3_1", "nemotron_3_nano", "qwen2_5", "qwen3", "qwen3_5_think", "qwen3_6", "qwen3_vl")
