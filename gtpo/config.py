@@ -215,9 +215,7 @@ class Config:
     tasks: TasksConfig = field(default_factory=TasksConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
-    tools: Annotated[Mapping[str, Mapping[str, Any]], "a table of options for a tool, as docs/tools.md says"] = field(
-        default_factory=dict
-    )
+    tools: Annotated[Mapping[str, Mapping[str, Any]], "options of a tool: docs/tools.md"] = field(default_factory=dict)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -238,8 +236,7 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
         _GREATEST,
         "model.hidden_size model.num_layers model.num_heads model.num_kv_heads model.head_dim model.intermediate_size "
         "model.vocab_size model.lora_alpha tasks.num_train tasks.num_eval rollout.tasks_per_step rollout.max_turns "
-        "rollout.max_calls_per_turn "
-        "rollout.max_completion_tokens rollout.max_trajectory_tokens rollout.max_concurrent "
+        "rollout.max_calls_per_turn rollout.max_completion_tokens rollout.max_trajectory_tokens rollout.max_concurrent "
         "rollout.prefill_tokens_per_step sandbox.max_concurrent "
         "sft.batch_size sft.num_demonstrations train.updates_per_rollout train.micro_batch_tokens "
         "train.checkpoint_every eval.samples",
