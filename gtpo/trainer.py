@@ -222,7 +222,7 @@ class Trainer:
             f"method {config.method}, seed {config.seed}: {config.train.steps} steps of "
             f"{config.rollout.tasks_per_step} tasks x {config.rollout.group_size} trajectories",
             f"model {config.model.source}: {policy.num_parameters / 1e6:.2f} M parameters, "
-            f"{config.model.dtype} computed in {config.model.computes_in} on {policy.device}, "
+            f"{config.model.dtype} weights, {config.model.computes_in} passes on {policy.device}, "
             f"{torch.get_num_threads()} threads, loss backend {select_backend('gtpo_loss', None, policy.device)}",
             describe_sandbox(self.sandbox),
             f"run folder: {self.run.path}",
