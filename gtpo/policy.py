@@ -91,7 +91,6 @@ class Policy:
         self.model.set_attn_implementation("gtpo_packed")
         self.decoder = model.get_decoder()
         self.head: nn.Linear = model.get_output_embeddings()
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         # what embeds and what projects, where two modules may have one weight
         self.edges: tuple[nn.Parameter, nn.Parameter] = (model.get_input_embeddings().weight, self.head.weight)
         wide_head = [module for module in model.modules() if getattr(module, "weight", None) is self.head.weight]
@@ -111,6 +110,7 @@ class Policy:
             from gtpo.lora import with_adapters
 
             self._adapted = with_adapters(model, config)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         if config.freeze_head:
             if self.edges[0] is self.edges[1]:
                 raise ValueError(

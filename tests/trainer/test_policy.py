@@ -94,6 +94,8 @@ def test_gradient_checkpointing_changes_no_gradient(policy: Policy) -> None:
 def test_lora_trains_adapters_only_and_saves_a_plain_model(tmp_path: Path) -> None:
     policy = tiny_policy(lora_rank=4)
     assert all("lora_" in name for name in policy.trainable()) and len(policy.trainable()) == 2 * 7 * 2
+    adapters = sum(weight.numel() for weight in policy.trainable().values())
+    assert policy.num_parameters == tiny_policy().num_parameters + adapters
     batch = pack(SEQUENCES)
     before = (policy.hidden_states(batch) @ policy.head.weight.T).detach()
     assert gradients(policy, [batch]).keys() == policy.trainable().keys()
