@@ -48,9 +48,7 @@ class ModelConfig:
 
     source: Annotated[str, '"tiny", "package:NAME" or a folder'] = "tiny"
     dtype: Annotated[Literal["float32", "bfloat16"], "of the weights; bfloat16 trains adapters only"] = "float32"
-    compute_dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], "of forward passes, in training and sampling; auto: dtype"
-    ] = "auto"
+    compute_dtype: Annotated[Literal["auto", "float32", "bfloat16"], "of all forward passes; auto: dtype"] = "auto"
     head_dtype: Annotated[Literal["auto", "float32"], "of the output embeddings; auto: compute_dtype"] = "auto"
     device: Annotated[str, '"auto" takes a GPU where there is one'] = "auto"
     hidden_size: Annotated[int, "of a tiny model"] = 128
@@ -66,9 +64,7 @@ class ModelConfig:
     lora_rank: Annotated[int, "of adapters on all linear layers; 0: all weights train"] = 0
     lora_alpha: Annotated[int, "scale of the adapters times lora_rank"] = 16
     gradient_checkpointing: Annotated[bool, "compute activations twice to save memory"] = False
-    reference_device: Annotated[Literal["auto", "cpu"], "where weights of a KL term's reference wait; auto: device"] = (
-        "auto"
-    )
+    reference_device: Annotated[Literal["auto", "cpu"], "where a KL term's reference waits; auto: device"] = "auto"
 
     @property
     def computes_in(self) -> Literal["float32", "bfloat16"]:
