@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gtpo.config import METHODS, Config, describe_keys, load_config
+from gtpo.config_lines import place_of
 from gtpo.methods import NAMESAKES, PRESETS, describe_credit, describe_loss, describe_reward
 from gtpo.sandbox import SandboxUnavailable
 from gtpo.types import RunFault
@@ -49,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         foreign = [word for word in stray if word.partition("=")[0] in _FLAGS]
         if foreign:
             raise _Refused(f"`gtpo {options.command}` takes no {foreign[0]}")
-        code = int(options.run(options, overrides))
+        try:
+            code = int(options.run(options, overrides))
+        except _Refused as error:
+            raise _Refused(f"{error}{_place(str(error), options, overrides)}") from error
         sys.stdout.flush()
         return code
     except _Refused as error:
@@ -93,6 +97,14 @@ def _refusing_mistakes() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError, SandboxUnavailable, RunFault) as error:
         raise _Refused(" ".join(str(error).split())) from error
+
+
+def _place(message: str, options: argparse.Namespace, overrides: Sequence[str]) -> str:
+    """The file and the line of the key that a refusal names, if it was read from there."""
+    if not hasattr(options, "config"):
+        return ""
+    overridden = {word[2:].partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")}
+    return place_of(message, Path(options.config), overridden)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[1]
 
 # Lowest first. A module of gtpo imports only from layers below its own, or from its own package.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "methods", "token_ids", "config_values", "loading", "daemon_thread", "loop_thread", "sampler"),
+    (
+        *("types", "methods", "token_ids", "config_values", "config_lines", "loading", "daemon_thread", "loop_thread"),
+        "sampler",
+    ),
     ("config", "parsing", "templates"),
     ("sandbox",),
     ("tools", "chat"),
