@@ -105,8 +105,9 @@ gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check
 
 #: make gpu-static     every GPU kernel compiled for its targets and read: registers, spills, loads, bytes; needs no GPU
+#:                     (ARCHES="sm_90 gfx942": for these only, and no results are written)
 gpu-static: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.gpu_static
+	$(BIN)/python -m benchmarks.gpu_static $(addprefix --arch ,$(ARCHES))
 
 #: make cuda-compile   csrc/*.cu for sm_80, 90, 100 and 120 with nvcc, and the module imported; needs no GPU
 cuda-compile: $(VENV)/.dev
