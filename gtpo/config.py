@@ -44,9 +44,10 @@ from gtpo.methods import (
 @dataclass(frozen=True)
 class ModelConfig:
     """`source`: "tiny" builds a small random Qwen3-style model with its own tokenizer; "package:NAME" takes the GGUF
-    file that a Python package carries; anything else is a folder that `from_pretrained` reads."""
+    file that a Python package carries; anything else is a folder that `from_pretrained` reads or, where there is none, a
+    model of the Hugging Face hub, which `from_pretrained` fetches."""
 
-    source: Annotated[str, '"tiny", "package:NAME" or a folder'] = "tiny"
+    source: Annotated[str, '"tiny", "package:NAME", a folder, or a hub id: "org/name"'] = "tiny"
     dtype: Annotated[Literal["float32", "bfloat16"], "of the weights; bfloat16 trains adapters only"] = "float32"
     compute_dtype: Annotated[Literal["auto", "float32", "bfloat16"], "of all forward passes; auto: dtype"] = "auto"
     head_dtype: Annotated[Literal["auto", "float32"], "of the output embeddings; auto: compute_dtype"] = "auto"

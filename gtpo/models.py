@@ -1,9 +1,10 @@
-"""Where a model and its tokenizer come from: built small and random, read from a Python package, or from a folder.
+"""Where a model and its tokenizer come from: built small and random, read from a Python package, a folder or the hub.
 
 Plain models of transformers come out. What it does not do: make them ready for training, which is `gtpo.policy`'s.
 """
 
 import importlib.util
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# of the Hugging Face hub, or of what was kept of it on this machine
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # bars of its own while weights load and save would break up ours
 transformers.utils.logging.disable_progress_bar()
 
@@ -34,8 +37,10 @@ def load_model_and_tokenizer(
         return _build_tiny(config, corpus=corpus, seed=seed, max_tokens=max_tokens)
     if config.source.startswith("package:"):
         return _load_gguf_package(config.source.removeprefix("package:"))
-    if not Path(config.source).is_dir():
-        raise ValueError(f'model.source must be "tiny", "package:NAME" or a folder, got {config.source!r}')
+    if not Path(config.source).is_dir() and not _HUB_ID.fullmatch(config.source):
+        raise ValueError(
+            f'model.source must be "tiny", "package:NAME", a folder or a hub id: "org/name", got {config.source!r}'
+        )
     # a head that is to be float32 must not be rounded on the way
     dtype = torch.float32 if config.head_dtype == "float32" else getattr(torch, config.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(config.source, dtype=dtype)

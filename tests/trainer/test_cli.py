@@ -124,7 +124,7 @@ def test_a_reader_that_has_read_enough_is_no_fault() -> None:
         (["--sandbox.output_bytes", "1"], "sandbox.output_bytes must be from 512 to 16384, got 1"),
         (["--rollout.max_trajectory_tokens", "9"], "4 of 4 eval tasks have prompts too long for rollout.max_t"),
         (["--resume", "--overwrite"], "expected --resume or --overwrite, got both"),
-        (["--model.source", "no/such/model"], 'model.source must be "tiny", "package:NAME" or a folder'),
+        (["--model.source", "no/such/model"], 'model.source must be "tiny", "package:NAME", a folder or a hub id'),
     ],
 )
 def test_mistakes_in_the_configuration_are_named(

@@ -257,7 +257,7 @@ def test_the_seed_decides_the_weights_and_leaves_the_global_generator() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ModelConfig(source="no/such/folder"), 'must be "tiny", "package:NAME" or a folder'),
+        (ModelConfig(source="no/such/folder"), 'must be "tiny", "package:NAME", a folder or a hub id'),
         (ModelConfig(source="package:no_such_package"), "'no_such_package', which is not installed"),
         (ModelConfig(source="package:json"), r"must hold one \.gguf file"),
         (ModelConfig(vocab_size=100), "vocab_size must be at least 259"),
