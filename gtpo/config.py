@@ -44,8 +44,8 @@ from gtpo.methods import (
 @dataclass(frozen=True)
 class ModelConfig:
     """`source`: "tiny" builds a small random Qwen3-style model with its own tokenizer; "package:NAME" takes the GGUF
-    file that a Python package carries; anything else is a folder that `from_pretrained` reads or, where there is none, a
-    model of the Hugging Face hub, which `from_pretrained` fetches."""
+    file that a Python package carries; anything else is a folder that `from_pretrained` reads or, where there is no
+    such folder, a model of the Hugging Face hub, which it fetches."""
 
     source: Annotated[str, '"tiny", "package:NAME", a folder, or a hub id: "org/name"'] = "tiny"
     dtype: Annotated[Literal["float32", "bfloat16"], "of the weights; bfloat16 trains adapters only"] = "float32"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gtpo_kernels import CreditRule, CreditTerm, TurnCredit, combined_advantages, turn_advantages
-from tests.kernels.conftest import Case, assert_equal, cpu_only, examples, interpreted
+from tests.kernels.conftest import Case, assert_equal, cpu_only, emulated, examples, interpreted
 from tests.kernels.turn_cases import general_case, random_case, reversed_trajectories
 
 FAMILY = "turn_advantages"

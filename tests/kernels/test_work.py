@@ -112,12 +112,11 @@ def test_clipped_rows_cost_one_product_where_they_are_skipped() -> None:
 def test_the_per_token_op_projects_again_only_what_a_gradient_reaches() -> None:
     hidden, weight, targets = torch.randn(N, D), torch.randn(V, D), torch.arange(N) % V
     rest = (targets, 1.0, None, 0.0, CHUNK)
-    statistics = token_kernel.linear_token_logprobs(hidden, weight, None, *rest)
     forward, largest_forward = work(lambda: token_kernel.linear_token_logprobs(hidden, weight, None, *rest))
     upstream = torch.where(torch.arange(N) < ACTIVE, 1.0, 0.0)
     backward, largest_backward = work(
         lambda: token_kernel.linear_token_logprobs_backward(
-            upstream, None, hidden, weight, None, *rest, statistics, (True, True, False)
+            upstream, None, hidden, weight, None, *rest, (True, True, False)
         )
     )
     assert forward == pytest.approx(2 * N / ACTIVE)
