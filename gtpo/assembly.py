@@ -21,6 +21,7 @@ from gtpo.environments import (
     make_environment,
     written,
 )
+from gtpo.environments.base import refuse_leaks
 from gtpo.environments.checked import cut
 from gtpo.loading import load_object
 from gtpo.local_sampler import LocalSampler
@@ -103,6 +104,21 @@ def make_mixture(config: Config) -> Mixture:
         except Exception as error:
             raise EnvironmentFault(f"{where} raised {type(error).__name__}: {error}") from error
     return Mixture(made, [item.weight for item in config.environments])
+
+
+def make_tasks(config: Config, mixture: Mixture) -> tuple[list[Task], list[Task], list[Task]]:
+    """The tasks of training, of evaluation and of the demonstrations. Raises ValueError where a task of evaluation is
+    trained on, or where an environment has no demonstration of one."""
+    training = mixture.tasks("train", config.tasks.num_train, config.seed)
+    evaluation = mixture.tasks("eval", config.tasks.num_eval, config.seed)
+    demonstrated: list[Task] = []
+    if config.sft.steps:
+        demonstrated = mixture.tasks("train", config.sft.num_demonstrations, config.seed + 1)
+    refuse_leaks([*training, *demonstrated], evaluation)
+    for task in demonstrated:
+        # an environment without demonstrations raises here
+        mixture.oracle(task, random.Random(0))
+    return training, evaluation, demonstrated
 
 
 def make_own_terms(config: Config) -> OwnTerms:

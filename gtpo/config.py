@@ -179,7 +179,7 @@ class EvalConfig:
     """Evaluation on the held-out split with `samples` attempts a task, at the training temperature unless set."""
 
     samples: Annotated[int, "attempts at each task, the k of avg@k"] = 1
-    temperature: Annotated[float | None, "of evaluation; left out: rollout.temperature"] = None
+    temperature: Annotated[float | None, "of evaluation, 0 is greedy; left out: rollout.temperature"] = None
 
 
 @dataclass(frozen=True)
@@ -242,14 +242,14 @@ _RANGES: tuple[tuple[str, float, float, str], ...] = (
         "above 0",
         _LEAST_ABOVE_0,
         _GREATEST,
-        "model.initializer_range rollout.temperature rollout.max_logprob_gap eval.temperature train.max_grad_norm "
+        "model.initializer_range rollout.temperature rollout.max_logprob_gap train.max_grad_norm "
         "sandbox.cpu_time_s sandbox.wall_time_s sandbox.memory_bytes sandbox.output_bytes",
     ),
     (
         "at least 0",
         0,
         _GREATEST,
-        "seed num_threads model.lora_rank sft.steps sft.learning_rate sft.warmup_steps "
+        "seed num_threads model.lora_rank eval.temperature sft.steps sft.learning_rate sft.warmup_steps "
         "train.steps train.learning_rate train.warmup_steps train.weight_decay train.eval_every",
     ),
     ("at least -1", -1, _GREATEST, "rollout.tool_join_steps"),

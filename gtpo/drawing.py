@@ -16,11 +16,16 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tu
     """Inverse-CDF sampling: token i is the first whose cumulative probability exceeds u_i, in float64.
 
     logits: [B, V].  uniforms: [B] float64 in [0, 1).  Returns (token ids [B], their log-probs [B] float32).
+    temperature: 0 takes the likeliest token, of equal ones the first; nothing else can be drawn, so its log-prob is 0.
 
     >>> logits = torch.tensor([[0.0, 0.0, -torch.inf]]).expand(2, 3)
     >>> sample_tokens(logits, torch.tensor([0.2, 0.7]).double(), temperature=1.0)[0]
     tensor([0, 1])
+    >>> sample_tokens(logits, torch.tensor([0.2, 0.7]).double(), temperature=0.0)
+    (tensor([0, 0]), tensor([0., 0.]))
     """
+    if temperature == 0:
+        return logits.argmax(dim=-1), torch.zeros(len(logits), dtype=torch.float32, device=logits.device)
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
     cumulative = logprobs.double().exp().cumsum(-1)
     total = cumulative[:, -1:]

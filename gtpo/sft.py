@@ -15,7 +15,7 @@ from gtpo.policy import Policy
 from gtpo.rollout import Rollout
 from gtpo.sampler import Completion
 from gtpo.schedule import learning_rate
-from gtpo.types import Task, Trajectory
+from gtpo.types import RunFault, StopReason, Task, Trajectory
 from gtpo_kernels import linear_token_logprobs
 
 
@@ -58,6 +58,15 @@ async def demonstrate_one(rollout: Rollout, oracle: Demonstration, task: Task) -
         )
 
     return await rollout.play(task, 0, write)
+
+
+def to_demonstrations(played: Sequence[Trajectory], *, only_successful: bool) -> list[PackedSequence]:
+    """Those that came to an end of their own or ran out of turns, as training sees them. Raises RunFault for none."""
+    whole = (StopReason.FINISHED, StopReason.MAX_TURNS)
+    kept = [t for t in played if t.stop in whole and (t.is_success or not only_successful)]
+    if not kept:
+        raise RunFault("no demonstration to learn from: the oracle finished none within the rollout's limits")
+    return [to_demonstration_sequence(trajectory) for trajectory in kept]
 
 
 def to_demonstration_sequence(trajectory: Trajectory) -> PackedSequence:

@@ -7,7 +7,6 @@ from (seed, phase, step, task, sample), so nothing but weights, optimizer and st
 import contextlib
 import dataclasses
 import functools
-import random
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from gtpo.assembly import (
     make_own_terms,
     make_run_tools,
     make_sampler,
+    make_tasks,
     refuse_unusable_model,
     tokenizer_corpus,
 )
@@ -32,7 +32,6 @@ from gtpo.checkpoints import step_of
 from gtpo.config import Config
 from gtpo.credit import Scored, assign_credit, check_credit, to_sequences
 from gtpo.environments import EnvironmentFault
-from gtpo.environments.base import refuse_leaks
 from gtpo.evaluation import Evaluation, evaluate_groups
 from gtpo.finite import NonFiniteLoss, refuse_non_finite_loss, refuse_non_finite_weights
 from gtpo.learner import Learner
@@ -47,7 +46,7 @@ from gtpo.rewards import turn_rewards
 from gtpo.rollout import Rollout
 from gtpo.run_folder import RunFolder
 from gtpo.schedule import places_of_step
-from gtpo.sft import demonstrate, run_sft, to_demonstration_sequence
+from gtpo.sft import demonstrate, run_sft, to_demonstrations
 from gtpo.staleness import refuse_other_version
 from gtpo.tools import RunTools
 from gtpo.types import RunFault, StopReason, Task, Trajectory
@@ -103,15 +102,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.mixture = make_mixture(config)
         self.own_terms = make_own_terms(config)
-        self.train_tasks = self.mixture.tasks("train", config.tasks.num_train, config.seed)
-        self.eval_tasks = self.mixture.tasks("eval", config.tasks.num_eval, config.seed)
-        self.demonstration_tasks: list[Task] = []
-        if config.sft.steps:
-            self.demonstration_tasks = self.mixture.tasks("train", config.sft.num_demonstrations, config.seed + 1)
-        refuse_leaks([*self.train_tasks, *self.demonstration_tasks], self.eval_tasks)
-        for task in self.demonstration_tasks:
-            # an environment without demonstrations raises here
-            self.mixture.oracle(task, random.Random(0))
+        self.train_tasks, self.eval_tasks, self.demonstration_tasks = make_tasks(config, self.mixture)
         self._digests = data_digests(config, self.train_tasks)
         self.run.refuse_other_data(self._digests)
         run_tools = make_run_tools(config, self.mixture.by_name)
@@ -383,10 +374,7 @@ class Trainer:
                     on_finished=advance,
                 )
             )
-        whole = (StopReason.FINISHED, StopReason.MAX_TURNS)
-        kept = [t for t in played if t.stop in whole and (t.is_success or not config.only_successful)]
-        if not kept:
-            raise RunFault("no demonstration to learn from: the oracle finished none within the rollout's limits")
+        demonstrations = to_demonstrations(played, only_successful=config.only_successful)
         with self.progress.phase("warm-up", total=config.steps) as advance:
 
             def check(step: int, loss: float, norm: float, sequences: list[PackedSequence]) -> None:
@@ -398,7 +386,7 @@ class Trainer:
 
             run_sft(
                 self.policy,
-                [to_demonstration_sequence(trajectory) for trajectory in kept],
+                demonstrations,
                 config=config,
                 seed=self.config.seed,
                 micro_batch_tokens=self.config.train.micro_batch_tokens,

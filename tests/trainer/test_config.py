@@ -88,7 +88,7 @@ def test_what_is_wrong_is_named(raw: dict[str, object], message: str) -> None:
         ("train.steps", -1),
         ("train.warmup_steps", -3),
         ("train.eval_every", -1),
-        ("eval.temperature", 0.0),
+        ("eval.temperature", -0.1),
     ],
 )
 def test_numbers_out_of_range_are_named(key: str, value: float) -> None:

@@ -1,6 +1,7 @@
 """The trainer's step: gradients, old log-probs, credit by method, refusals, metrics, checkpoints, on a tiny run."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gtpo.batch import Batch, PackedSequence, pack
 from gtpo.config import load_config
+from gtpo.credit import Credit, to_sequence
 from gtpo.environments import RetryEnvironment, Split
 from gtpo.finite import NonFiniteLoss
 from gtpo.local_sampler import LocalSampler
@@ -283,7 +285,7 @@ def test_the_turn_table_agrees_with_the_metrics(finished: Trainer) -> None:
         assert len({row["task"] for row in of_step}) == 2
 
 
-@pytest.mark.parametrize(("temperature", "expected"), [(None, 1.3), ("0.4", 0.4)])
+@pytest.mark.parametrize(("temperature", "expected"), [(None, 1.3), ("0.4", 0.4), ("0", 0.0)])
 def test_evaluation_has_its_own_temperature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: str | None, expected: float
 ) -> None:
@@ -301,6 +303,21 @@ def test_evaluation_has_its_own_temperature(
         evaluation = trainer.evaluate(step=0)
         trainer.sample_groups(trainer.train_tasks[:1], seed=[0])
     assert seen == [expected, 1.3] and evaluation.samples == 2 and evaluation.num_tasks == 4
+
+
+def test_greedy_attempts_at_a_task_are_one_and_take_the_likeliest_tokens(tmp_path: Path) -> None:
+    with make_trainer(tmp_path) as trainer:
+        sample = functools.partial(trainer._sample, trainer.eval_tasks, group_size=2, temperature=0.0, label="greedy")
+        first, other = sample(seed=[1]), sample(seed=[2])
+        longest = max((t for group in first for t in group), key=lambda t: len(t.token_ids()))
+        batch = pack([to_sequence(longest, Credit([0.0] * 9, [0.0] * 9), mask_truncated=False, mask_void_turns=False)])
+        with torch.no_grad():
+            logits = trainer.policy.project(trainer.policy.hidden_states(batch))
+    texts = [[[turn.text for turn in t.turns] for t in group] for group in first]
+    assert all(a == b for a, b in texts) and texts == [[[turn.text for turn in t.turns] for t in g] for g in other]
+    best, chosen = logits.amax(dim=-1), logits.gather(1, batch.targets[:, None])[:, 0]
+    # what is as likely up to rounding may be taken
+    assert ((best - chosen)[batch.loss_mask] < 1e-4).all() and batch.loss_mask.any()
 
 
 def test_lost_trajectories_are_left_out_and_a_step_of_none_is_refused(
