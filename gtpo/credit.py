@@ -16,7 +16,8 @@ from gtpo.methods import CreditSum, Term
 from gtpo.rewards import TurnRewards, is_void_turn
 from gtpo.types import StopReason, Trajectory
 from gtpo_kernels import CreditRule, CreditTerm, TurnAdvantages, combined_advantages
-from gtpo_kernels.turn_advantages.op import Others, check_rule
+from gtpo_kernels.turn_advantages.checks import check_rule
+from gtpo_kernels.turn_advantages.op import Others
 
 # verl adds 1e-8 to the variance; this differs from it by less than 1e-6 of the result where the deviation is above 0.1
 _WHITEN = CreditRule("turn_reward", scope="batch", population="tokens", eps=1e-8)

@@ -17,8 +17,8 @@ from gtpo.methods import METHODS, CreditSum, Method, PolicyLoss, RewardRule, Ter
 from gtpo.rewards import turn_rewards
 from gtpo.types import StopReason, ToolResult, ToolStatus
 from tests.trainer.conftest import make_trajectory, make_turn, tiny_policy
+from tests.trainer.method_formulas import by_credit, random_trial
 from tests.trainer.test_losses import sequences_of_turns
-from tests.trainer.test_methods import by_credit, random_trial
 from tests.trainer.test_trainer import make_trainer
 
 CORRECTED = {"rollout_correction": "truncated", "rollout_correction_high": 1.05}
