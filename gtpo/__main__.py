@@ -292,7 +292,7 @@ def _list_methods(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _check_sandbox(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     if overrides:
         raise _Refused(f"`gtpo sandbox check` takes no config keys, got {' '.join(overrides)}")
-    from gtpo.sandbox.check import run_check
+    from gtpo.sandbox.abuse.check import run_check
 
     with _refusing_mistakes():
         contained = run_check(

@@ -1,6 +1,7 @@
 """Imports point downwards only. Read from the syntax trees, so an import inside a function counts like any other."""
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +119,36 @@ def test_gtpo_imports_point_downwards() -> None:
         if HEIGHT[target] >= HEIGHT[part]:
             upward.append(f"{path.relative_to(ROOT)} imports {name}: {target} is not below {part}")
     assert not upward, "\n".join(upward)
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    """Within packages too, and by imports in functions; those for type checkers alone (TYPE_CHECKING) aside."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in ("gtpo", "gtpo_kernels", "benchmarks")
+        for path in sorted((ROOT / package).rglob("*.py"))
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        names = imported_modules(without_type_checking(path.read_text()), package)
+        # of `from a.b import c` c is a module or stands in one
+        graph[module] = {name if name in modules else name.rpartition(".")[0] for name in names} & modules.keys() - {
+            module
+        }
+    tuple(graphlib.TopologicalSorter(graph).static_order())
+
+
+def without_type_checking(source: str) -> str:
+    """
+    >>> without_type_checking("import a\\nif TYPE_CHECKING:\\n    import b")
+    'import a'
+    """
+    tree = ast.parse(source)
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    ]
+    return ast.unparse(tree)
 
 
 def test_nothing_imports_adapters() -> None:

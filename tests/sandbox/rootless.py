@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from gtpo.sandbox.check import run_check
+from gtpo.sandbox.abuse.check import run_check
 from tests.sandbox.conftest import only_jail
 
 if __name__ == "__main__":

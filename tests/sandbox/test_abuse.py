@@ -14,8 +14,8 @@ import pytest
 
 from gtpo.__main__ import main
 from gtpo.sandbox import CellStatus, SandboxLimits, SandboxPool, SessionState, abuse, fork_server
-from gtpo.sandbox.attempts import ATTEMPTS, Attempt
-from gtpo.sandbox.check import run_check
+from gtpo.sandbox.abuse.attempts import ATTEMPTS, Attempt
+from gtpo.sandbox.abuse.check import run_check
 from tests.sandbox.conftest import LIMITS, TIERS, children, eventually, process_states, without_namespaces
 
 OK, ERROR, TIMEOUT, CRASH = CellStatus.OK, CellStatus.ERROR, CellStatus.TIMEOUT, CellStatus.CRASH

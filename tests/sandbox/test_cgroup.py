@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gtpo.sandbox import CellStatus, SandboxLimits, SandboxPool, SessionState, abuse, cgroup, fork_server
-from gtpo.sandbox.attempts import ATTEMPTS
+from gtpo.sandbox.abuse.attempts import ATTEMPTS
 from gtpo.sandbox.directory_lock import lock_directory
 from gtpo.sandbox.session_cgroup import SessionCgroup
 from tests.sandbox.conftest import LIMITS, children, eventually, is_alive, process_states, soon

@@ -7,7 +7,7 @@ import pytest
 
 from gtpo.sandbox import CellResult, CellStatus, SandboxLimits, SandboxPool, SessionState, abuse, cgroup
 from gtpo.sandbox import session as session_module
-from gtpo.sandbox.attempts import ATTEMPTS, snapshots
+from gtpo.sandbox.abuse.attempts import ATTEMPTS, snapshots
 from tests.sandbox.conftest import LIMITS, only_jail, without_namespaces
 
 CHANGE, CHANGED = next(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import CRASH, ERROR, OK, TIMEOUT, WALL, ends, refused
+from gtpo.sandbox.abuse.attempts.attempt import CRASH, ERROR, OK, TIMEOUT, WALL, ends, refused
 
 ATTEMPTS = refused(
     "signals",

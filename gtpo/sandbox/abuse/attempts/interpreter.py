@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import ANY, CRASH, ERROR, OK, ends
+from gtpo.sandbox.abuse.attempts.attempt import ANY, CRASH, ERROR, OK, ends
 
 ATTEMPTS = ends(
     "interpreter",

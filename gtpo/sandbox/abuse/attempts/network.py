@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import REFUSALS, refused
+from gtpo.sandbox.abuse.attempts.attempt import REFUSALS, refused
 
 ATTEMPTS = refused(
     "network",

@@ -6,7 +6,7 @@ Earlier cells may have planted what that copy then does. In sandboxes without su
 from __future__ import annotations
 
 from gtpo.sandbox import layout
-from gtpo.sandbox.attempts.attempt import ANY, CRASH, ERROR, OK, OUT_OF_MEMORY, TIMEOUT, Attempt
+from gtpo.sandbox.abuse.attempts.attempt import ANY, CRASH, ERROR, OK, OUT_OF_MEMORY, TIMEOUT, Attempt
 
 _CONTROL, _CLONES = layout.CONTROL_FD, layout.CLONES_FD
 _WAKE = """

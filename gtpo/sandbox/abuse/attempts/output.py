@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import ERROR, OK, TIMEOUT, ends
+from gtpo.sandbox.abuse.attempts.attempt import ERROR, OK, TIMEOUT, ends
 
 ATTEMPTS = ends(
     "output",

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import ANY, CPU, CRASH, ERROR, OK, OUT_OF_MEMORY, TIMEOUT, ends, harmless, refused
-from gtpo.sandbox.attempts.protocol import FRAME
+from gtpo.sandbox.abuse.attempts.attempt import (
+    ANY,
+    CPU,
+    CRASH,
+    ERROR,
+    OK,
+    OUT_OF_MEMORY,
+    TIMEOUT,
+    ends,
+    harmless,
+    refused,
+)
+from gtpo.sandbox.abuse.attempts.protocol import FRAME
 
 ATTEMPTS = ends(
     "processes",

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gtpo.sandbox.attempts import ATTEMPTS, Attempt
+from gtpo.sandbox.abuse.attempts import ATTEMPTS, Attempt
 from gtpo.sandbox.contract import CellResult, CellStatus, SandboxLimits
 from gtpo.sandbox.protocol import Session
 

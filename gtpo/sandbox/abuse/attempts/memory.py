@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import CPU, CRASH, ERROR, OK, OUT_OF_MEMORY, TIMEOUT, ends, refused
+from gtpo.sandbox.abuse.attempts.attempt import CPU, CRASH, ERROR, OK, OUT_OF_MEMORY, TIMEOUT, ends, refused
 
 _MEMORY = ("MemoryError", "memory limit", *CPU, "OSError", "PermissionError")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gtpo.sandbox import layout
-from gtpo.sandbox.attempts.attempt import CPU, CRASH, ERROR, OK, TIMEOUT, ends
+from gtpo.sandbox.abuse.attempts.attempt import CPU, CRASH, ERROR, OK, TIMEOUT, ends
 
 _CHANNEL = ("the cell wrote to the interpreter's control channel",)
 _CONTROL, _CLONES = str(layout.CONTROL_FD), str(layout.CLONES_FD)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import CPU, CRASH, ERROR, OK, OUT_OF_MEMORY, TIMEOUT, WALL, ends
+from gtpo.sandbox.abuse.attempts.attempt import CPU, CRASH, ERROR, OK, OUT_OF_MEMORY, TIMEOUT, WALL, ends
 
 ATTEMPTS = ends(
     "time",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import CRASH, ERROR, OK, Attempt, ends, harmless
+from gtpo.sandbox.abuse.attempts.attempt import CRASH, ERROR, OK, Attempt, ends, harmless
 
 # Called with zeros, which do nothing: without the filter most of them fail with another error.
 _CALLS = {

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable, Iterable
 
 from gtpo.sandbox import abuse
-from gtpo.sandbox.attempts import ATTEMPTS
+from gtpo.sandbox.abuse.attempts import ATTEMPTS
 from gtpo.sandbox.contract import SandboxReport
 from gtpo.sandbox.pool import SandboxPool
 from gtpo.sandbox.protocol import Sandbox

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts import (
+from gtpo.sandbox.abuse.attempts import (
     files,
     interpreter,
     kernel,
@@ -16,7 +16,7 @@ from gtpo.sandbox.attempts import (
     snapshots,
     time,
 )
-from gtpo.sandbox.attempts.attempt import Attempt
+from gtpo.sandbox.abuse.attempts.attempt import Attempt
 
 _KINDS = (processes, signals, snapshots, memory, time, output, files, secrets, network, kernel, protocol, interpreter)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gtpo.sandbox.attempts.attempt import (
+from gtpo.sandbox.abuse.attempts.attempt import (
     CPU,
     CRASH,
     ERROR,
