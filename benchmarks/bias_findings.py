@@ -28,7 +28,6 @@ def changed(name: str, number: int, **changes: object) -> Method:
     return by_itself(dataclasses.replace(METHODS[name].credit, terms=tuple(terms)))
 
 
-
 # credits by themselves: those that differ, and three that no preset has
 CREDITS: dict[str, Method] = {
     **{

@@ -34,7 +34,7 @@ class Checkpoints:
 
     def steps(self) -> list[Path]:
         """All checkpoints, the newest first."""
-        found = [path for path in self.path.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+        found = [path for path in self.path.glob("step-*") if re.fullmatch(r"step-[0-9]+", path.name)]
         return sorted(found, key=step_of, reverse=True)
 
     def newest_whole(self, log_sizes: Mapping[str, int]) -> tuple[Path | None, dict[Path, str]]:
@@ -170,6 +170,12 @@ def _fault(checkpoint: Path, log_sizes: Mapping[str, int]) -> str:
     """What is wrong with a checkpoint, beginning with the file; empty where it is whole."""
     try:
         manifest = read_manifest(checkpoint)
+        if not isinstance(manifest["is_best"], bool) or _STATE not in manifest["files"]:
+            raise ValueError(f"is_best must be true or false, and {_STATE} among the files")
+        if manifest["log_sizes"].keys() != log_sizes.keys():
+            raise ValueError(f"log_sizes must be of {', '.join(sorted(log_sizes))}")
+        if not all(type(length) is int and length >= 0 for length in manifest["log_sizes"].values()):
+            raise ValueError("log_sizes must be numbers of bytes")
         for name, expected in manifest["files"].items():
             path = checkpoint / name
             if not path.is_file():
@@ -179,11 +185,11 @@ def _fault(checkpoint: Path, log_sizes: Mapping[str, int]) -> str:
             if _sha256(path) != expected["sha256"]:
                 return f"{path} is not what was written: its content has changed"
         for name, length in manifest["log_sizes"].items():
-            if log_sizes.get(name, 0) < length:
-                return f"{checkpoint.parent.parent / name} has {log_sizes.get(name, 0)} bytes, it had {length}"
+            if log_sizes[name] < length:
+                return f"{checkpoint.parent.parent / name} has {log_sizes[name]} bytes, it had {length}"
     except OSError as error:
         return f"{error.filename or checkpoint} cannot be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{checkpoint / _MANIFEST} is not a manifest: {type(error).__name__}: {error}"
     return ""
 

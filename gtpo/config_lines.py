@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-# of a file with more lines nothing is said: each line costs a reading of those before it
-_MOST_LINES = 1000
+# lines times characters: of a longer file nothing is said, since each line costs a reading of those before it
+_MOST_WORK = 4_000_000
 
 
 def place_of(message: str, path: Path, overridden: Collection[str] = ()) -> str:
@@ -34,7 +34,7 @@ def line_of(text: str, key: str) -> int | None:
     (4, 8, None)
     """
     lines = text.replace("\r\n", "\n").split("\n")
-    if len(lines) > _MOST_LINES or not _holds(_parsed(text), key):
+    if len(lines) * len(text) > _MOST_WORK or not _holds(_parsed(text), key):
         return None
     begin = 0
     for number in range(1, len(lines) + 1):
@@ -65,7 +65,7 @@ def _holds(tables: Any, key: str) -> bool:
     if tables is None:
         return False
     for name in key.split("."):
-        if isinstance(tables, list) and name.isdecimal() and int(name) < len(tables):
+        if isinstance(tables, list) and name.isdecimal() and len(name) < 10 and int(name) < len(tables):
             tables = tables[int(name)]
         elif isinstance(tables, dict) and name in tables:
             tables = tables[name]

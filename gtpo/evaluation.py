@@ -11,6 +11,7 @@ from gtpo.types import StopReason, Trajectory
 class Evaluation:
     """Means over trajectories; `pass_at_k` is a mean over tasks. Lost trajectories are counted, not scored.
 
+    outcome: the mean grade, of which `success` counts the 1s alone.
     measures: the means of what the episodes' grades measured, over the trajectories that have it.
     """
 
@@ -22,6 +23,7 @@ class Evaluation:
     calls: float
     invalid_calls: float
     lost: int
+    outcome: float = 0.0
     measures: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -57,6 +59,7 @@ def evaluate_groups(groups: Sequence[Sequence[Trajectory]]) -> Evaluation:
         calls=mean([float(t.num_calls) for t in trajectories]),
         invalid_calls=mean([float(t.num_invalid_calls) for t in trajectories]),
         lost=sum(len(group) for group in groups) - len(trajectories),
+        outcome=mean([t.outcome for t in trajectories]),
         measures={
             name: mean([t.measures[name] for t in trajectories if name in t.measures])
             for name in sorted({name for t in trajectories for name in t.measures})

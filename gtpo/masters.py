@@ -37,7 +37,7 @@ class Masters:
 
     def refresh(self) -> None:
         """The copies become what the masters are now; call it before a forward pass."""
-        # in-place changes of a tensor are counted by PyTorch, whoever makes them
+        # in-place operations are counted by PyTorch; fused optimizers' are not, nor what is done to `.data`
         versions = self._read_versions()
         if versions != self._versions:
             self._versions = versions

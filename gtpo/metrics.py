@@ -44,6 +44,7 @@ def rollout_metrics(groups: Groups) -> dict[str, float]:
         "reward_std": _mean(spreads),
         "frac_reward_zero_std": _mean([float(spread == 0) for spread in spreads]),
         "success": _mean([float(t.is_success) for t in trajectories]),
+        "outcome": _mean([t.outcome for t in trajectories]),
         "num_completion_tokens": float(sum(lengths)),
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(min(lengths)),
@@ -73,11 +74,13 @@ def rollout_metrics(groups: Groups) -> dict[str, float]:
 
 def reward_term_metrics(groups: Groups) -> dict[str, float]:
     """For each term of the rewards: mean and deviation over turns; the correlation of its sum over a trajectory with
-    success, and of its value with the turn's advantage. A correlation is 0 where one side does not vary.
+    success (with the outcome, where that is graded), and of its value with the turn's advantage. A correlation is 0
+    where one side does not vary.
     """
     flat = [scored.rewards for group in groups for scored in group]
     advantages = [value for group in groups for scored in group for value in scored.credit.advantages]
-    success = [float(scored.trajectory.is_success) for group in groups for scored in group]
+    # where outcomes are 0 or 1, the success
+    success = [scored.trajectory.outcome for group in groups for scored in group]
     metrics: dict[str, float] = {}
     for name in sorted({name for reward in flat for name in reward.terms}):
         terms = [reward.terms.get(name, [0.0] * len(reward.rewards)) for reward in flat]

@@ -3,6 +3,7 @@
 import inspect
 import math
 import numbers
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -43,15 +44,29 @@ class RewardFunction:
                 found = self.function(group, **self.options)
             else:
                 found = [self.function(trajectory, **self.options) for trajectory in group]
-        except Exception as error:
-            raise self._fault(group, f"raised {type(error).__name__}: {error}") from error
+        # SystemExit too: a function that leaves the program must not end a run as if all were well
+        except (Exception, SystemExit) as error:
+            raise self._fault(group, f"raised {_described(error)}") from error
         if not _is_list(found) or len(found) != len(group):
-            raise self._fault(group, f"must give a list for each of {len(group)} trajectories, got {found!r:.200}")
+            raise self._fault(group, f"must give a list for each of {len(group)} trajectories, got {_shown(found)}")
+        weighted = []
         for trajectory, values in zip(group, found, strict=True):
             turns = len(trajectory.turns)
-            if not _is_list(values) or len(values) != turns or not all(map(_is_number, values)):
-                raise self._fault(group, f"must give a finite float for each of {turns} turns, got {values!r:.200}")
-        return [[self.weight * float(value) for value in values] for values in found]
+            floats = list(map(self._weighted, values)) if _is_list(values) else []
+            if len(floats) != turns or None in floats:
+                raise self._fault(group, f"must give a finite float for each of {turns} turns, got {_shown(values)}")
+            weighted.append([value for value in floats if value is not None])
+        return weighted
+
+    def _weighted(self, value: object) -> float | None:
+        """`value` times the weight; None where either is no finite number."""
+        if not isinstance(value, numbers.Real):
+            return None
+        try:
+            found = self.weight * float(value)
+        except (OverflowError, TypeError, ValueError):
+            return None
+        return found if math.isfinite(found) else None
 
     def _fault(self, group: Sequence[Trajectory], what: str) -> RewardFault:
         task = f", task {group[0].task.id!r}" if group else ""
@@ -87,5 +102,19 @@ def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(value)
+def _shown(value: object) -> str:
+    """`repr`, cut short; whatever a user's object does when it is asked."""
+    try:
+        return f"{value!r:.200}"
+    except Exception as error:
+        return f"a {type(value).__name__} whose repr raises {type(error).__name__}"
+
+
+def _described(error: BaseException) -> str:
+    """The exception with the place where it was raised."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:
+        text = type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if frames else text

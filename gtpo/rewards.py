@@ -45,13 +45,22 @@ class OwnTerms:
     functions: Sequence[RewardFunction] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
 
+    def not_given(self, trajectories: Sequence[Trajectory]) -> str:
+        """What to say of weights for terms that no episode gave; empty where each was."""
+        given = {name for trajectory in trajectories for turn in trajectory.turns for name in turn.rewards}
+        if missing := sorted(self.weights.keys() - given):
+            return (
+                f"no turn gave the reward term {', '.join(missing)}; given were: {', '.join(sorted(given)) or 'none'}"
+            )
+        return ""
+
     def of(self, group: Sequence[Trajectory]) -> list[dict[str, list[float]]]:
         """For each trajectory its terms, one float a turn."""
-        given = sorted({name for trajectory in group for turn in trajectory.turns for name in turn.rewards})
+        given = {name for trajectory in group for turn in trajectory.turns for name in turn.rewards}
         found: list[dict[str, list[float]]] = [
             {
                 name: [self.weights.get(name, 1.0) * turn.rewards.get(name, 0.0) for turn in trajectory.turns]
-                for name in given
+                for name in sorted(given | self.weights.keys())
             }
             for trajectory in group
         ]

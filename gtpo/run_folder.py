@@ -85,6 +85,8 @@ class RunFolder:
                 )
             else:
                 self._look_for_checkpoint(config.train.steps)
+        elif self.path.is_symlink() and not self.path.exists():
+            raise ValueError(f"{self.path} is a link to {os.readlink(self.path)}, which is not there")
         elif self.path.exists() and any(not (entry / _MARKER).exists() for entry in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run of gtpo; pass another --output_dir")
         there = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
@@ -283,7 +285,7 @@ def _locked(marker: Path) -> BinaryIO | None:
 def _read_marker(marker: Path) -> dict[str, Any]:
     try:
         held = json.loads(marker.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return held if isinstance(held, dict) else {}
 

@@ -296,6 +296,8 @@ class Trainer:
         }
         if warning := self.spread.after_step(row):
             self.progress.say(f"step {step}: {warning}")
+        if step == 1 and (warning := self.own_terms.not_given(present)):
+            self.progress.say(f"step 1: {warning}")
         row["steps_without_spread"] = float(self.spread.count)
         self.seconds["generate"] += seconds["generate"]
         self.seconds["train"] += seconds["train"]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("types", "methods", "token_ids", "config_values", "config_lines", "loading", "daemon_thread", "loop_thread"),
-        "sampler",
+        *("sampler", "normal_form"),
     ),
     ("config", "parsing", "templates"),
     ("sandbox",),

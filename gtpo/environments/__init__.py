@@ -89,6 +89,8 @@ def make_environment(name: str, /, **options: Any) -> Environment:
     required = {key for key, parameter in signature.parameters.items() if parameter.default is inspect.Parameter.empty}
     if missing := sorted(required - set(options)):
         raise ValueError(f"environment '{name}' needs the options {', '.join(missing)}, got {sorted(options)}")
+    if missing := sorted(getattr(factory, "__abstractmethods__", ())):
+        raise ValueError(f"environment {name!r} lacks the methods {', '.join(missing)}")
     environment: Environment = factory(**options)
     if missing := [method for method in ("name", "tasks", "open") if not hasattr(environment, method)]:
         raise ValueError(f"environment {name!r} must have {', '.join(missing)}: derive it from gtpo.Environment")

@@ -8,6 +8,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from gtpo.normal_form import normal_form
 from gtpo.parsing import bare_answer
 
 _MAX_NUMBER_CHARS = 400
@@ -32,11 +33,15 @@ _LATEX = tuple(
         (r"\\[,;: ]|~", " "),
         (r"\\([%${}#&_])", r"\1"),
         (r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)\{([^{}]*)\}", r"\1"),
-        (r"\\[dt]?frac\s*(?:\{([\w.]+)\}\s*\{([\w.]+)\}|(\d)(\d))", r" \1\3/\2\4 "),
+        (r"\\[dt]?frac\s*\{ ?-([\w.]+) ?\}\s*\{ ?-([\w.]+) ?\}", r" \1/\2 "),
+        (r"\\[dt]?frac\s*\{ ?\+?([\w.]+) ?\}\s*\{ ?-([\w.]+) ?\}", r" -\1/\2 "),
+        (r"\\[dt]?frac\s*(?:\{ ?(-?)\+?([\w.]+) ?\}\s*\{ ?\+?([\w.]+) ?\}|(\d)(\d))", r" \1\2\4/\3\5 "),
         (r"\\(?:times|cdot)(?![a-zA-Z])", "×"),
         (r"\^\{([-+\w]+)\}", r"^\1"),
     )
 )
+_BOLD = re.compile(r"(?<![\w*)])\*\*(?![\s*])([^*]+)(?<!\s)\*\*(?![\w*(])")
+_AROUND_COMMA = re.compile(r" ?([,;]) ?")
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -63,6 +68,9 @@ def _equal(given: str, expected: str, *, depth: int) -> bool:
     if None not in numbers:
         return numbers[0] == numbers[1]
     (kind, items), (other_kind, other_items) = _items(given), _items(expected)
+    if numbers != (None, None) and len(items) > 1:
+        # 1,200 is one number, and no list of two
+        return False
     if depth == _MAX_DEPTH or len(items) != len(other_items):
         return False
     if kind != other_kind:
@@ -70,7 +78,9 @@ def _equal(given: str, expected: str, *, depth: int) -> bool:
         comparable = {kind, other_kind} == {"", "("} and len(items) == 1 and bool(items[0].strip())
     else:
         comparable = kind != "" or len(items) > 1
-    return comparable and all(
+    if not comparable:
+        return _AROUND_COMMA.sub(r"\1", given) == _AROUND_COMMA.sub(r"\1", expected)
+    return all(
         _equal(_stripped(item), _stripped(other), depth=depth + 1)
         for item, other in zip(items, other_items, strict=True)
     )
@@ -78,12 +88,13 @@ def _equal(given: str, expected: str, *, depth: int) -> bool:
 
 def _plain(text: str) -> str:
     """`text` in one notation: composed characters, lower case, plain minus signs and fractions, single spaces."""
-    text = bare_answer(unicodedata.normalize("NFC", text)).translate(_MINUS)
+    text = bare_answer(normal_form("NFC", text)).translate(_MINUS)
+    text = _BOLD.sub(r"\1", text)
     for pattern, plain in _LATEX if "\\" in text or "{" in text else ():
         text = pattern.sub(plain, text)
     text = _GROUPS.sub(lambda groups: re.sub(r"\D", "", groups[0]), text)
     text = _VULGAR.sub(lambda sign: f" {unicodedata.normalize('NFKC', sign[0])} ", text).replace("\u2044", "/")
-    return _stripped(" ".join(unicodedata.normalize("NFC", text.casefold()).split()))
+    return _stripped(" ".join(normal_form("NFC", text.casefold()).split()))
 
 
 def _stripped(text: str) -> str:

@@ -12,6 +12,7 @@ from gtpo.config_values import broken_text, shortened
 from gtpo.environments.base import Split, check_request, content_digest
 from gtpo.environments.code import CodeEnvironment
 from gtpo.environments.equality import same_answer
+from gtpo.parsing import parse_turn
 from gtpo.types import Task
 
 PROMPT_COLUMNS = ("prompt", "question", "messages")
@@ -122,7 +123,7 @@ def _parse_row(line: bytes, where: str) -> tuple[str, str]:
     for text in (prompt, str(answer)):
         if flaw := broken_text(text):
             raise ValueError(f"{where}: expected whole characters, got {flaw} of {shortened(text)}; write it as UTF-8")
-    return prompt, _one_line(str(answer), where)
+    return prompt, _givable(_one_line(str(answer), where), where)
 
 
 def _one_line(answer: str, where: str) -> str:
@@ -134,6 +135,17 @@ def _one_line(answer: str, where: str) -> str:
         raise ValueError(
             f"{where}: expected an answer of one line, since a model's is read from one line, or a solution that ends "
             f'with "#### ANSWER"; got {shortened(answer)}'
+        )
+    return answer
+
+
+def _givable(answer: str, where: str) -> str:
+    """The answer itself, if a model that writes it is right: from its line the same must be read."""
+    read = parse_turn(f"answer: {answer}", call_format="code", max_calls=1).answer
+    if read is None or not same_answer(read, answer):
+        raise ValueError(
+            f"{where}: expected an answer that a model can give, but of a line 'answer: {shortened(answer)[1:-1]}' "
+            f"{'nothing' if read is None else shortened(read)} is read; write the bare answer"
         )
     return answer
 

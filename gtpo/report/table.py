@@ -4,6 +4,7 @@ from gtpo.evaluation import Evaluation
 
 _ROWS = (
     ("success rate", "success", "{:.1%}"),
+    ("mean outcome", "outcome", "{:.3f}"),
     ("turns a task", "turns", "{:.2f}"),
     ("tool calls a task", "calls", "{:.2f}"),
     ("invalid calls a task", "invalid_calls", "{:.3f}"),

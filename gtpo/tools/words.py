@@ -4,6 +4,8 @@ import functools
 import re
 import unicodedata
 
+from gtpo.normal_form import normal_form
+
 # Scripts that are written without spaces, or with endings that hang on the word: Chinese, Japanese, Korean, Thai, Lao,
 # Burmese and Khmer.
 _UNSPACED = (
@@ -22,7 +24,7 @@ def words_of(text: str) -> list[str]:
     (['café', '7', 'km', 'don', 't'], ['東', '東京', '京', '京タ', 'タ'])
     """
     words = []
-    for run in _pattern().finditer(unicodedata.normalize("NFKC", text).casefold()):
+    for run in _pattern().finditer(normal_form("NFKC", text).casefold()):
         if run["unspaced"] is None:
             words.append(run[0])
             continue

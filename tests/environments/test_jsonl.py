@@ -122,6 +122,9 @@ def test_a_mark_and_line_ends_of_another_system_are_no_fault(write: Write) -> No
         (b"\0" * 40, "expected one JSON object a line, got"),
         (b'{"prompt": "a", "ans', "expected one JSON object a line, got"),
         (b'{"prompt": "a", "answer": "one\\ntwo"}', "expected an answer of one line, .* got 'one"),
+        (b'{"prompt": "a", "answer": "answer: 4"}', "of a line 'answer: answer: 4' '4' is read; write the bare answer"),
+        (b'{"prompt": "a", "answer": "**"}', "an answer that a model can give, but of a line"),
+        (b'{"prompt": "a", "answer": "<think>4</think>"}', "an answer that a model can give"),
         (b'{"prompt": "a", "answer": "so ####\\n"}{', "expected one JSON object a line, got Extra data"),
     ],
 )

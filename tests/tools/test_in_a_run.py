@@ -13,7 +13,7 @@ from gtpo.run_folder import read_rows
 from gtpo.types import ToolStatus
 from tests.tools.test_sql import children
 from tests.trainer.conftest import script
-from tests.trainer.test_trainer import make_optimizer, make_trainer, write_config
+from tests.trainer.test_trainer import make_trainer, write_config
 
 
 def overrides(folder: Path) -> list[str]:
@@ -53,7 +53,7 @@ def test_a_run_offers_calls_counts_and_closes_its_tools(tmp_path: Path) -> None:
         ]
         task = trainer.train_tasks[0]
         played = trainer._loop.run(trainer.rollout.play(task, 0, script(trainer.chat, texts)))
-        trainer.step(0, make_optimizer(trainer))
+        trainer.step(0)
     assert children() == others
     assert [[(result.status, result.text) for result in turn.results] for turn in played.turns] == [
         [(ToolStatus.OK, "[1] ulm.txt\nThe minster of Ulm has the tallest steeple."), (ToolStatus.OK, "name\nUlm")],

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,14 @@ def test_what_is_wrong_is_said_at_the_start(source: Path, reward: dict[str, Any]
         own(reward)
 
 
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("not for you")
+
+
 def given(value: Any) -> Callable[[Any], Any]:
     def function(trajectory: Trajectory) -> Any:
-        if isinstance(value, Exception):
+        if isinstance(value, BaseException):
             raise value
         return value
 
@@ -109,13 +115,39 @@ def given(value: Any) -> Callable[[Any], Any]:
         ([], r"must give a finite float for each of 1 turns, got \[\]"),
         ([float("nan")], r"must give a finite float for each of 1 turns, got \[nan\]"),
         (["1"], "must give a finite float for each of 1 turns"),
-        (KeyError("price"), "raised KeyError: 'price'"),
+        (KeyError("price"), r"raised KeyError: 'price' \(.*test_own_terms\.py, line \d+\)$"),
+        (Unspeakable(), r"raised Unspeakable \(.*test_own_terms\.py, line \d+\)$"),
+        (SystemExit(0), "raised SystemExit: 0"),
+        ([10**400], "must give a finite float for each of 1 turns, got"),
+        (Unspeakable, "must give a finite float for each of 1 turns, got"),
+        ([Fraction(10**400)], "must give a finite float for each of 1 turns"),
     ],
 )
 def test_a_faulty_function_ends_the_run_by_name(value: Any, message: str) -> None:
     terms = OwnTerms([RewardFunction("mine", given(value), "trajectory")])
     with pytest.raises(RewardFault, match=f"^reward 'mine', task 't': {message}"):
         turn_rewards([make_trajectory(make_turn())], RewardRule(), terms)
+
+
+def test_numbers_that_cannot_be_shown_end_the_run_by_name() -> None:
+    terms = OwnTerms([RewardFunction("mine", given(10**5000), "trajectory")])
+    with pytest.raises(RewardFault, match="got a int whose repr raises ValueError"):
+        turn_rewards([make_trajectory(make_turn())], RewardRule(), terms)
+
+
+def test_a_weight_that_makes_a_term_infinite_ends_the_run_by_name() -> None:
+    terms = OwnTerms([RewardFunction("mine", given([1e300]), "trajectory", weight=1e300)])
+    with pytest.raises(RewardFault, match=r"must give a finite float for each of 1 turns, got \[1e\+300\]"):
+        turn_rewards([make_trajectory(make_turn())], RewardRule(), terms)
+
+
+def test_a_weight_for_a_term_that_nobody_gives_is_warned_of_and_the_term_is_there() -> None:
+    terms = OwnTerms(weights={"progres": 2.0})
+    trajectory = make_trajectory(make_turn())
+    trajectory.turns[0].rewards = {"progress": 1.0}
+    assert terms.not_given([trajectory]) == "no turn gave the reward term progres; given were: progress"
+    assert terms.of([trajectory]) == [{"progres": [0.0], "progress": [1.0]}]
+    assert OwnTerms(weights={"progress": 2.0}).not_given([trajectory]) == ""
 
 
 def test_a_group_function_gives_a_list_a_trajectory() -> None:
@@ -138,9 +170,9 @@ def test_correlations_of_a_term() -> None:
     rewards = [turn_rewards(group, rule, OwnTerms([RewardFunction("calls", calls, "trajectory")]))]
     found = reward_term_metrics(assign_credit([group], rewards, CreditSum()))
     assert found["reward_term/calls/mean"] == 0.5 and found["reward_term/calls/std"] == 0.5
-    # sums 2, 0, 1 against successes 0, 1, 0
-    assert found["reward_term/calls/success_correlation"] == pytest.approx(-(3**0.5) / 2)
-    assert found["reward_term/outcome/success_correlation"] == pytest.approx((3**0.5) / 2)
+    # sums 2, 0, 1 against outcomes 0, 1, 0.5
+    assert found["reward_term/calls/success_correlation"] == pytest.approx(-1.0)
+    assert found["reward_term/outcome/success_correlation"] == pytest.approx(1.0)
     assert found["reward_term/similarity/success_correlation"] == 0.0
     assert -1 <= found["reward_term/calls/advantage_correlation"] <= 1
     assert measure_metrics(group) == {"measure/steps": 4.0}

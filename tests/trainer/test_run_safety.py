@@ -212,13 +212,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_gone_on_from(
     again.close()
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"files": {"a": 5}}', "\udcff"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"log_sizes": {}}, {"log_sizes": {"metrics.jsonl": -5, "turns.jsonl": 0}}, {"is_best": 1}, {"files": {}}],
+    ids=["no log", "a length below 0", "is_best a number", "no files"],
+)
+def test_a_manifest_with_other_entries_is_named(run: RunFolder, changes: dict[str, object]) -> None:
+    manifest = run.checkpoints / "step-000004" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
+    again = resumed(run)
+    assert "step-000004/manifest.json is not a manifest: ValueError: " in again.notes[0]
+    again.open()
+    again.close()
+
+
+def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"run is a link to .*gone, which is not there"):
+        RunFolder(config_from_dict({"output_dir": str(tmp_path / "run")}))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"files": {"a": 5}}', "\udcff", "[" * 100_000])
 def test_a_damaged_manifest_is_named(run: RunFolder, text: str) -> None:
     (run.checkpoints / "step-000004" / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
     again = resumed(run)
     again.close()
-    fault = "a is missing" if "files" in text else "manifest.json is not a manifest: "
-    assert f"step-000004/{fault}" in again.notes[0]
+    assert "step-000004/manifest.json is not a manifest: " in again.notes[0]
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_touched(run: RunFolder) -> None:
