@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bias, bias_report
-from benchmarks.bias_findings import CREDITS, RESULTS, TURN_PROCESSES, Finding, Results
+from benchmarks.bias_findings import CREDITS, RESULTS, STUDIED, TURN_PROCESSES, Finding, Results
 from benchmarks.bias_processes import ENDS, PROCESSES, Process, Rollouts, sample
 from gtpo.methods import METHODS, PRESETS, PolicyLoss, describe_credit, describe_loss
 
@@ -29,7 +29,7 @@ def credits() -> Findings:
 
 @pytest.fixture(scope="module")
 def presets() -> Findings:
-    return by_name(bias.study(160, METHODS, seed=1))
+    return by_name(bias.study(160, STUDIED, seed=1))
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_what_the_document_says_of_the_tables_is_in_them(kept: Results) -> None:
     assert presets["mt_grpo", "paid calls"].angle[0] == pytest.approx(11, abs=0.5)
     assert variance(presets, "mt_grpo", "paid calls") == pytest.approx(4.7, abs=0.3)
     assert 7 < credits["mt_grpo, among calls", "loan"].bias / credits["mt_grpo", "loan"].bias < 8
-    assert max(METHODS, key=lambda name: presets[name, "late"].cosine[0]) == "cispo"
+    assert max(STUDIED, key=lambda name: presets[name, "late"].cosine[0]) == "cispo"
     size = presets["gspo", "late"].size
     assert size is not None and abs(size) < 0.1
 
