@@ -16,10 +16,13 @@ import time
 from typing import Any
 
 from gtpo.sandbox import cell, clones, confinement, frames
+from gtpo.sandbox.cell_ends import STATUS_OF_END, InterpreterGone, KilledForOthers, OutOfMemory, describe_exit
 from gtpo.sandbox.demand import Demand
 from gtpo.sandbox.descendants import ProcessTree
 from gtpo.sandbox.output import Output, without_addresses
 from gtpo.sandbox.session_processes import SessionProcesses
+from gtpo.sandbox.untrusted import answer_of, call_of
+from gtpo.sandbox.wall_clock import WallClock
 
 _MAX_ERROR_CHARS = 2000
 # How often a running cell's snapshot, its memory and the CPU time of its children are looked at.
@@ -28,7 +31,6 @@ _WATCH_S = 0.05
 _QUIET_S = 0.003
 # How long a cell that was cancelled at its start may take to leave a snapshot.
 _MAX_CLONE_S = 1.0
-_MAX_PIECE_CHARS = 4 * math.ceil(frames.MAX_PIECE_BYTES / 3)
 
 
 def keep(host: socket.socket, plan: confinement.Plan) -> None:
@@ -58,24 +60,6 @@ def report_failure(host: socket.socket, error: str) -> None:
         host.sendall(frames.encode({"status": "infra_error", "error": error}))
 
 
-class InterpreterGone(Exception):
-    """The interpreter ended or broke the protocol; the message says which."""
-
-
-class OutOfMemory(Exception):
-    """The session had more memory than it may have."""
-
-
-class KilledForOthers(Exception):
-    """The kernel was short of memory and took a process of the session, which had no more than it may have."""
-
-
-_STATUS_OF_END: dict[type[Exception], str] = {
-    InterpreterGone: "crash",
-    TimeoutError: "timeout",
-    OutOfMemory: "out_of_memory",
-    KilledForOthers: "infra_error",
-}
 _FORGED = "the cell wrote to the interpreter's control channel"
 _KILLED_FOR_OTHERS = "out of memory outside of the session: the kernel took a process of it"
 
@@ -196,7 +180,7 @@ class Keeper:
                 state, (_, _, peak_bytes) = "lost", self._end_interpreter()
             else:
                 state, peak_bytes = self._processes.settle()
-        except tuple(_STATUS_OF_END) as failure:
+        except tuple(STATUS_OF_END) as failure:
             end, state = failure, "lost"
             with contextlib.suppress(InterpreterGone):
                 self._learn_of_snapshot()
@@ -207,8 +191,8 @@ class Keeper:
                 end = cause
             # Without a message it ended by itself.
             exit_status = None if str(end) else os.waitstatus_to_exitcode(wait_status)
-            status, error = _STATUS_OF_END[type(end)], str(end) or _describe_exit(wait_status)
-        wall_time_s = time.monotonic() - self._wall_start
+            status, error = STATUS_OF_END[type(end)], str(end) or describe_exit(wait_status)
+        wall_time_s = time.monotonic() - self._clock.start
         self._take_output()
         if request["op"] != "run":
             # What threads of the cell before print meanwhile; with a piece of a file it could be too much for a frame.
@@ -237,21 +221,17 @@ class Keeper:
             "value": None,
             "exit_status": None,
             "cpu_time_s": self._processes.seen_cpu_s,
-            "wall_time_s": time.monotonic() - self._wall_start,
+            "wall_time_s": time.monotonic() - self._clock.start,
             "peak_memory_bytes": 0,
             "state": state,
         }
 
     def _start_clocks(self) -> None:
-        self._wall_start = time.monotonic()
-        # What of the wall time does not count: for tools, and for a CPU as of when it was last asked.
-        self._tool_time_s = self._run_delay_s = 0.0
-        self._run_delay_start: float | None = None
+        now = time.monotonic()
+        self._clock = WallClock(self._limits, self._whole_run_delay_s, now=now)
         self._processes.start_clocks()
-        self._next_watch = self._wall_start + _WATCH_S
+        self._next_watch = now + _WATCH_S
         self._demand: Demand | None = None
-        # Since when the trainer works on a tool call of the cell.
-        self._call_start: float | None = None
         self._num_calls = 0
         # By when the trainer's cancellation ends the cell.
         self._cancel_time = math.inf
@@ -263,8 +243,8 @@ class Keeper:
         self._send(request)
         while True:
             now = time.monotonic()
-            self._read_output(now >= self._wall_start + _QUIET_S)
-            wall_left = self._wall_left_s(now)
+            self._read_output(now >= self._clock.start + _QUIET_S)
+            wall_left = self._clock.left_s(now)
             cpu_left = self._limits.cpu_time_s - self._processes.cell_cpu_s()
             # A single thread spends no more CPU time than wall time passes.
             pause = min(cpu_left, wall_left, self._cancel_time - now)
@@ -285,10 +265,9 @@ class Keeper:
             if cpu_left <= 0:
                 raise TimeoutError(f"CPU time limit of {self._limits.cpu_time_s:g} s exceeded")
             if wall_left <= 0:
-                self._extend_wall_time(now)
+                self._clock.extend(now)
             if (start := time.monotonic()) >= self._next_watch:
-                if self._run_delay_start is None:
-                    self._run_delay_start = self._whole_run_delay_s()
+                self._clock.watch_run_delay()
                 if self._plan.processes:
                     self._learn_of_snapshot()
                     self._watch()
@@ -299,7 +278,7 @@ class Keeper:
 
     def _tell_demand(self, now: float) -> None:
         """Tell the trainer when the cell begins or ceases to wait. While a tool works for it, it is known to."""
-        if self._call_start is None:
+        if not self._clock.is_in_call:
             wanted_s = self._processes.cell_cpu_s() + self._whole_run_delay_s()
             if self._demand is None:
                 self._demand = Demand(wanted_s=wanted_s, now=now)
@@ -315,29 +294,6 @@ class Keeper:
             else:
                 self._selector.unregister(self._output_fd)
 
-    def _wall_left_s(self, now: float) -> float:
-        """Until the wall clock has to be looked at more closely."""
-        if self._call_start is not None:
-            return self._limits.tool_time_s - self._tool_time_s - (now - self._call_start)
-        return self._limits.wall_time_s + self._run_delay_s - (now - self._wall_start)
-
-    def _extend_wall_time(self, now: float) -> None:
-        """Let the cell have the wall time in which it waited for a CPU; TimeoutError where it has had all it may."""
-        if self._wall_left_s(now) > 0:
-            # A call of a tool has just begun or ended.
-            return
-        if self._call_start is not None:
-            raise TimeoutError(f"time limit of {self._limits.tool_time_s:g} s for tools exceeded")
-        if self._run_delay_start is not None:
-            most_s = self._limits.max_wall_time_s - self._limits.wall_time_s
-            self._run_delay_s = min(self._whole_run_delay_s() - self._run_delay_start, most_s)
-            left_s = self._wall_left_s(now)
-            if left_s > 0 and self._run_delay_s < most_s:
-                # Not asked again at once on a machine that is busy now.
-                self._run_delay_s += max(_WATCH_S - left_s, 0.0)
-        if self._wall_left_s(now) <= 0:
-            raise TimeoutError(f"wall time limit of {self._limits.wall_time_s:g} s exceeded")
-
     def _whole_run_delay_s(self) -> float:
         """For how long the interpreter has waited for a CPU since it was started."""
         try:
@@ -348,20 +304,12 @@ class Keeper:
 
     def _pass_call(self, request: dict[str, Any], call: object) -> None:
         """Tell the trainer which tool the cell calls. ValueError for anything but a call that it may make."""
-        name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            raise ValueError("not a call")
+        name, arguments = call_of(call)
         self._num_calls += 1
-        if (
-            name not in request.get("tools", ())
-            or self._call_start is not None
-            or self._num_calls > request["max_calls"]
-        ):
+        if name not in request.get("tools", ()) or self._clock.is_in_call or self._num_calls > request["max_calls"]:
             raise ValueError("no tool can be called so")
-        if fault := frames.fault_of(arguments):
-            raise ValueError(f"not {fault}")
         self._host.sendall(frames.encode({"call": {"name": name, "arguments": arguments}}))
-        self._call_start = time.monotonic()
+        self._clock.begin_call(time.monotonic())
 
     def _hear(self, request: dict[str, Any]) -> None:
         """Pass the trainer's answer to a tool call on to the cell, or learn that it cancels the cell."""
@@ -373,14 +321,11 @@ class Keeper:
             clones = request["snapshot"] and self._plan.processes
             self._cancel_time = time.monotonic() + (_MAX_CLONE_S if clones else 0.0)
             return
-        if answer is None or self._call_start is None:
+        if answer is None or not self._clock.is_in_call:
             # The trainer closed the session, or died, in the middle of a cell.
             self._end_interpreter()
             raise SystemExit
-        waited_s = time.monotonic() - self._call_start
-        self._tool_time_s += waited_s
-        self._wall_start += waited_s
-        self._call_start = None
+        self._clock.end_call(time.monotonic())
         # the trainer gave the cell a slot again
         self._demand = None
         self._send(answer)
@@ -430,14 +375,9 @@ class Keeper:
                 if "call" in message:
                     self._pass_call(request, message["call"])
                     continue
-                if self._received or message.get("status") not in ("ok", "error"):
-                    raise ValueError("not one answer")
-                line, value = message.get("line"), message.get("value")
-                if not isinstance(message.get("error"), str) or not (line is None or type(line) is int):
-                    raise ValueError("not an answer")
-                if not (value is None or (request["op"] == "get" and _is_piece(value))):
-                    raise ValueError("not an answer")
-                return {"line": None, "value": None} | message
+                if self._received:
+                    raise ValueError("more than one answer")
+                return answer_of(message, request["op"])
         except ValueError:
             raise InterpreterGone(_FORGED) from None
         return None
@@ -508,17 +448,3 @@ class Keeper:
             self._output.add(data)
             if once:
                 return
-
-
-def _is_piece(value: object) -> bool:
-    """Whether `value` may be bytes of a file in base 64, as many as go into a message."""
-    return isinstance(value, str) and len(value) <= _MAX_PIECE_CHARS and value.isascii() and value.isprintable()
-
-
-def _describe_exit(wait_status: int) -> str:
-    if os.WIFEXITED(wait_status):
-        return f"the interpreter exited with status {os.WEXITSTATUS(wait_status)}"
-    number = os.WTERMSIG(wait_status)
-    # Most of the real-time signals have no name.
-    named = number in set(signal.Signals)
-    return f"the interpreter was killed by {signal.Signals(number).name if named else f'signal {number}'}"

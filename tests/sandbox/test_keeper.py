@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gtpo.sandbox import CellResult, CellStatus, SandboxLimits, SessionState, confinement, frames
-from gtpo.sandbox.keeper import InterpreterGone, Keeper
+from gtpo.sandbox.cell_ends import InterpreterGone
+from gtpo.sandbox.keeper import Keeper
 from gtpo.sandbox.output import Output
 from gtpo.sandbox.session_processes import SessionProcesses
+from gtpo.sandbox.wall_clock import WallClock
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
@@ -174,7 +176,7 @@ def test_a_call_that_the_trainer_could_not_decode_is_the_end_of_the_cell():
         nested = [nested]
     call = {"name": "look", "arguments": {"a": nested}}
     with Listener() as keeper:
-        keeper._call_start, keeper._num_calls = None, 0
+        keeper._clock, keeper._num_calls = WallClock(keeper._limits, lambda: 0.0, now=0.0), 0
         keeper.interpreter.send(framed({"cell": 1, "call": call}))
         with pytest.raises(InterpreterGone, match="control channel"):
             keeper._receive({"op": "run", "cell": 1, "snapshot": False, "tools": {"look": ["a"]}, "max_calls": 1})

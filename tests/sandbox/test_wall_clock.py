@@ -10,21 +10,19 @@ import pytest
 from gtpo.sandbox import CellStatus, SandboxLimits, SandboxPool, fork_server
 from gtpo.sandbox.code_tools import CodeTools
 from gtpo.sandbox.descendants import ProcessTree
-from gtpo.sandbox.keeper import Keeper
+from gtpo.sandbox.wall_clock import WallClock
 from tests.sandbox.conftest import children, eventually, is_alive, only_jail, soon
 
 
-class Clock(Keeper):
+class Clock(WallClock):
     """Of a cell that started at 0 and has a second; `run_delay_s` is what the interpreter has waited for a CPU."""
 
     def __init__(self, run_delay_s: float, *, run_delay_start: float | None = 0.0) -> None:
-        self._limits = SandboxLimits(wall_time_s=1.0, tool_time_s=2.0)
-        self._wall_start = self._tool_time_s = self._run_delay_s = 0.0
-        self._run_delay_start, self._call_start = run_delay_start, None
+        super().__init__(SandboxLimits(wall_time_s=1.0, tool_time_s=2.0), lambda: self.run_delay_s, now=0.0)
+        self.run_delay_s = run_delay_start
+        if run_delay_start is not None:
+            self.watch_run_delay()
         self.run_delay_s = run_delay_s
-
-    def _whole_run_delay_s(self) -> float:
-        return self.run_delay_s
 
 
 @pytest.mark.parametrize(
@@ -42,27 +40,30 @@ class Clock(Keeper):
 def test_waiting_for_a_cpu_is_not_the_cells_up_to_a_bound(run_delay_s, run_delay_start, end):
     clock = Clock(run_delay_s, run_delay_start=run_delay_start)
     if end > 1.0:
-        clock._extend_wall_time(1.0)
-    assert clock._wall_left_s(1.0) == end - 1.0
+        clock.extend(1.0)
+    assert clock.left_s(1.0) == end - 1.0
     with pytest.raises(TimeoutError, match="wall time limit of 1 s exceeded"):
-        clock._extend_wall_time(end)
+        clock.extend(end)
 
 
 def test_a_starving_cell_is_not_looked_at_all_the_time():
     clock = Clock(0.0)
     for now in (1.0, 2.0, 3.0):
         clock.run_delay_s = now - 0.999
-        clock._extend_wall_time(now)
-        assert clock._wall_left_s(now) == pytest.approx(0.05)
+        clock.extend(now)
+        assert clock.left_s(now) == pytest.approx(0.05)
 
 
 def test_tools_have_a_clock_of_their_own():
     clock = Clock(0.0)
-    clock._tool_time_s, clock._call_start = 0.5, 5.0
-    assert clock._wall_left_s(6.0) == 0.5
-    clock._extend_wall_time(6.0)
+    clock.begin_call(4.0)
+    clock.end_call(4.5)
+    assert clock.start == 0.5
+    clock.begin_call(5.0)
+    assert clock.left_s(6.0) == 0.5
+    clock.extend(6.0)
     with pytest.raises(TimeoutError, match="time limit of 2 s for tools exceeded"):
-        clock._extend_wall_time(6.5)
+        clock.extend(6.5)
 
 
 @pytest.mark.parametrize("jail", ["namespaces", "none"])
