@@ -52,7 +52,10 @@ def test_a_cell_that_wakes_is_counted_again():
                 await asyncio.sleep(0.005)
             return seen, (await running).status, pool._slots._num_free
 
-    assert asyncio.run(run()) == ([False, True, False], CellStatus.OK, 1)
+    seen, status, num_free = asyncio.run(run())
+    # on a busy machine it may seem to wait once more, before the kernel says that it stood in the queue for a CPU
+    assert not seen[0] and seen[-2:] == [True, False]
+    assert (status, num_free) == (CellStatus.OK, 1)
 
 
 def test_a_call_of_a_cell_that_slept_gives_back_one_slot():
