@@ -3,10 +3,46 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import CancelledError
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+
+class LoopCall(Generic[T]):
+    """`work` on its way to the loop of another thread: can be given up before, while and after it is done.
+
+    Ctrl-C strikes between any two instructions: also behind the one that hands the work over, before there is a future
+    to cancel. So the call itself, which is made first, is what gets given up.
+    """
+
+    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
+        self._work = work
+        self._task: asyncio.Task[Any] | None = None
+        self._given_up = False
+
+    async def run(self) -> T:
+        """To be handed to the loop: what the work gives."""
+        self._task = asyncio.current_task()
+        if self._given_up:
+            self._work.close()
+            raise asyncio.CancelledError
+        return await self._work
+
+    def give_up(self) -> None:
+        """From any thread: cancels the work, and does not wait for its end."""
+        self._given_up = True
+        if self._task is not None and not self._task.done():
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+
+    async def end(self) -> None:
+        """To be handed to the loop behind `run`: cancels the work and waits until it has ended."""
+        self._given_up = True
+        if self._task is None:
+            # never handed over, for the loop takes what it is handed in that order
+            self._work.close()
+        else:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
 
 class LoopThread:
@@ -23,24 +59,12 @@ class LoopThread:
         self._thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """What `coroutine` returns or raises. An interrupt while it runs cancels it, and waits until it has ended."""
-        ended = threading.Event()
-
-        async def work() -> T:
-            try:
-                return await coroutine
-            finally:
-                ended.set()
-
-        future = asyncio.run_coroutine_threadsafe(work(), self._loop)
+        """What `coroutine` returns or raises. An interrupt, whenever it comes, cancels it and waits for its end."""
+        call = LoopCall(coroutine)
         try:
-            return future.result()
-        except CancelledError:
-            raise
+            return asyncio.run_coroutine_threadsafe(call.run(), self._loop).result()
         except BaseException:
-            if not future.done():
-                future.cancel()
-                ended.wait()
+            asyncio.run_coroutine_threadsafe(call.end(), self._loop).result()
             raise
 
     def close(self) -> None:

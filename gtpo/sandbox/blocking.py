@@ -6,35 +6,15 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Mapping
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
+from gtpo.loop_thread import LoopCall
 from gtpo.sandbox.code_tools import CodeTools
 from gtpo.sandbox.contract import CellResult, SandboxReport
 from gtpo.sandbox.pool import SandboxPool
 from gtpo.sandbox.session import SandboxSession
 
 T = TypeVar("T")
-
-
-class _Call(Generic[T]):
-    """`work` on its way to the loop of another thread: can be given up before, while and after it is done."""
-
-    def __init__(self, work: Coroutine[Any, Any, T]) -> None:
-        self._work = work
-        self._task: asyncio.Task[Any] | None = None
-        self._given_up = False
-
-    async def run(self) -> T:
-        self._task = asyncio.current_task()
-        if self._given_up:
-            self._work.close()
-            raise asyncio.CancelledError
-        return await self._work
-
-    def give_up(self) -> None:
-        self._given_up = True
-        if self._task is not None and not self._task.done():
-            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
 
 
 class BlockingSandboxPool:
@@ -100,7 +80,7 @@ class BlockingSandboxPool:
         self.close()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        call = _Call(work)
+        call = LoopCall(work)
         try:
             with self._door:
                 if self._loop is None:
