@@ -15,10 +15,16 @@ from gtpo.sandbox import frames
 
 # As long as most requests. More would have more pages of the heap written to.
 _READ_BYTES = 4096
-# Signals that come by themselves, from timers and children, and for which code has handlers.
-_SENT = (
-    *(signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
-    *(signal.SIGUSR1, signal.SIGUSR2),
+# Signals that come by themselves, from timers and children, and for which code has handlers. As plain integers: each
+# member of an enumeration lies on another page, which every turn would copy.
+_SENT = tuple(
+    map(
+        int,
+        (
+            *(signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+            *(signal.SIGUSR1, signal.SIGUSR2),
+        ),
+    )
 )
 
 
