@@ -147,7 +147,7 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_our_loss_is_that_of_trl(name: str, dtype: torch.dtype) -> None:
     of_trl, ours, aggregation = LOSSES[name]
     atol = 1e-6 if dtype == torch.float32 else 1e-8  # TRL rounds a few of its numbers to float32 in either
-    for seed in range(100):
+    for seed in range(30):
         rows = ragged(seed, dtype)
         loss, gradient = trl_loss(rows, **of_trl)
         options = dict(ours)

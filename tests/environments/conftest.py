@@ -11,6 +11,7 @@ from gtpo.environments import Answer, Call, Demonstration, Environment
 from gtpo.sandbox import SandboxPool
 from gtpo.tools import PythonTool, Toolbox
 from gtpo.types import Task, ToolCall, ToolResult
+from tests.trainer.conftest import undrawn  # noqa: F401  runs of these tests draw none either
 
 Demonstrator = Callable[[Task, random.Random], Demonstration]
 

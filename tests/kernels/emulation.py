@@ -6,14 +6,15 @@ csrc/emulation stands in for the CUDA runtime and the device; the kernels, their
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
+import hashlib
 import importlib
 import importlib.util
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,7 @@ import gtpo_kernels
 from gtpo_kernels.backend import BACKENDS
 
 CSRC = Path(__file__).parents[2] / "csrc"
+BUILDS = Path(__file__).parents[2] / "build" / "emulation"
 
 
 def compile_for_host(csrc: Path, main: Path, output: Path, *flags: str) -> None:
@@ -43,17 +45,31 @@ def compile_for_host(csrc: Path, main: Path, output: Path, *flags: str) -> None:
 
 @functools.cache
 def emulated_module() -> ModuleType:
-    """gtpo_kernels._cuda, built for the host; once a session, in seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "_cuda.so"
-        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-        compile_for_host(CSRC, CSRC / "bindings_cuda.cpp", library, "-O2", "-shared", "-fPIC", *includes)
-        spec = importlib.util.spec_from_file_location("_cuda", library)
-        assert spec
-        assert spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    """gtpo_kernels._cuda, built for the host: once for all processes of a run, and for later runs of the same csrc."""
+    library = _built_library()
+    spec = importlib.util.spec_from_file_location("_cuda", library)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
+
+
+def _built_library() -> Path:
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    flags = ["-O2", "-shared", "-fPIC", *includes]
+    contents = hashlib.sha256(repr((flags, pybind11.__version__)).encode())
+    for path in sorted(CSRC.rglob("*.*")):
+        contents.update(path.name.encode() + path.read_bytes())
+    folder = BUILDS / contents.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "_cuda.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            compile_for_host(CSRC, CSRC / "bindings_cuda.cpp", folder / "unfinished.so", *flags)
+            (folder / "unfinished.so").rename(library)
+    return library
 
 
 @contextlib.contextmanager

@@ -46,6 +46,12 @@ def tiny_policy(**changes: Any) -> Policy:
     return load_policy(ModelConfig(**(vars(TINY) | changes)), corpus=CORPUS, seed=0)
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run of a test draws its plot, a third of what the smallest takes, but the one that test_cli looks at."""
+    monkeypatch.setattr("gtpo.report.plot.plot_run", lambda rows, path: path.touch())
+
+
 @pytest.fixture(scope="session")
 def policy() -> Policy:
     """Shared by all tests: none of them may change it."""

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from gtpo.batch import PackedSequence, pack
+from gtpo.config import load_config
 from gtpo.learner import Learner
 from gtpo.methods import METHODS, PolicyLoss
 from gtpo.policy import Policy
 from tests.trainer.conftest import tiny_policy
-from tests.trainer.test_trainer import make_trainer
+from tests.trainer.test_trainer import make_trainer, write_config
 
 LOSSES = {
     **{name: method.loss for name, method in METHODS.items()},
@@ -133,8 +134,8 @@ def policies() -> tuple[Policy, Policy]:
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_the_gradient_is_that_of_the_loss_by_loops(name: str, policies: tuple[Policy, Policy], tmp_path: Path) -> None:
     policy, before = policies
-    with make_trainer(tmp_path, "--rollout.max_trajectory_tokens", "48") as trainer:
-        config = dataclasses.replace(trainer.config, loss=LOSSES[name])
+    config = load_config(write_config(tmp_path), ["--rollout.max_trajectory_tokens", "48"])
+    config = dataclasses.replace(config, loss=LOSSES[name])
     learner = Learner(policy, config)
     learner.reference = before.reference_weights()
     sequences = sequences_of_turns(5)
