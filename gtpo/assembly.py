@@ -128,7 +128,7 @@ def make_own_terms(config: Config) -> OwnTerms:
         try:
             if item.function:
                 functions.append(
-                    load_reward_function(item.function, name=item.name, weight=item.weight, options=item.options)
+                    load_reward_function(item.function, name=item.term, weight=item.weight, options=item.options)
                 )
             elif item.options:
                 raise ValueError("options need a function")
@@ -136,9 +136,11 @@ def make_own_terms(config: Config) -> OwnTerms:
                 weights[item.name] = item.weight
         except ValueError as error:
             raise ValueError(f"rewards.{number}: {error}") from error
-    names = [function.name for function in functions] + list(weights)
-    if twice := [name for name in (*names, *REWARD_TERMS) if [*names, *REWARD_TERMS].count(name) > 1]:
-        raise ValueError(f"rewards must have different names, none of {', '.join(REWARD_TERMS)}; got {twice[0]} twice")
+    names = [item.term for item in config.rewards]
+    for number, name in enumerate(names):
+        if name in REWARD_TERMS or name in names[:number]:
+            whose = "a term of [reward]" if name in REWARD_TERMS else f"rewards.{names.index(name)}"
+            raise ValueError(f"rewards.{number} must have a name of its own, got {name!r}, which is that of {whose}")
     return OwnTerms(functions, weights)
 
 

@@ -192,6 +192,11 @@ class RewardConfig:
     weight: Annotated[float, "the term is multiplied by it"] = 1.0
     options: Annotated[Mapping[str, Any], "further arguments of the function"] = field(default_factory=dict)
 
+    @property
+    def term(self) -> str:
+        """The name of its term."""
+        return self.name or self.function.rpartition(":")[2]
+
 
 @dataclass(frozen=True)
 class Config:
@@ -220,6 +225,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def eval_temperature(self) -> float:
+        """That of the training rollouts unless [eval] says another; 0 is greedy."""
+        return self.rollout.temperature if self.eval.temperature is None else self.eval.temperature
 
 
 # Which numbers the keys may have: what is said of them, least, greatest, keys. None stands for a key left out.
@@ -291,7 +301,7 @@ def _check(config: Config) -> None:
             )
         if not math.isfinite(reward.weight):
             raise ValueError(f"rewards.{number}.weight must be a finite number, got {reward.weight}")
-    check_method(Method(config.reward, config.credit, config.loss))
+    check_method(Method(config.reward, config.credit, config.loss), own_rewards=[own.term for own in config.rewards])
     if config.loss.surrogate == "reinforce" and config.train.updates_per_rollout > 1:
         raise ValueError(
             'train.updates_per_rollout must be 1 with loss.surrogate = "reinforce", which has no ratio to correct '

@@ -176,7 +176,8 @@ class ChatTemplate:
         known = _names_in(self._template) - set(_OWN_VARIABLES) if kwargs else set()
         for name, value in kwargs.items():
             if name not in known:
-                raise ValueError(f"chat.template_kwargs must hold variables of the chat template, got {name!r}")
+                has = f"it has {', '.join(sorted(known))}" if known else "it has none but the conversation's"
+                raise ValueError(f"chat.template_kwargs must hold variables of the chat template, got {name!r}; {has}")
             try:
                 json.dumps(value)
             except TypeError:

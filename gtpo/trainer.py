@@ -88,7 +88,7 @@ class Trainer:
         self.audit = RewardAudit()
         self.seconds = {"sft": 0.0, "generate": 0.0, "train": 0.0, "eval": 0.0, "tools": 0.0}
         self.num_tokens = {"sampled": 0, "trained": 0}
-        self.best_success = -1.0
+        self.best_outcome = -1.0
         # steps done, and whether no more are to be
         self.num_steps, self._stopping = 0, False
         self._started = time.perf_counter()
@@ -185,8 +185,8 @@ class Trainer:
                 if self._stopping:
                     break
         after = self.evaluate(step=self.num_steps)
-        if after.success > self.best_success:
-            self.best_success = after.success
+        if after.outcome > self.best_outcome:
+            self.best_outcome = after.outcome
             self.run.mark_best()
         return self.before, after
 
@@ -203,18 +203,22 @@ class Trainer:
         self._warm_up()
         self.learner.keep_reference()
         self.before = self.evaluate(step=0)
-        self.best_success = self.before.success
+        self.best_outcome = self.before.outcome
         self._checkpoint(0, best=True)
 
     def describe(self) -> list[str]:
         """What a run says of itself before it starts."""
         config, policy = self.config, self.policy
+        trained = sum(weight.numel() for weight in policy.trainable().values())
+        adapted = f", of them {trained / 1e6:.2f} M trained in adapters" if config.model.lora_rank else ""
+        drawn = f"temperature {config.eval_temperature:g}" if config.eval_temperature else "greedy"
         return [
             f"method {config.method}, seed {config.seed}: {config.train.steps} steps of "
             f"{config.rollout.tasks_per_step} tasks x {config.rollout.group_size} trajectories",
-            f"model {config.model.source}: {policy.num_parameters / 1e6:.2f} M parameters, "
+            f"model {config.model.source}: {policy.num_parameters / 1e6:.2f} M parameters{adapted}, "
             f"{config.model.dtype} weights, {config.model.computes_in} passes on {policy.device}, "
             f"{torch.get_num_threads()} threads, loss backend {select_backend('gtpo_loss', None, policy.device)}",
+            f"evaluation: {len(self.eval_tasks)} tasks x {config.eval.samples}, {drawn}",
             describe_sandbox(self.sandbox),
             f"run folder: {self.run.path}",
             *self.run.notes,
@@ -316,13 +320,10 @@ class Trainer:
     def evaluate(self, *, step: int) -> Evaluation:
         """Success on the held-out tasks, logged as a row of phase "eval"."""
         started = time.perf_counter()
-        temperature = self.config.eval.temperature
-        if temperature is None:
-            temperature = self.config.rollout.temperature
         groups = self._sample(
             self.eval_tasks,
             group_size=self.config.eval.samples,
-            temperature=temperature,
+            temperature=self.config.eval_temperature,
             seed=[self.config.seed, _EVAL],
             label="evaluating",
         )
@@ -406,8 +407,8 @@ class Trainer:
         config = self.config.train
         is_best = False
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-            success = self.evaluate(step=step).success
-            is_best, self.best_success = success > self.best_success, max(success, self.best_success)
+            outcome = self.evaluate(step=step).outcome
+            is_best, self.best_outcome = outcome > self.best_outcome, max(outcome, self.best_outcome)
         if is_best or step % config.checkpoint_every == 0 or step == config.steps or self._stopping:
             self._checkpoint(step, best=is_best)
 
@@ -416,7 +417,7 @@ class Trainer:
         state = {
             "step": step,
             "before": dataclasses.asdict(self.before),
-            "best_success": self.best_success,
+            "best_outcome": self.best_outcome,
             **self.learner.state_dict(),
             "torch_rng": torch.get_rng_state(),
             "seconds": self.seconds,
@@ -442,7 +443,8 @@ class Trainer:
         self.learner.load_state_dict(state)
         torch.set_rng_state(state["torch_rng"])
         self.before, self.num_steps = Evaluation(**state["before"]), int(state["step"])
-        self.best_success = state["best_success"]
+        # the second is the name of before outcomes were graded
+        self.best_outcome = state["best_outcome"] if "best_outcome" in state else state["best_success"]
         self.spread.count = state["steps_without_spread"]
         self._started -= state["total_seconds"]
         self.seconds, self.num_tokens = dict(state["seconds"]), dict(state["num_tokens"])

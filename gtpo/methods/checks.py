@@ -61,17 +61,18 @@ _IDLE: dict[type, tuple[Idle, ...]] = {
 }
 
 
-def check_method(method: Method) -> None:
+def check_method(method: Method, *, own_rewards: Collection[str] = ()) -> None:
     """Raises ValueError for a number out of its range, fields that contradict one another, or one that is ignored.
 
-    A field without effect must have its default, or be "none".
+    A field without effect must have its default, or be "none". own_rewards: names of the user's reward terms, which
+    terms of the credit may be about, too.
 
     >>> check_method(Method(loss=PolicyLoss(kl_coef=0.1)))
     Traceback (most recent call last):
         ...
     ValueError: loss.kl_coef has no effect with loss.kl = 'none': it must be 0.0, got 0.1
     """
-    check_credit_fields(method.credit)
+    check_credit_fields(method.credit, rewards=(*REWARD_TERMS, *own_rewards))
     for record, where in ((method.reward, "reward"), (method.loss, "loss")):
         _check_ranges(record, where)
         _check_idle(record, where)

@@ -61,7 +61,7 @@ class Term:
     weight: Annotated[float, "of this term in the sum"] = 1.0
     turns: Annotated[Turns, "which turns get it"] = "all"
     others: Annotated[Others, "the rest leaves its statistics, or stays there with a reward of 0"] = "leave"
-    reward: Annotated[str, 'the term of the reward that it is about: "outcome", "format", ...; "": their sum'] = ""
+    reward: Annotated[str, 'which reward term it is about: "outcome", "format", one of your own; "": their sum'] = ""
     quantity: Annotated[Quantity, "what is normalised"] = "turn_return"
     gamma: Annotated[float, "discount from a turn to the one before it"] = 0.9
     order: Annotated[Order, "returns of rewards, or of normalised rewards"] = "discount_first"

@@ -1,6 +1,7 @@
 """Reward terms and environments of the user's own, named by file in the configuration."""
 
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -80,7 +81,10 @@ def test_a_term_of_an_episode_counts_once_by_default() -> None:
         ({"function": "nowhere.py:f"}, r"rewards\.0: function 'nowhere.py:f' cannot be imported: .*no file"),
         ({"function": "f"}, 'function must be "package.module:name" or "file.py:name", got \'f\''),
         ({"function": "{source}:rank", "options": {"size": 1}}, "options of function .* unexpected keyword .*size"),
-        ({"function": "{source}:rank", "name": "format"}, "none of outcome, similarity, format.*; got format twice"),
+        (
+            {"function": "{source}:rank", "name": "format"},
+            r"rewards\.0 must have a name of its own, got 'format', .* a term of \[reward\]",
+        ),
         ({"function": "{source}:rank", "weigth": 1.0}, r"unknown config key 'rewards\.0\.weigth'; did you mean"),
         ({"function": "{source}:rank", "weight": float("nan")}, r"rewards\.0\.weight must be a finite number, got nan"),
         ({"weight": 2.0}, r"rewards\.0 must have a function, or the name"),
@@ -232,3 +236,24 @@ def test_the_functions_of_the_guide() -> None:
     useful = RewardFunction("useful_call", scope["useful_call"], "trajectory", options={"penalty": 0.5})
     assert useful(group) == [[1.0, -0.5, 0.0], [1.0, 0.0], [0.0]]
     assert RewardFunction("shortest", scope["shortest"], "group")(group) == [[0.0] * 3, [0.0, 1.0], [0.0]]
+
+
+def test_a_term_of_the_credit_may_be_about_a_reward_of_ones_own(source: Path) -> None:
+    """As GDPO has it: each kind of reward is normalised by itself, and the large one does not drown the small one."""
+    raw: dict[str, Any] = {
+        "rewards": [{"function": f"{source}:useful_call"}, {"name": "progress", "weight": 100.0}],
+        "credit": {"terms": [{"reward": name, "gamma": 1.0} for name in ("useful_call", "progress")]},
+    }
+    config = config_from_dict(raw)
+    group = [make_trajectory(make_turn(code="a", output=text), sample=i) for i, text in enumerate(["yes", "no"] * 2)]
+    for trajectory, progress in zip(group, (0.1, 0.1, 0.3, 0.3), strict=True):
+        trajectory.turns[0].rewards = {"progress": progress}
+    rewards = turn_rewards(group, config.reward, make_own_terms(config))
+    ((one, two, three, four),) = assign_credit([group], [rewards], config.credit)
+    found = [scored.credit.advantages[0] for scored in (one, two, three, four)]
+    # half a unit from the mean, over the sample deviation of two and two
+    each = 0.5 / statistics.stdev([0.0, 0.0, 1.0, 1.0])
+    assert found == pytest.approx([0.0, -2 * each, 2 * each, 0.0], abs=1e-4)
+    raw["credit"]["terms"][1]["reward"] = "progres"
+    with pytest.raises(ValueError, match=r"credit\.terms\.1\.reward must be one of outcome, .*, useful_call, progress"):
+        config_from_dict(raw)

@@ -119,7 +119,7 @@ def assert_same_records(whole: Path, resumed: Path) -> None:
     names = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (whole, resumed)]
     assert names[0] == names[1]
     one, two = (torch.load(path / "checkpoints/last/trainer.pt", weights_only=True) for path in (whole, resumed))
-    assert one["num_tokens"] == two["num_tokens"] and one["best_success"] == two["best_success"]
+    assert one["num_tokens"] == two["num_tokens"] and one["best_outcome"] == two["best_outcome"]
     assert str(one["optimizer"]) == str(two["optimizer"]) and str(one["reference"]) == str(two["reference"])
     for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
         paths = [path / "checkpoints/last" / file for path in (whole, resumed)]

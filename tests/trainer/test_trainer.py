@@ -16,6 +16,7 @@ from gtpo.batch import Batch, PackedSequence, pack
 from gtpo.config import load_config
 from gtpo.credit import Credit, to_sequence
 from gtpo.environments import RetryEnvironment, Split
+from gtpo.evaluation import Evaluation
 from gtpo.finite import NonFiniteLoss
 from gtpo.local_sampler import LocalSampler
 from gtpo.report.compare import without_timing
@@ -343,19 +344,31 @@ def test_lost_trajectories_are_left_out_and_a_step_of_none_is_refused(
         assert all(row[name] is None for name in ("reward", "return", "advantage", "outcome"))
 
 
+def test_the_best_is_that_of_the_best_mean_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only 1 is a success, an outcome that grows from 0.2 to 0.6 is none, and is what training is for."""
+    overrides = ("--sft.steps", "1", "--train.steps", "2", "--train.eval_every", "1", "--train.checkpoint_every", "1")
+    with make_trainer(tmp_path, *overrides) as trainer:
+        plain, outcomes = trainer.evaluate(step=0), iter([0.2, 0.6, 0.4])
+
+        def evaluate(step: int) -> Evaluation:
+            return dataclasses.replace(plain, success=0.0, outcome=next(outcomes))
+
+        monkeypatch.setattr(trainer, "evaluate", evaluate)
+        trainer.train()
+    assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == "step-000001"
+    assert trainer.best_outcome == 0.6
+
+
 def test_training_that_only_harms_leaves_the_first_model_as_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = ("--sft.steps", "1", "--train.steps", "2", "--train.eval_every", "1", "--train.checkpoint_every", "1")
     with make_trainer(tmp_path, *overrides) as trainer:
-        successes = iter([0.9, 0.1, 0.1])
-        plain = trainer.evaluate(step=0)
-        monkeypatch.setattr(
-            trainer, "evaluate", lambda step: type(plain)(**(vars(plain) | {"success": next(successes)}))
-        )
+        plain, outcomes = trainer.evaluate(step=0), iter([0.9, 0.1, 0.1])
+        monkeypatch.setattr(trainer, "evaluate", lambda step: dataclasses.replace(plain, outcome=next(outcomes)))
         trainer.train()
     assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == "step-000000"
-    assert trainer.best_success == 0.9
+    assert trainer.best_outcome == 0.9
 
 
 @pytest.mark.parametrize("split", ["train", "eval", "demonstrations"])
@@ -400,13 +413,11 @@ def test_bfloat16_weights_are_evaluated_but_only_adapters_are_trained(tmp_path: 
 def test_better_evaluations_move_the_best_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ("--sft.steps", "1", "--train.steps", "4", "--train.eval_every", "1", "--train.checkpoint_every", "1")
     with make_trainer(tmp_path, *overrides) as trainer:
-        successes = iter([0.1, 0.5, 0.2, 0.3, 0.4])
+        outcomes = iter([0.1, 0.5, 0.2, 0.3, 0.4])
         plain = trainer.evaluate(step=0)
-        monkeypatch.setattr(
-            trainer, "evaluate", lambda step: type(plain)(**(vars(plain) | {"success": next(successes)}))
-        )
+        monkeypatch.setattr(trainer, "evaluate", lambda step: dataclasses.replace(plain, outcome=next(outcomes)))
         before, after = trainer.train()
-    assert (before.success, after.success) == (0.1, 0.4)
+    assert (before.outcome, after.outcome) == (0.1, 0.4)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "best", "last", "step-000001", "step-000003", "step-000004"
@@ -415,3 +426,14 @@ def test_better_evaluations_move_the_best_checkpoint(tmp_path: Path, monkeypatch
     assert (checkpoints / "last").resolve().name == "step-000004"
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["train"]["steps"] == 4
+
+
+def test_a_run_says_what_is_trained_and_how_it_is_evaluated(tmp_path: Path) -> None:
+    with make_trainer(tmp_path, "--model.lora_rank", "2", "--eval.temperature", "0") as trainer:
+        said = "\n".join(trainer.describe())
+        trained = sum(weight.numel() for weight in trainer.policy.trainable().values())
+    assert f", of them {trained / 1e6:.2f} M trained in adapters, " in said
+    assert f"evaluation: {len(trainer.eval_tasks)} tasks x 1, greedy" in said
+    with make_trainer(tmp_path, "--rollout.temperature", "0.7", "--output_dir", f"{tmp_path}/two") as trainer:
+        said = "\n".join(trainer.describe())
+    assert "adapters" not in said and f"{len(trainer.eval_tasks)} tasks x 1, temperature 0.7" in said

@@ -185,7 +185,8 @@ def test_variables_of_the_chat_template_come_from_the_config() -> None:
     for raw, opens in (({}, False), ({"chat": {"template_kwargs": {"thinking": True}}}, True)):
         assert make_chat(policy, config_from_dict(raw)).opens_thought is opens
     with pytest.raises(
-        ValueError, match=r"^chat\.template_kwargs must hold variables of the chat template, got 'think'$"
+        ValueError,
+        match=r"^chat\.template_kwargs must hold variables of the chat template, got 'think'; it has thinking$",
     ):
         make_chat(policy, config_from_dict({"chat": {"template_kwargs": {"think": True}}}))
     with pytest.raises(ValueError, match=r"unknown config key 'chat\.kwargs'"):
