@@ -24,7 +24,6 @@ from benchmarks.bias_findings import (
     GROUPS_A_BATCH,
     QUANTILE_Z,
     RESULTS,
-    STUDIED,
     TURN_PROCESSES,
     Finding,
     Results,
@@ -32,7 +31,7 @@ from benchmarks.bias_findings import (
 from benchmarks.bias_processes import ENDS, PROCESSES, Process, Rollouts, sample
 from gtpo.credit import credit_advantages
 from gtpo.loss import loss_rule
-from gtpo.methods import CreditSum, Method, PolicyLoss
+from gtpo.methods import METHODS, CreditSum, Method, PolicyLoss
 from gtpo_kernels import clipped_loss, loss_mean, sequence_ids
 
 
@@ -251,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, default=8000, help="batches a cell")
     options = parser.parse_args(arguments)
     results = Results(
-        presets=study(options.batches, STUDIED),
+        presets=study(options.batches, METHODS),
         credits=study(options.batches, CREDITS, processes=TURN_PROCESSES),
         credits_by_size=[
             finding

@@ -28,10 +28,6 @@ def changed(name: str, number: int, **changes: object) -> Method:
     return by_itself(dataclasses.replace(METHODS[name].credit, terms=tuple(terms)))
 
 
-# presets that came after the last run of the whole study, whose results are kept; they are in none of its tables
-NOT_STUDIED = ("gtpo_batch", "hgpo", "kevin", "maxrl", "gdpo", "sapo", "vespo", "dppo", "ipo")
-STUDIED = {name: method for name, method in METHODS.items() if name not in NOT_STUDIED}
-
 # credits by themselves: those that differ, and three that no preset has
 CREDITS: dict[str, Method] = {
     **{

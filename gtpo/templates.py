@@ -4,6 +4,7 @@ Templates differ in which roles they take, whether two messages of one role may 
 What one does not take is fitted to it: system text goes into the first user message, neighbours join in one message.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -176,8 +177,9 @@ class ChatTemplate:
         known = _names_in(self._template) - set(_OWN_VARIABLES) if kwargs else set()
         for name, value in kwargs.items():
             if name not in known:
-                has = f"it has {', '.join(sorted(known))}" if known else "it has none but the conversation's"
-                raise ValueError(f"chat.template_kwargs must hold variables of the chat template, got {name!r}; {has}")
+                close = difflib.get_close_matches(name, sorted(known), n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"chat.template_kwargs must hold variables of the chat template, got {name!r}{hint}")
             try:
                 json.dumps(value)
             except TypeError:

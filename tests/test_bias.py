@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bias, bias_report
-from benchmarks.bias_findings import CREDITS, RESULTS, STUDIED, TURN_PROCESSES, Finding, Results
+from benchmarks.bias_findings import CREDITS, RESULTS, TURN_PROCESSES, Finding, Results
 from benchmarks.bias_processes import ENDS, PROCESSES, Process, Rollouts, sample
 from gtpo.methods import METHODS, PRESETS, PolicyLoss, describe_credit, describe_loss
 
@@ -29,7 +29,7 @@ def credits() -> Findings:
 
 @pytest.fixture(scope="module")
 def presets() -> Findings:
-    return by_name(bias.study(160, STUDIED, seed=1))
+    return by_name(bias.study(160, METHODS, seed=1))
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,7 @@ def test_what_the_document_says_of_the_tables_is_in_them(kept: Results) -> None:
 
     unbiased = {name.strip("`") for name in bias_report.unbiased(kept.presets)}
     assert unbiased == {"rloo", "turn_rloo", "dr_grpo"}
-    for name in ("deepseek_grpo", "gspo"):
+    for name in ("deepseek_grpo", "gspo", "sapo"):
         assert all(7 < presets[name, process].angle[0] < 20 for process in on_policy if process != "two tasks")
         assert max(variance(presets, name, process) for process in ("search", "limits")) < 0.7
     assert 0.04 < presets["grpo", "padding"].bias / presets["deepseek_grpo", "padding"].bias < 0.07
@@ -259,7 +259,18 @@ def test_what_the_document_says_of_the_tables_is_in_them(kept: Results) -> None:
     assert presets["mt_grpo", "paid calls"].angle[0] == pytest.approx(11, abs=0.5)
     assert variance(presets, "mt_grpo", "paid calls") == pytest.approx(4.7, abs=0.3)
     assert 7 < credits["mt_grpo, among calls", "loan"].bias / credits["mt_grpo", "loan"].bias < 8
-    assert max(STUDIED, key=lambda name: presets[name, "late"].cosine[0]) == "cispo"
+    assert sorted(METHODS, key=lambda name: -presets[name, "late"].cosine[0])[:2] == ["cispo", "dppo"]
+    assert all(presets["kevin", process].cosine[2] < 0 for process in ("search", "paid calls"))
+    angles = [presets[name, "search"].angle[0] for name in ("gtpo_batch", "gtpo", "hgpo")]
+    assert angles == pytest.approx([6, 9, 14], abs=0.5)
+    assert not presets["gtpo_batch", "two tasks"].is_biased
+    assert presets["maxrl", "two tasks"].angle[0] == pytest.approx(17, abs=0.5)
+    others = [process for process in on_policy if process != "two tasks"]
+    assert not any(presets["maxrl", process].is_biased for process in others)
+    assert 1.4 < max(variance(presets, "maxrl", process) for process in on_policy) < 1.5
+    assert variance(presets, "gdpo", "paid calls") == pytest.approx(0.5, abs=0.02)
+    assert presets["gdpo", "paid calls"].angle[0] == pytest.approx(7, abs=0.5)
+    assert presets["gdpo", "loan"].bias == pytest.approx(1.7, abs=0.05)
     size = presets["gspo", "late"].size
     assert size is not None and abs(size) < 0.1
 

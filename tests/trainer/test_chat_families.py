@@ -146,10 +146,12 @@ def test_variables_of_the_template_are_handed_on() -> None:
     chat = Chat(tokenizer, template_kwargs={"enable_thinking": False})
     assert not chat.opens_thought
     assert tokenizer.decode(chat.prompt_ids(prompt("S", "Q"))).endswith("<think>\n\n</think>\n\n")
-    names: list[dict[str, Any]] = [{"enable_thinkin": False}, {"messages": []}, {"tokenize": True}, {"": 1}]
+    with pytest.raises(ValueError, match="got 'enable_thinkin'; did you mean 'enable_thinking'"):
+        Chat(tokenizer, template_kwargs={"enable_thinkin": False})
+    names: list[dict[str, Any]] = [{"messages": []}, {"tokenize": True}, {"": 1}]
     for kwargs in names:
         name = json.dumps(next(iter(kwargs))).replace('"', "'")
-        with pytest.raises(ValueError, match=rf"chat\.template_kwargs must .* got {name}$"):
+        with pytest.raises(ValueError, match=rf"chat\.template_kwargs must .* got {name}(; did you mean .*)?$"):
             Chat(tokenizer, template_kwargs=kwargs)
     with pytest.raises(ValueError, match=r"chat\.template_kwargs\.enable_thinking must be a text, .* got a date$"):
         Chat(tokenizer, template_kwargs={"enable_thinking": datetime.date(2026, 12, 1)})

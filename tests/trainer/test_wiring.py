@@ -84,9 +84,9 @@ def test_a_gradient_norm_that_is_not_finite_stops_the_run(tmp_path: Path, monkey
 
 def test_the_last_evaluation_can_be_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with make_trainer(tmp_path, "--sft.steps", "1", "--train.steps", "1") as trainer:
-        successes = iter([0.1, 0.9])
+        outcomes = iter([0.1, 0.9])
         plain = trainer.evaluate(step=0)
-        monkeypatch.setattr(trainer, "evaluate", lambda step: dataclasses.replace(plain, success=next(successes)))
+        monkeypatch.setattr(trainer, "evaluate", lambda step: dataclasses.replace(plain, outcome=next(outcomes)))
         trainer.train()
     assert (tmp_path / "run" / "checkpoints" / "best").resolve().name == "step-000001"
 
@@ -186,7 +186,7 @@ def test_variables_of_the_chat_template_come_from_the_config() -> None:
         assert make_chat(policy, config_from_dict(raw)).opens_thought is opens
     with pytest.raises(
         ValueError,
-        match=r"^chat\.template_kwargs must hold variables of the chat template, got 'think'; it has thinking$",
+        match=r"^chat\.template_kwargs must hold variables of the chat template, got 'think'; did you .* 'thinking'\?$",
     ):
         make_chat(policy, config_from_dict({"chat": {"template_kwargs": {"think": True}}}))
     with pytest.raises(ValueError, match=r"unknown config key 'chat\.kwargs'"):
