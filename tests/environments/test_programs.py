@@ -25,9 +25,9 @@ def policy() -> Policy:
     return tiny_policy()
 
 
-def judge(*judged: tuple[str, Sequence[ProgramCase]]) -> list[bool]:
+def judge(*judged: tuple[str, Sequence[ProgramCase]], limits: SandboxLimits = LIMITS) -> list[bool]:
     async def run() -> list[bool]:
-        async with SandboxPool(LIMITS, min_tier="landlock") as pool:
+        async with SandboxPool(limits, min_tier="landlock") as pool:
             return [await passes(pool, program, cases) for program, cases in judged]
 
     return asyncio.run(run())
@@ -153,7 +153,9 @@ def test_outputs_and_inputs_of_any_length() -> None:
         ("print('x' * 4095, 'y')", [ProgramCase(output="x" * 4095)]),
         ("print('\\n' * 2**21 + 'x' * 5000)", [ProgramCase(output="\n" * 2**21 + "y" * 5000)]),
     ]
-    assert judge(*right, *wrong) == [True] * len(right) + [False] * len(wrong)
+    # 60,000 lines take 0.3 CPU-s here, and more on a slower machine
+    limits = SandboxLimits(cpu_time_s=10.0, wall_time_s=60.0)
+    assert judge(*right, *wrong, limits=limits) == [True] * len(right) + [False] * len(wrong)
 
 
 class DoubleEnvironment(SumEnvironment):
