@@ -160,6 +160,7 @@ def assign_credit(
         named_rewards={
             name: torch.tensor([x for reward in of_turns for x in reward.terms[name]], dtype=torch.float32)
             for name in names
+            if all(name in reward.terms for reward in of_turns)
         },
     )
     per_trajectory = iter(

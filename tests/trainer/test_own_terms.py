@@ -257,3 +257,5 @@ def test_a_term_of_the_credit_may_be_about_a_reward_of_ones_own(source: Path) ->
     raw["credit"]["terms"][1]["reward"] = "progres"
     with pytest.raises(ValueError, match=r"credit\.terms\.1\.reward must be one of outcome, .*, useful_call, progress"):
         config_from_dict(raw)
+    with pytest.raises(ValueError, match="must hold 'useful_call', which a term of the credit is about, got progress"):
+        assign_credit([group], [turn_rewards(group, config.reward)], config.credit)
